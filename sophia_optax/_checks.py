@@ -1,0 +1,153 @@
+"""Checks of what the user passes in: needed, given, and how to mend it.
+
+Numbers are checked only if they are static. Arrays and tracers, which is what
+`optax.inject_hyperparams` hands over, pass through.
+"""
+
+import inspect
+import math
+from typing import Any, Callable, Container, Optional, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _is_static(value: Any) -> bool:
+  return isinstance(value, (int, float, np.number))
+
+
+def _is_array(value: Any) -> bool:
+  return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _number(name: str, value: Any, holds: Callable[[Any], bool], need: str):
+  """Raises unless `value` is an array or a static number for which it holds."""
+  if _is_array(value):
+    return
+  if not _is_static(value):
+    raise TypeError(
+        f'{name} must be a number {need}, got {value!r}. Pass a Python number,'
+        ' or wrap the factory in optax.inject_hyperparams to change it over'
+        ' time.'
+    )
+  if not holds(value):
+    raise ValueError(f'{name} must be a number {need}, got {value!r}.')
+
+
+def decay(name: str, value: Any):
+  _number(name, value, lambda x: 0 <= x < 1, 'in [0, 1)')
+
+
+def positive(name: str, value: Any):
+  _number(name, value, lambda x: x > 0, 'greater than 0')
+
+
+def not_negative(name: str, value: Any):
+  _number(name, value, lambda x: x >= 0, 'of at least 0')
+
+
+def whole_number(name: str, value: Any, at_least: int):
+  _number(
+      name,
+      value,
+      lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
+      f'that is whole and at least {at_least}',
+  )
+
+
+def one_of(name: str, value: Any, known: Container[str]):
+  if not isinstance(value, str) or value not in known:
+    raise ValueError(
+        f'{name} must be one of {sorted(known)}, got {value!r}.'
+    )
+
+
+def given(name: str, value: Any, user: str):
+  if value is None:
+    raise ValueError(
+        f'{user} needs {name}, got None. Pass it on to update:'
+        f' {_CALLS[name]}.'
+    )
+
+
+_CALLS = {
+    'params': 'update(grads, state, params, ...)',
+    'obj_fn': (
+        'update(grads, state, params, obj_fn=lambda params: loss(params,'
+        ' batch))'
+    ),
+}
+
+
+def transformation(name: str, value: Any):
+  if not (hasattr(value, 'init') and hasattr(value, 'update')):
+    mend = 'Call the factory: pass estimator(), not estimator.'
+    raise TypeError(
+        f'{name} must be a gradient transformation, with init and update, got'
+        f' {value!r}. {mend if callable(value) else ""}'.rstrip()
+    )
+
+
+def callable_with(name: str, fn: Any, arguments: Sequence[str]):
+  """Raises unless `fn` can be called with that many positional arguments."""
+  call = f'{name}({", ".join(arguments)})'
+  if not callable(fn):
+    raise TypeError(f'{name} must be a function, called as {call}, got {fn!r}.')
+  try:
+    signature = inspect.signature(fn)
+  except (TypeError, ValueError):  # Some callables have no signature to ask.
+    return
+  try:
+    signature.bind(*arguments)
+  except TypeError as error:
+    raise TypeError(
+        f'{name} must be callable as {call}, got a function with the signature'
+        f' {signature}: {error}. Bind what else it needs, as in'
+        f' {name}=lambda {", ".join(arguments)}: ....'
+    ) from None
+
+
+def real_scalar(name: str, value: Any):
+  """Raises unless `value` is what a loss should be."""
+  need = f'{name} must return the loss alone, a real floating point scalar'
+  if isinstance(value, (tuple, list, dict)):
+    mend = f'{name}=lambda params: loss_fn(params)[0]'
+    raise TypeError(
+        f'{need}, got a {type(value).__name__} of {len(value)}. If it returns'
+        f' (loss, aux), pass {mend}.'
+    )
+  dtype, shape = _dtype(value), np.shape(value)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    got = type(value).__name__ if dtype is None else f'dtype {dtype}'
+    raise TypeError(f'{need}, got {got}. Cast it, or return its real part.')
+  if shape:
+    raise TypeError(
+        f'{need}, got an array of shape {shape}. Reduce it, as in'
+        ' jnp.mean(losses).'
+    )
+
+
+def _dtype(value: Any) -> Optional[Any]:
+  try:  # None is a dtype to NumPy.
+    return None if value is None else jnp.result_type(value)
+  except (TypeError, ValueError):
+    return None
+
+
+def same_shapes(name: str, tree: Any, params: Any):
+  """Raises unless `tree` has the structure and the leaf shapes of `params`."""
+  got, need = jax.tree.structure(tree), jax.tree.structure(params)
+  if got != need:
+    raise ValueError(
+        f'{name} must be a tree like params. Needed: {need}, got: {got}.'
+        ' Return one array for each parameter.'
+    )
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  for (path, p), x in zip(paths, jax.tree.leaves(tree), strict=True):
+    if np.shape(x) != np.shape(p):
+      raise ValueError(
+          f'{name} must be a tree like params, but its leaf'
+          f' {jax.tree_util.keystr(path) or "at the root"} has shape'
+          f' {np.shape(x)} where params has {np.shape(p)}.'
+      )

@@ -1,0 +1,298 @@
+"""Scaling of updates by Sophia's clipped, preconditioned momentum.
+
+Symbols, all shaped like the parameters θ:
+
+  g       gradient
+  m, mu   EMA of g with decay b1; m̂ = m / (1 - b1^t)
+  ĥ       one estimate of the Hessian diagonal, from the estimator
+  h, nu   EMA of ĥ with decay b2, refreshed every k = update_interval steps
+  u       clip(m̂ / max(γ h, ε), -c, c), the update
+
+The way of the data: g -> m -> (every k steps: estimator -> ĥ -> h) -> u.
+"""
+
+from typing import Any, NamedTuple, Optional, Union
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sophia_optax import _checks
+from sophia_optax import _coordinates
+from sophia_optax import _hutchinson
+
+
+class SophiaState(NamedTuple):
+  """State of :func:`scale_by_sophia`.
+
+  Attributes:
+    count: Number of steps taken, shape (), int32.
+    mu: EMA of the gradients, like the parameters, in ``mu_dtype``.
+    nu: EMA of the Hessian diagonal, like the parameters, in ``nu_dtype``. For
+      a complex leaf, the curvature of its real part in the real part, that of
+      its imaginary part in the imaginary part.
+    hessian_fn_state: State of the estimator.
+    win_rate: Fraction of coordinates that the update of the last refresh step
+      did not clip, shape (), float32.
+    nonfinite_count: Number of refreshes whose estimate had an entry that was
+      not finite and so was left out, shape (), int32.
+  """
+
+  count: jax.Array
+  mu: optax.Updates
+  nu: optax.Updates
+  hessian_fn_state: Any
+  win_rate: jax.Array
+  nonfinite_count: jax.Array
+
+
+def scale_by_sophia(
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-8,
+    gamma: jax.typing.ArrayLike = 0.01,
+    clip_threshold: Optional[jax.typing.ArrayLike] = 1.0,
+    update_interval: jax.typing.ArrayLike = 10,
+    hessian_diagonal_fn: Union[
+        optax.GradientTransformation,
+        optax.GradientTransformationExtraArgs,
+    ] = _hutchinson.hutchinson_estimator_diag_hessian(),
+    mu_dtype: Optional[Any] = None,
+    verbose: bool = False,
+    print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
+    *,
+    nu_dtype: Optional[Any] = None,
+    bias_correction: bool = True,
+    refresh_before_update: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales gradients to Sophia's updates, without learning rate and decay.
+
+  .. math::
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+    \hat m_t = m_t / (1 - \beta_1^t) \\
+    u_t &= \mathrm{clip}\left(\hat m_t / \max(\gamma h_{t-1}, \epsilon),
+    -c, c\right) \\
+    h_t &= \beta_2 h_{t-1} + (1 - \beta_2) \hat h_t
+    \text{ if } (t - 1) \bmod k = 0, \text{ else } h_{t-1}
+
+  The update of a step uses the h of before that step, as in
+  :func:`optax.contrib.sophia`, so the first one is a sign update;
+  ``refresh_before_update`` is the order of the paper. An entry of an estimate
+  that is NaN or infinite is left out, and h keeps its value there.
+
+  The win rate, the fraction of coordinates that are not clipped, is measured
+  inside the refresh, for the update of that very step: a step that does not
+  refresh pays nothing for it. Read it with
+  ``optax.tree.get(state, 'win_rate')``. The paper's authors tune ``gamma``
+  until it lies between 0.1 and 0.5; a larger ``gamma`` raises it.
+
+  Gradients of complex parameters have to be conjugated, as for every optax
+  optimizer; their real and imaginary parts are clipped apart. Integer
+  parameters get a zero update.
+
+  Args:
+    b1: Decay rate of m, in [0, 1).
+    b2: Decay rate of h per refresh, in [0, 1). Per step it is about
+      ``1 - (1 - b2) / update_interval``.
+    eps: Smallest denominator, greater than 0.
+    gamma: Scale of the curvature, at least 0. With 0 the update is
+      ``clip(m / eps)``: sign momentum.
+    clip_threshold: Largest magnitude c of an update, greater than 0. None means
+      no clipping.
+    update_interval: Number k of steps from one refresh of h to the next.
+    hessian_diagonal_fn: Estimator of the Hessian diagonal, a transformation
+      whose ``update(grads, state, params, **extra_args)`` returns an estimate
+      like ``params``, and its state.
+    mu_dtype: dtype of m for real parameters. None means that of the parameter.
+    verbose: Whether to print the win rate.
+    print_win_rate_every_n_steps: Number of steps from one print to the next. 0
+      means none.
+    nu_dtype: dtype of h for real parameters. None means float32, or that of the
+      parameter if it is wider: in bfloat16 an EMA with decay 0.99 stalls.
+    bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
+    refresh_before_update: Whether a step that refreshes h uses the new h
+      already, as in Algorithm 3 of the paper.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` with a
+    :class:`SophiaState`, whose ``update`` needs ``params`` and the extra
+    arguments of the estimator. Updates have the dtypes of the gradients.
+
+  Raises:
+    ValueError: If a hyperparameter that is not an array is out of its range;
+      in ``update``, if ``params`` is missing or the estimate is not like it.
+    TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
+      not a transformation.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import sophia_optax
+    >>> loss = lambda x: jnp.sum(jnp.array([1.0, 100.0]) * x**2)
+    >>> tx = sophia_optax.scale_by_sophia(
+    ...     gamma=1.0, refresh_before_update=True, b2=0.0)
+    >>> x = jnp.array([0.5, 0.5])
+    >>> updates, _ = tx.update(jax.grad(loss)(x), tx.init(x), x, obj_fn=loss)
+    >>> print(updates.round(3))  # Newton's step, whatever the curvature.
+    [0.5 0.5]
+
+  References:
+    Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
+    Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
+    Algorithm 3
+  """
+  _checks.decay('b1', b1)
+  _checks.decay('b2', b2)
+  _checks.positive('eps', eps)
+  _checks.not_negative('gamma', gamma)
+  if clip_threshold is not None:
+    _checks.positive('clip_threshold', clip_threshold)
+  _checks.whole_number('update_interval', update_interval, at_least=1)
+  _checks.whole_number(
+      'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
+  )
+  _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
+  estimator = optax.with_extra_args_support(hessian_diagonal_fn)
+
+  def precondition(mu, nu, count):
+    """The update before it is clipped; all trees are coordinates."""
+    if bias_correction:
+      decay = jnp.asarray(b1, _coordinates.wider(jnp.result_type(b1), 'f4'))
+      mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
+
+    def ratio(m, h):
+      h = h.astype(m.dtype)
+      return m / jnp.maximum(_cast(gamma, h) * h, _cast(eps, h))
+
+    return jax.tree.map(ratio, mu, nu)
+
+  def clip(u):
+    if clip_threshold is None:
+      return u
+    return jnp.clip(u, -_cast(clip_threshold, u), _cast(clip_threshold, u))
+
+  def measure_win_rate(ratios):
+    if clip_threshold is None:
+      return jnp.ones([], jnp.float32)
+    won = jnp.zeros([], jnp.float32)
+    for r in jax.tree.leaves(ratios):
+      wins = jnp.atleast_1d(jnp.abs(r) < _cast(clip_threshold, r))
+      # Exact along one axis, and no int32 to overflow over all of them.
+      won += jnp.sum(jnp.sum(wins, axis=-1), dtype=jnp.float32)
+    return won / max(optax.tree.size(ratios), 1)
+
+  def init_fn(params):
+    mu = optax.tree.zeros_like(params)
+    if mu_dtype is not None:
+      mu = _coordinates.zeros_like(params, mu_dtype)
+    return SophiaState(
+        count=jnp.zeros([], jnp.int32),
+        mu=mu,
+        nu=_coordinates.zeros_like(params, nu_dtype),
+        hessian_fn_state=estimator.init(params),
+        win_rate=jnp.zeros([], jnp.float32),
+        nonfinite_count=jnp.zeros([], jnp.int32),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    _checks.given('params', params, 'scale_by_sophia')
+    count = optax.safe_increment(state.count)
+    _checks.same_shapes('The gradient', updates, params)
+    grads = jax.tree.map(_gradient_of, params, updates)
+    mu = jax.tree.map(
+        lambda g, m: _ema(b1, g, m),
+        _coordinates.widen(_coordinates.split(params, grads)),
+        _coordinates.split(params, state.mu),
+    )
+
+    def refresh(hessian_fn_state, nu, win_rate, nonfinite_count):
+      del win_rate
+      estimate, hessian_fn_state = estimator.update(
+          grads, hessian_fn_state, params=params, **extra_args
+      )
+      _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
+      old = _coordinates.split(params, nu)
+      new = jax.tree.map(
+          lambda e, h: _ema(b2, e, h),
+          _coordinates.widen(_coordinates.split(params, estimate)),
+          _coordinates.widen(old),
+      )
+      new = optax.tree.cast_like(new, old)
+      finite = jax.tree.map(jnp.isfinite, new)
+      new = jax.tree.map(jnp.where, finite, new, old)
+      all_finite = jnp.all(
+          jnp.array([jnp.all(f) for f in jax.tree.leaves(finite)], bool)
+      )
+      used = new if refresh_before_update else old
+      return (
+          hessian_fn_state,
+          _coordinates.join(nu, new),
+          measure_win_rate(precondition(mu, used, count)),
+          jnp.where(
+              all_finite, nonfinite_count, optax.safe_increment(nonfinite_count)
+          ),
+      )
+
+    hessian_fn_state, nu, win_rate, nonfinite_count = jax.lax.cond(
+        state.count % update_interval == 0,
+        refresh,
+        lambda *unchanged: unchanged,
+        state.hessian_fn_state,
+        state.nu,
+        state.win_rate,
+        state.nonfinite_count,
+    )
+
+    used = _coordinates.split(params, nu if refresh_before_update else state.nu)
+    ratios = precondition(mu, used, count)
+    if verbose:
+      _print_every(
+          print_win_rate_every_n_steps, count, measure_win_rate, ratios
+      )
+    return _coordinates.join(grads, jax.tree.map(clip, ratios)), SophiaState(
+        count=count,
+        mu=_coordinates.join(state.mu, mu),
+        nu=nu,
+        hessian_fn_state=hessian_fn_state,
+        win_rate=win_rate,
+        nonfinite_count=nonfinite_count,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _cast(value, like):
+  """Gives an array that is a hyperparameter the dtype that it meets."""
+  return value.astype(like.dtype) if isinstance(value, jax.Array) else value
+
+
+def _ema(decay, new, old):
+  """Exponential moving average, in the wider dtype of the two.
+
+  The decayed part is a product in the dtype of the average, as in optax.
+  """
+  dtype = _coordinates.wider(new.dtype, old.dtype)
+  decayed = (_cast(decay, old) * old).astype(dtype)
+  new = new.astype(dtype)
+  return (1 - _cast(decay, new)) * new + decayed
+
+
+def _gradient_of(param, grad):
+  """An integer parameter has none: `jax.grad` gives float0, others guess."""
+  if _coordinates.is_differentiable(param):
+    return grad
+  return jnp.zeros_like(param, dtype=jnp.result_type(param))
+
+
+def _print_every(n, count, measure_win_rate, ratios):
+  """Prints the win rate on every n-th step; n may be an array, 0 is never."""
+  if not isinstance(n, jax.Array) and n == 0:
+    return
+  jax.lax.cond(
+      (n > 0) & (count % jnp.maximum(n, 1) == 0),
+      lambda r: jax.debug.print(
+          'Sophia optimizer win rate: {}', measure_win_rate(r)
+      ),
+      lambda r: None,
+      ratios,
+  )

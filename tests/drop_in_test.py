@@ -1,0 +1,86 @@
+"""The same numbers as optax.contrib.sophia, for float32 parameters."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+import pytest
+import sophia_optax
+
+PARAMS = {
+    'w': jnp.linspace(-1.0, 1.5, 12).reshape(3, 4),
+    'b': {'c': jnp.array([0.5, -0.3, 0.8])},
+}
+
+
+def loss_fn(params):
+  hidden = jnp.tanh(params['w'].T @ params['b']['c'])
+  return jnp.sum(hidden**2) + jnp.sum(jnp.cosh(params['w'] / 2) - 1)
+
+
+def squared_gradient():
+  """A user's own estimator, of the old kind without extra arguments."""
+  return optax.GradientTransformation(
+      lambda params: optax.EmptyState(),
+      lambda g, s, p=None: (jax.tree.map(jnp.square, g), s),
+  )
+
+
+CASES = {
+    'default': {},
+    'key': {
+        'estimators': [
+            m.hutchinson_estimator_diag_hessian(jax.random.PRNGKey(3))
+            for m in (sophia_optax, optax.contrib)
+        ]
+    },
+    'own_estimator': {'estimators': [squared_gradient()] * 2},
+    'not_clipped': {'clip_threshold': None, 'eps': 1e-2, 'gamma': 1.0},
+    'low_clip': {'clip_threshold': 0.1, 'gamma': 1.0},
+    'mask_tree': {'weight_decay_mask': {'w': True, 'b': {'c': False}}},
+    'mask_prefix': {'weight_decay_mask': {'w': False, 'b': True}},
+    'mask_fn': {
+        'weight_decay_mask': lambda t: jax.tree.map(lambda x: x.ndim > 1, t)
+    },
+    'schedule': {'learning_rate': optax.cosine_decay_schedule(0.02, 100)},
+    'mu_bfloat16': {'mu_dtype': jnp.bfloat16},
+    'betas_and_interval': {'b1': 0.9, 'b2': 0.5, 'update_interval': 3},
+}
+
+
+def train(sophia, learning_rate=0.01, **kwargs):
+  tx = sophia(learning_rate, weight_decay=0.1, **kwargs)
+
+  def step(carry, _):
+    params, state = carry
+    grads = jax.grad(loss_fn)(params)
+    updates, state = tx.update(grads, state, params, obj_fn=loss_fn)
+    sophia_state = state[0]
+    seen = updates, sophia_state.mu, sophia_state.nu, sophia_state.count
+    return (optax.apply_updates(params, updates), state), seen
+
+  with jax.numpy_dtype_promotion('standard'):  # optax's needs it for mu_dtype.
+    carry = PARAMS, tx.init(PARAMS)
+    return jax.jit(lambda c: jax.lax.scan(step, c, length=100)[1])(carry)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_same_numbers(name):
+  kwargs = dict(CASES[name])
+  ours, theirs = {}, {}
+  if 'estimators' in kwargs:
+    estimators = kwargs.pop('estimators')
+    ours, theirs = ({'hessian_diagonal_fn': e} for e in estimators)
+  actual = train(sophia_optax.sophia, **kwargs, **ours)
+  expected = train(optax.contrib.sophia, **kwargs, **theirs)
+  # The absolute part is for sums that cancel, at 1e-6 of the largest value.
+  jax.tree.map(
+      lambda a, e: chex.assert_trees_all_close(
+          a, e, rtol=1e-6, atol=1e-6 * float(jnp.max(jnp.abs(e)))
+      ),
+      actual,
+      expected,
+  )
+  # mu in bfloat16 means that one rounding may fall to the other side.
+  assert float(jnp.max(jnp.abs(actual[0]['w']))) > 0

@@ -1,0 +1,152 @@
+"""Bad input: an error that says what was needed, given, and how to mend it."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sophia_optax
+
+PARAMS = {'w': jnp.ones(3), 'b': jnp.zeros(2)}
+
+
+def loss_fn(params):
+  return jnp.sum(params['w'] ** 2)
+
+
+HYPERPARAMETERS = [
+    ({'b1': 1.0}, ValueError, r'b1 must be a number in \[0, 1\), got 1.0'),
+    ({'b1': -0.1}, ValueError, 'b1 must'),
+    ({'b1': float('nan')}, ValueError, 'b1 must'),
+    ({'b2': 1.5}, ValueError, 'b2 must'),
+    ({'b2': '0.9'}, TypeError, "b2 must be a number .* got '0.9'"),
+    ({'eps': 0.0}, ValueError, 'eps must be a number greater than 0, got 0.0'),
+    ({'clip_threshold': 0}, ValueError, 'clip_threshold must'),
+    ({'clip_threshold': -1.0}, ValueError, 'clip_threshold must'),
+    ({'gamma': -0.01}, ValueError, 'gamma must be a number of at least 0'),
+    ({'update_interval': 0}, ValueError, 'whole and at least 1, got 0'),
+    ({'update_interval': 2.5}, ValueError, 'update_interval must'),
+    ({'print_win_rate_every_n_steps': -1}, ValueError, 'print_win_rate'),
+    ({'hessian_diagonal_fn': 3}, TypeError, 'with init and update, got 3'),
+    (
+        {'hessian_diagonal_fn': optax.identity},
+        TypeError,
+        'Call the factory',
+    ),
+]
+
+
+@pytest.mark.parametrize(('kwargs', 'error', 'match'), HYPERPARAMETERS)
+def test_hyperparameters(kwargs, error, match):
+  with pytest.raises(error, match=match):
+    sophia_optax.scale_by_sophia(**kwargs)
+  with pytest.raises(error, match=match):
+    sophia_optax.sophia(1e-3, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'match'),
+    [
+        ({'num_samples': 0}, ValueError, 'num_samples must'),
+        ({'num_samples': 1.5}, ValueError, 'num_samples must'),
+        (
+            {'distribution': 'gauss'},
+            ValueError,
+            r"one of \['normal', 'rademacher'\], got 'gauss'",
+        ),
+    ],
+)
+def test_estimator_arguments(kwargs, error, match):
+  with pytest.raises(error, match=match):
+    sophia_optax.hutchinson_estimator_diag_hessian(**kwargs)
+
+
+@pytest.mark.parametrize('seed', [1.5, 'seed'])
+def test_seed(seed):
+  estimator = sophia_optax.hutchinson_estimator_diag_hessian(seed)
+  with pytest.raises(TypeError, match=r'random_seed must .*jax\.random\.key'):
+    estimator.init(PARAMS)
+
+
+def test_arrays_pass_unvalidated():
+  sophia_optax.scale_by_sophia(
+      b1=jnp.float32(0.9), eps=np.array(0.1), update_interval=jnp.int32(3)
+  )
+
+
+OBJECTIVES = [
+    (None, ValueError, 'needs obj_fn, got None. Pass it on to update'),
+    (3, TypeError, r'obj_fn must be a function, called as obj_fn\(params\)'),
+    (lambda p: p['w'], TypeError, r'an array of shape \(3,\). Reduce it'),
+    (lambda p: (loss_fn(p), 1), TypeError, r'got a tuple of 2.*loss_fn'),
+    (lambda p: jnp.sum(p['w']).astype(int), TypeError, 'got dtype int32'),
+    (lambda p: jnp.sum(p['w']).astype(complex), TypeError, 'got dtype complex64'),
+    (lambda p: 'loss', TypeError, 'got str'),
+    (lambda p: None, TypeError, 'got NoneType'),
+    (lambda: 0.0, TypeError, r'callable as obj_fn\(params\)'),
+    (lambda p, batch: 0.0, TypeError, r"signature \(p, batch\).*'batch'"),
+    (functools.partial(lambda p, q: 0.0), TypeError, 'obj_fn=lambda params:'),
+]
+
+
+@pytest.mark.parametrize(('obj_fn', 'error', 'match'), OBJECTIVES)
+def test_objective(obj_fn, error, match):
+  tx = sophia_optax.sophia(0.1)
+  state = tx.init(PARAMS)
+  extra = {} if obj_fn is None else {'obj_fn': obj_fn}
+  before = jax.tree.map(np.array, state)
+  with pytest.raises(error, match=match):
+    tx.update(PARAMS, state, PARAMS, **extra)
+  with pytest.raises(error, match=match):
+    jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, **extra))(state)
+  chex.assert_trees_all_equal(before, state)
+
+
+def test_objective_of_one_argument_with_a_batch():
+  tx = sophia_optax.sophia(0.1)
+  with pytest.raises(TypeError, match=r'callable as obj_fn\(params, batch\)'):
+    tx.update(
+        PARAMS, tx.init(PARAMS), PARAMS, obj_fn=lambda p: 0.0, batch=jnp.ones(3)
+    )
+
+
+@pytest.mark.parametrize(
+    'part',
+    [
+        sophia_optax.sophia(0.1),
+        sophia_optax.scale_by_sophia(),
+        sophia_optax.hutchinson_estimator_diag_hessian(),
+    ],
+)
+def test_missing_params(part):
+  with pytest.raises(ValueError, match='needs params, got None'):
+    part.update(PARAMS, part.init(PARAMS), obj_fn=loss_fn)
+
+
+def returning(estimate):
+  return optax.GradientTransformation(
+      lambda params: optax.EmptyState(), lambda g, s, p=None: (estimate, s)
+  )
+
+
+@pytest.mark.parametrize(
+    ('estimate', 'match'),
+    [
+        ({'w': jnp.ones(3)}, "like params. Needed: .*'b'.*, got: "),
+        ({'w': jnp.ones(3), 'b': jnp.ones(3)}, r"leaf \['b'\] has shape \(3,\)"),
+        (jnp.ones(3), 'Hessian diagonal estimate must be a tree like params'),
+    ],
+)
+def test_estimate_unlike_params(estimate, match):
+  tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=returning(estimate))
+  with pytest.raises(ValueError, match=match):
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_gradient_unlike_params():
+  tx = sophia_optax.sophia(0.1)
+  with pytest.raises(ValueError, match='The gradient must be a tree like'):
+    tx.update({'w': jnp.ones(3)}, tx.init(PARAMS), PARAMS, obj_fn=loss_fn)

@@ -1,0 +1,338 @@
+"""Sophia itself: formula, cadence, dtypes, faults, win rate."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sophia_optax
+
+
+def loss_fn(params):
+  return jnp.sum(params['w'] ** 2) + jnp.sum(params['b'] ** 4)
+
+
+@pytest.fixture(name='params')
+def _params():
+  return {'w': jnp.linspace(-2.0, 2.5, 6).reshape(2, 3), 'b': jnp.ones(2)}
+
+
+def scripted(estimates):
+  """An estimator that returns these in turn; its state counts the calls."""
+  estimates = jax.tree.map(lambda *x: jnp.stack(x), *estimates)
+
+  def update(grads, count, params=None, **extra_args):
+    del grads, params, extra_args
+    return jax.tree.map(lambda e: e[count], estimates), count + 1
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: jnp.zeros([], jnp.int32), update
+  )
+
+
+def run(tx, grads, params):
+  """Updates and states of one step for each gradient in the list."""
+  update, state, seen = jax.jit(tx.update), tx.init(params), []
+  for g in grads:
+    updates, state = update(g, state, params)
+    seen.append((updates, state))
+  return seen
+
+
+@pytest.mark.parametrize('refresh_first', [False, True])
+@pytest.mark.parametrize('bias_correction', [False, True])
+@pytest.mark.parametrize('k', [1, 3])
+def test_algorithm_3_in_numpy(k, bias_correction, refresh_first):
+  b1, b2, gamma, eps, clip, lr, decay = 0.9, 0.8, 0.5, 1e-3, 0.7, 0.01, 0.1
+  rng = np.random.default_rng(0)
+  steps, shape = 50, (3, 4)
+  grads = rng.normal(size=(steps, *shape)).astype(np.float32)
+  estimates = rng.normal(size=(steps, *shape)).astype(np.float32) + 0.5
+
+  tx = sophia_optax.sophia(
+      lr,
+      b1,
+      b2,
+      eps,
+      decay,
+      gamma=gamma,
+      clip_threshold=clip,
+      update_interval=k,
+      hessian_diagonal_fn=scripted(list(jnp.asarray(estimates))),
+      bias_correction=bias_correction,
+      refresh_before_update=refresh_first,
+  )
+  theta = rng.normal(size=shape)
+  params = jnp.asarray(theta, jnp.float32)
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  m, h, refreshes = np.zeros(shape), np.zeros(shape), 0
+  for t in range(1, steps + 1):
+    updates, state = update(jnp.asarray(grads[t - 1]), state, params)
+    params = optax.apply_updates(params, updates)
+
+    # Paper, Algorithm 3, in float64.
+    m = b1 * m + (1 - b1) * grads[t - 1]
+    m_hat = m / (1 - b1**t) if bias_correction else m
+    refreshed = h
+    if (t - 1) % k == 0:
+      refreshed = b2 * h + (1 - b2) * estimates[refreshes]
+      refreshes += 1
+    used = refreshed if refresh_first else h
+    ratio = m_hat / np.maximum(gamma * used, eps)
+    theta = theta - lr * decay * theta - lr * np.clip(ratio, -clip, clip)
+    h = refreshed
+
+    np.testing.assert_allclose(params, theta, rtol=2e-5, atol=2e-6)
+    sophia_state = state[0]
+    np.testing.assert_allclose(sophia_state.nu, h, rtol=2e-5, atol=2e-6)
+    if (t - 1) % k == 0:
+      np.testing.assert_allclose(
+          sophia_state.win_rate, np.mean(np.abs(ratio) < clip), atol=1e-6
+      )
+  assert sophia_state.hessian_fn_state == refreshes == -(-steps // k)
+
+
+def test_state_and_update_dtypes():
+  params = {
+      'f32': jnp.ones(2),
+      'bf16': jnp.ones(2, jnp.bfloat16),
+      'f16': jnp.ones([], jnp.float16),
+      'int': jnp.array([3, -4]),
+      'bool': jnp.array(True),
+      'complex': jnp.array([1.0 + 2.0j]),
+      'none': None,
+      'empty': jnp.zeros((0, 3)),
+  }
+
+  def loss(p):
+    real = [p['f32'], p['bf16'], p['f16'], p['complex'].real, p['complex'].imag]
+    return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in real)
+
+  grads = jax.grad(loss, allow_int=True)(params)
+  for mu_dtype, nu_dtype in [(None, None), (jnp.bfloat16, jnp.bfloat16)]:
+    tx = sophia_optax.sophia(0.1, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    state = tx.init(params)
+    updates, new_state = jax.jit(
+        lambda g, s, p, tx=tx: tx.update(g, s, p, obj_fn=loss)
+    )(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal(updates['int'], jnp.array([0, 0]))
+    chex.assert_trees_all_equal(
+        optax.apply_updates(params, updates)['int'], params['int']
+    )
+    dtypes = lambda tree: {k: v.dtype for k, v in tree.items() if k != 'none'}
+    real = {'f32', 'bf16', 'f16', 'empty'}
+    for moment, dtype, default in [
+        (state[0].mu, mu_dtype, params),
+        (state[0].nu, nu_dtype, {k: jnp.float32(0) for k in real}),
+    ]:
+      for k, actual in dtypes(moment).items():
+        expected = params[k].dtype
+        if k in real:
+          expected = dtype or default[k].dtype
+        assert actual == expected, k
+
+
+def test_x64():
+  with jax.enable_x64(True):
+    params = {'f64': jnp.ones(2), 'f32': jnp.ones(2, jnp.float32)}
+    loss = lambda p: jnp.sum(p['f64'] ** 3) + jnp.sum(p['f32'] ** 2).astype(
+        jnp.float64
+    )
+    numbers = {'b1': 0.9, 'b2': 0.99, 'gamma': 0.01, 'clip_threshold': 1.0}
+    tx = sophia_optax.scale_by_sophia(
+        **{name: jnp.array(value) for name, value in numbers.items()}
+    )
+    state = tx.init(params)
+    step = jax.jit(lambda s, p: tx.update(jax.grad(loss)(p), s, p, obj_fn=loss))
+    updates, new_state = step(state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    nu = optax.tree.get(new_state, 'nu')
+    chex.assert_trees_all_equal_shapes_and_dtypes(nu, params)
+    np.testing.assert_allclose(nu['f64'], 0.06, rtol=1e-12)
+
+
+@pytest.mark.parametrize('params', [{}, [], jnp.array(2.0), 2.0], ids=str)
+def test_trees_of_every_size(params):
+  loss = lambda p: sum((x**2 for x in jax.tree.leaves(p)), jnp.zeros([]))
+  tx = sophia_optax.sophia(0.1, weight_decay=0.0)
+  updates, state = tx.update(
+      jax.grad(loss)(params), tx.init(params), params, obj_fn=loss
+  )
+  chex.assert_trees_all_close(
+      updates, jax.tree.map(lambda _: jnp.float32(-0.1), params)
+  )
+  assert jnp.isfinite(optax.tree.get(state, 'win_rate'))
+
+
+def test_gradients_wider_than_the_parameters():
+  params = jnp.ones(2, jnp.bfloat16)
+  tx = sophia_optax.scale_by_sophia(hessian_diagonal_fn=optax.identity())
+  updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+  assert updates.dtype == jnp.float32
+  assert state.mu.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_nonfinite_entries_never_enter_nu(bad):
+  first, second = jnp.array([1.0, 2.0]), jnp.array([3.0, bad])
+  tx = sophia_optax.scale_by_sophia(
+      b2=0.5,
+      update_interval=1,
+      hessian_diagonal_fn=scripted([first, second, first]),
+  )
+  states = [s for _, s in run(tx, [jnp.ones(2)] * 3, jnp.ones(2))]
+  np.testing.assert_allclose(states[0].nu, [0.5, 1.0])
+  np.testing.assert_allclose(states[1].nu, [1.75, 1.0])
+  np.testing.assert_allclose(states[2].nu, [1.375, 1.5])
+  assert [int(s.nonfinite_count) for s in states] == [0, 1, 1]
+
+
+def test_estimate_that_overflows_nu_dtype_is_left_out():
+  tx = sophia_optax.scale_by_sophia(
+      b2=0.0,
+      nu_dtype=jnp.float16,
+      update_interval=1,
+      hessian_diagonal_fn=scripted([jnp.array([1.0, 1e6])]),
+  )
+  ((_, state),) = run(tx, [jnp.ones(2)], jnp.ones(2))
+  np.testing.assert_allclose(state.nu, [1.0, 0.0])
+  assert state.nonfinite_count == 1
+
+
+def test_complex_curvature_and_clipping_are_apart():
+  # Curvature 2 along the real axis, 200 along the imaginary one.
+  loss = lambda z: jnp.sum(z.real**2 + 100 * z.imag**2)
+  z = jnp.array([0.25 + 0.5j, -3.0 + 0.001j])
+  tx = sophia_optax.scale_by_sophia(
+      b1=0.0, b2=0.0, gamma=1.0, refresh_before_update=True
+  )
+  grads = jnp.conj(jax.grad(loss)(z))
+  updates, state = tx.update(grads, tx.init(z), z, obj_fn=loss)
+  np.testing.assert_allclose(state.nu, [2 + 200j] * 2, rtol=1e-5)
+  np.testing.assert_allclose(updates, [0.25 + 0.5j, -1 + 0.001j], rtol=1e-5)
+  assert state.win_rate == 0.75
+
+
+def test_complex_quadratic_converges():
+  target = jnp.array([1.0 - 2.0j, -0.5 + 3.0j])
+  # The cross term couples real and imaginary parts.
+  loss = lambda z: jnp.sum(
+      jnp.abs(z - target) ** 2 + (z - target).real * (z - target).imag
+  )
+  tx = sophia_optax.sophia(
+      optax.linear_schedule(0.3, 0.0, 200), b1=0.9, weight_decay=0.0, gamma=1.0
+  )
+
+  def step(carry, _):
+    z, state = carry
+    grads = jnp.conj(jax.grad(loss)(z))
+    updates, state = tx.update(grads, state, z, obj_fn=loss)
+    return (optax.apply_updates(z, updates), state), None
+
+  z = jnp.zeros(2, jnp.complex64)
+  (z, _), _ = jax.lax.scan(step, (z, tx.init(z)), length=200)
+  np.testing.assert_allclose(z, target, atol=1e-2)
+
+
+def test_win_rate_is_measured_on_refresh_steps(params):
+  tx = sophia_optax.sophia(0.01, b2=0.0, gamma=1.0, update_interval=3)
+  update = jax.jit(
+      lambda s, p: tx.update(jax.grad(loss_fn)(p), s, p, obj_fn=loss_fn)
+  )
+  state, rates = tx.init(params), []
+  assert optax.tree.get(state, 'win_rate') == 0
+  for _ in range(9):
+    updates, state = update(state, params)
+    params = optax.apply_updates(params, updates)
+    rates.append(float(optax.tree.get(state, 'win_rate')))
+  assert rates[0] == rates[1] == rates[2] == 0  # Sign updates: h was zero.
+  assert rates[3] == rates[4] == rates[5] > 0
+  chex.assert_type(optax.tree.get(state, 'win_rate'), jnp.float32)
+
+
+def test_win_rate_without_clipping_is_one():
+  tx = sophia_optax.scale_by_sophia(
+      clip_threshold=None, hessian_diagonal_fn=optax.identity()
+  )
+  ((_, state),) = run(tx, [jnp.ones(2)], jnp.ones(2))
+  assert state.win_rate == 1
+
+
+@pytest.mark.parametrize('injected', [False, True])
+@pytest.mark.parametrize('n', [0, 2])
+def test_printed_win_rate(params, capsys, n, injected):
+  factory = sophia_optax.scale_by_sophia
+  if injected:
+    factory = optax.inject_hyperparams(factory)
+  tx = factory(
+      b2=0.0, gamma=1.0, verbose=True, print_win_rate_every_n_steps=n
+  )
+  state = tx.init(params)
+  step = jax.jit(
+      lambda s: tx.update(jax.grad(loss_fn)(params), s, params, obj_fn=loss_fn)
+  )
+  for _ in range(5):
+    _, state = step(state)
+  jax.effects_barrier()
+  printed = capsys.readouterr().out.splitlines()
+  assert len(printed) == (2 if n else 0)
+  for line in printed:
+    prefix, rate = line.split(': ')
+    assert prefix == 'Sophia optimizer win rate'
+    assert 0 < float(rate) < 1
+
+
+def test_no_print_costs_nothing(params):
+  def program(**kwargs):
+    tx = sophia_optax.scale_by_sophia(**kwargs)
+    update = lambda s: tx.update(params, s, params, obj_fn=loss_fn)
+    return jax.jit(update).lower(tx.init(params)).as_text()
+
+  silent = program()
+  assert program(verbose=True) == silent
+  assert program(print_win_rate_every_n_steps=2) == silent
+  assert program(verbose=True, print_win_rate_every_n_steps=2) != silent
+
+
+def test_gamma_zero_is_sign_momentum():
+  tx = sophia_optax.scale_by_sophia(
+      gamma=0.0, hessian_diagonal_fn=optax.identity()
+  )
+  seen = run(tx, [jnp.array([1e-3, -5.0, 0.0])] * 3, jnp.ones(3))
+  for updates, _ in seen:
+    np.testing.assert_allclose(updates, [1.0, -1.0, 0.0])
+
+
+def test_negative_curvature_takes_the_full_step():
+  tx = sophia_optax.scale_by_sophia(
+      b2=0.0,
+      refresh_before_update=True,
+      hessian_diagonal_fn=scripted([jnp.array([-5.0, 5.0])]),
+      gamma=1.0,
+  )
+  ((updates, _),) = run(tx, [jnp.array([0.1, 0.1])], jnp.ones(2))
+  np.testing.assert_allclose(updates, [1.0, 0.02], rtol=1e-5)
+
+
+def test_integer_parameters_do_not_decay():
+  # In float32 this integer would be another one.
+  params = {'w': jnp.ones(2), 'steps': jnp.array(2**24 + 1)}
+  for mask in (
+      None,
+      {'w': True, 'steps': True},
+      lambda tree: jax.tree.map(lambda _: True, tree),
+  ):
+    tx = sophia_optax.sophia(
+        0.1,
+        weight_decay=0.5,
+        weight_decay_mask=mask,
+        hessian_diagonal_fn=optax.identity(),
+    )
+    grads = {'w': jnp.zeros(2), 'steps': jnp.array(0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates['w'], -0.05)
+    chex.assert_trees_all_equal(updates['steps'], jnp.array(0))
