@@ -2,11 +2,9 @@
 
 from sophia_optax._alias import sophia as sophia
 from sophia_optax._hutchinson import (
-    HutchinsonState as HutchinsonState,
-)
-from sophia_optax._hutchinson import (
     hutchinson_estimator_diag_hessian as hutchinson_estimator_diag_hessian,
 )
+from sophia_optax._hutchinson import HutchinsonState as HutchinsonState
 from sophia_optax._sophia import scale_by_sophia as scale_by_sophia
 from sophia_optax._sophia import SophiaState as SophiaState
 

@@ -1,6 +1,7 @@
 """Optimizers: chains of the parts."""
 
-from typing import Any, Callable, Optional, Union
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -15,22 +16,19 @@ def sophia(
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
-    weight_decay_mask: Optional[
-        Union[Any, Callable[[optax.Params], Any]]
-    ] = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     gamma: jax.typing.ArrayLike = 0.01,
-    clip_threshold: Optional[jax.typing.ArrayLike] = 1.0,
+    clip_threshold: jax.typing.ArrayLike | None = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
-    hessian_diagonal_fn: Union[
-        optax.GradientTransformation,
-        optax.GradientTransformationExtraArgs,
-    ] = _hutchinson.hutchinson_estimator_diag_hessian(),
-    mu_dtype: Optional[Any] = None,
+    hessian_diagonal_fn: optax.GradientTransformation = (
+        _hutchinson.hutchinson_estimator_diag_hessian()
+    ),
+    mu_dtype: Any | None = None,
     verbose: bool = False,
     print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
     *,
-    nu_dtype: Optional[Any] = None,
+    nu_dtype: Any | None = None,
     bias_correction: bool = True,
     refresh_before_update: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -4,9 +4,10 @@ Numbers are checked only if they are static. Arrays and tracers, which is what
 `optax.inject_hyperparams` hands over, pass through.
 """
 
+from collections.abc import Callable, Collection, Sequence
 import inspect
 import math
-from typing import Any, Callable, Container, Optional, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def whole_number(name: str, value: Any, at_least: int):
   )
 
 
-def one_of(name: str, value: Any, known: Container[str]):
+def one_of(name: str, value: Any, known: Collection[str]):
   if not isinstance(value, str) or value not in known:
     raise ValueError(
         f'{name} must be one of {sorted(known)}, got {value!r}.'
@@ -128,7 +129,7 @@ def real_scalar(name: str, value: Any):
     )
 
 
-def _dtype(value: Any) -> Optional[Any]:
+def _dtype(value: Any) -> Any | None:
   try:  # None is a dtype to NumPy.
     return None if value is None else jnp.result_type(value)
   except (TypeError, ValueError):
@@ -137,7 +138,8 @@ def _dtype(value: Any) -> Optional[Any]:
 
 def same_shapes(name: str, tree: Any, params: Any):
   """Raises unless `tree` has the structure and the leaf shapes of `params`."""
-  got, need = jax.tree.structure(tree), jax.tree.structure(params)
+  got: Any = jax.tree.structure(tree)
+  need: Any = jax.tree.structure(params)
   if got != need:
     raise ValueError(
         f'{name} must be a tree like params. Needed: {need}, got: {got}.'

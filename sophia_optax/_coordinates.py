@@ -9,7 +9,7 @@ through these functions every formula is one over real floating point arrays:
     integer, boolean   None: no gradient, no curvature, no update
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def wider(*dtypes: Any) -> Any:
   return max(dtypes, key=lambda d: jnp.finfo(d).bits)
 
 
-def zeros_like(params: optax.Params, dtype: Optional[Any] = None) -> Any:
+def zeros_like(params: optax.Params, dtype: Any | None = None) -> Any:
   """Zeros shaped like `params`; real leaves have `dtype`.
 
   Args:

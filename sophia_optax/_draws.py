@@ -1,6 +1,7 @@
 """Random draws: where their key comes from, and averages over several."""
 
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 
 
-def make_key(random_seed: Optional[Any]) -> jax.Array:
+def make_key(random_seed: Any | None) -> jax.Array:
   """Returns a key that belongs to the caller alone, so that it may be donated.
 
   Args:

@@ -5,10 +5,9 @@
   ĥ     v ⊙ H v, so that E[ĥ] = diag(H): E[v_i v_j] is 1 if i = j, else 0
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
@@ -33,7 +32,7 @@ class HutchinsonState(NamedTuple):
 
 
 def hutchinson_estimator_diag_hessian(
-    random_seed: Optional[Any] = None,
+    random_seed: Any | None = None,
     *,
     num_samples: int = 1,
     distribution: str = 'rademacher',

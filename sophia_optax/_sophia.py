@@ -11,7 +11,7 @@ Symbols, all shaped like the parameters θ:
 The way of the data: g -> m -> (every k steps: estimator -> ĥ -> h) -> u.
 """
 
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class SophiaState(NamedTuple):
       not finite and so was left out, shape (), int32.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
   mu: optax.Updates
   nu: optax.Updates
   hessian_fn_state: Any
@@ -51,17 +51,16 @@ def scale_by_sophia(
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
     gamma: jax.typing.ArrayLike = 0.01,
-    clip_threshold: Optional[jax.typing.ArrayLike] = 1.0,
+    clip_threshold: jax.typing.ArrayLike | None = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
-    hessian_diagonal_fn: Union[
-        optax.GradientTransformation,
-        optax.GradientTransformationExtraArgs,
-    ] = _hutchinson.hutchinson_estimator_diag_hessian(),
-    mu_dtype: Optional[Any] = None,
+    hessian_diagonal_fn: optax.GradientTransformation = (
+        _hutchinson.hutchinson_estimator_diag_hessian()
+    ),
+    mu_dtype: Any | None = None,
     verbose: bool = False,
     print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
     *,
-    nu_dtype: Optional[Any] = None,
+    nu_dtype: Any | None = None,
     bias_correction: bool = True,
     refresh_before_update: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -196,7 +195,7 @@ def scale_by_sophia(
 
   def update_fn(updates, state, params=None, **extra_args):
     _checks.given('params', params, 'scale_by_sophia')
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     _checks.same_shapes('The gradient', updates, params)
     grads = jax.tree.map(_gradient_of, params, updates)
     mu = jax.tree.map(
@@ -212,16 +211,8 @@ def scale_by_sophia(
       )
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       old = _coordinates.split(params, nu)
-      new = jax.tree.map(
-          lambda e, h: _ema(b2, e, h),
-          _coordinates.widen(_coordinates.split(params, estimate)),
-          _coordinates.widen(old),
-      )
-      new = optax.tree.cast_like(new, old)
-      finite = jax.tree.map(jnp.isfinite, new)
-      new = jax.tree.map(jnp.where, finite, new, old)
-      all_finite = jnp.all(
-          jnp.array([jnp.all(f) for f in jax.tree.leaves(finite)], bool)
+      new, all_finite = _average_finite(
+          b2, _coordinates.split(params, estimate), old
       )
       used = new if refresh_before_update else old
       return (
@@ -229,7 +220,9 @@ def scale_by_sophia(
           _coordinates.join(nu, new),
           measure_win_rate(precondition(mu, used, count)),
           jnp.where(
-              all_finite, nonfinite_count, optax.safe_increment(nonfinite_count)
+              all_finite,
+              nonfinite_count,
+              optax.safe_increment(nonfinite_count),
           ),
       )
 
@@ -275,6 +268,19 @@ def _ema(decay, new, old):
   decayed = (_cast(decay, old) * old).astype(dtype)
   new = new.astype(dtype)
   return (1 - _cast(decay, new)) * new + decayed
+
+
+def _average_finite(decay, estimate, old):
+  """The EMA of an estimate's finite entries, and whether all are finite."""
+  estimate = optax.tree.cast_like(estimate, old)
+
+  def average(e, h):
+    new = _ema(decay, _coordinates.widen(e), _coordinates.widen(h))
+    return jnp.where(jnp.isfinite(e), new.astype(h.dtype), h)
+
+  largest = [jnp.max(jnp.abs(e), initial=0) for e in jax.tree.leaves(estimate)]
+  all_finite = jnp.all(jnp.array([jnp.isfinite(x) for x in largest], bool))
+  return jax.tree.map(average, estimate, old), all_finite
 
 
 def _gradient_of(param, grad):

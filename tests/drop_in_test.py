@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 import pytest
+
 import sophia_optax
 
 PARAMS = {

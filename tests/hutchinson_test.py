@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 import sophia_optax
 
 
@@ -58,7 +59,8 @@ def test_mean_over_all_sign_vectors_is_the_diagonal():
       )
       return jax.flatten_util.ravel_pytree(probe)[0]
 
-    key_of = {tuple(v): key for v, key in zip(np.array(signs(keys)), keys)}
+    drawn = np.array(signs(keys))
+    key_of = {tuple(v): k for v, k in zip(drawn, keys, strict=True)}
     assert set(key_of) == set(itertools.product([-1.0, 1.0], repeat=6))
 
     estimates = estimates_for(jnp.stack(list(key_of.values())), params)

@@ -1,0 +1,43 @@
+# make demo    trains a small language model with Sophia and with AdamW
+# make test    runs every test and every example in the documentation
+# make lint, make types, make package    what CI checks beside the tests
+#
+# Everything is installed into .venv; `make clean` removes it. Another
+# interpreter than python3: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint types package clean
+.NOTPARALLEL:
+
+demo: $(VENV)/installed-examples
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 \
+	  --dist=worksteal
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+package: $(VENV)/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# One stamp for each extra, so that a second call installs nothing.
+$(VENV)/installed-%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) \
+	  else "Python 3.11 or newer is needed; this is " + sys.version \
+	  + "\nName another one: make PYTHON=python3.12")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist

@@ -1,0 +1,123 @@
+"""Trains a small GPT with AdamW and with Sophia, side by side.
+
+  python examples/demo.py
+
+Both start from the same parameters and see the same batches. Ctrl-C leaves a
+checkpoint, the table and the plot so far.
+"""
+
+import os
+import time
+
+from absl import app
+from absl import flags
+from absl import logging
+from matplotlib import figure
+
+import gpt_configs
+import text
+import train_gpt
+
+# Okabe and Ito's colours, and a line style each for those who print in grey.
+_STYLES = {
+    'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
+    'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
+}
+_BASELINE = 'adamw'  # runs first
+
+
+def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
+  """Trains with one optimizer after another, until one is interrupted."""
+  results = {}
+  for optimizer in _STYLES:
+    results[optimizer] = train_gpt.train(gpt_configs.get_config(
+        'demo', optimizer, out_dir=os.path.join(out_dir, optimizer),
+        **overrides))
+    if not results[optimizer].finished:
+      break
+  return results
+
+
+def _target(results):
+  history = results[_BASELINE].history
+  return history[-1]['val_loss'] if history else float('-inf')
+
+
+def table(results: dict[str, train_gpt.Result]) -> str:
+  """Compares the runs with the baseline's final validation loss."""
+  target = _target(results)
+  row = '{:10} {:>6} {:>10} {:>8} {:>9} {:>10} {:>9}'.format
+  lines = [
+      row('', '', 'validation', 'steps to', 'seconds', 'mean step', 'compile'),
+      row('optimizer', 'steps', 'loss', 'target', 'to target', 'ms', 's'),
+  ]
+  for optimizer, result in results.items():
+    name = _STYLES[optimizer]['label']
+    if not result.history:
+      lines.append(row(name, *['-'] * 6))
+      continue
+    last = result.history[-1]
+    reached = next((h for h in result.history if h['val_loss'] <= target), None)
+    lines.append(row(
+        name, last['step'], f'{last["val_loss"]:.3f}',
+        reached['step'] if reached else 'never',
+        f'{reached["seconds"]:.1f}' if reached else 'never',
+        f'{1e3 * last["seconds"] / last["step"]:.0f}',
+        f'{result.compile_seconds:.1f}'))
+  lines.append(
+      f'Target: {_STYLES[_BASELINE]["label"]}\'s last validation loss. Seconds '
+      'are of training, without\ncompilation, validation and checkpoints.')
+  return '\n'.join(lines)
+
+
+def plot(results: dict[str, train_gpt.Result], path: str) -> None:
+  """Draws validation loss over steps and over seconds of training."""
+  fig = figure.Figure(figsize=(10, 4.5), layout='constrained')
+  axes = fig.subplots(1, 2, sharey=True)
+  losses = []
+  for ax, key, unit in zip(axes, ('step', 'seconds'),
+                           ('Steps', 'Seconds of training'), strict=True):
+    for optimizer, result in results.items():
+      values = [entry['val_loss'] for entry in result.history]
+      # The steep start would press what matters into a corner.
+      losses += values[len(values) // 6:]
+      ax.plot([entry[key] for entry in result.history], values, linewidth=2,
+              **_STYLES[optimizer])
+    if losses:
+      ax.axhline(_target(results), color='#999999', linewidth=1, zorder=0)
+    ax.set_xlabel(unit)
+    ax.grid(alpha=0.25)
+    ax.set_xlim(left=0)
+    ax.spines[['top', 'right']].set_visible(False)
+  if losses:
+    margin = 0.05 * (max(losses) - min(losses)) + 1e-3
+    axes[0].set_ylim(min(losses) - margin, max(losses) + margin)
+  axes[0].set_ylabel('Validation loss (nats per byte)')
+  axes[0].legend(frameon=False)
+  fig.suptitle('Byte-level GPT on the text of the standard library')
+  fig.savefig(path, dpi=150)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'Flags only, such as --out_dir=x; got {argv[1:]}.')
+  logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
+  out_dir = _OUT_DIR.value or time.strftime('runs/demo-%Y%m%d-%H%M%S')
+  tokens = text.standard_library()
+  print(f'Text: {len(tokens):,} bytes of the standard library, '
+        f'SHA-256 {text.fingerprint(tokens)}')
+  results = train_all(out_dir)
+  print(table(results))
+  path = os.path.abspath(os.path.join(out_dir, 'validation_loss.png'))
+  plot(results, path)
+  print(f'Plot: {path}')
+  if not all(result.finished for result in results.values()):
+    print('Interrupted. To go on: '
+          f'python examples/demo.py --out_dir={out_dir}')
+
+
+if __name__ == '__main__':
+  _OUT_DIR = flags.DEFINE_string(
+      'out_dir', None, 'Of checkpoints and plot; runs that it holds are '
+      'resumed. By default a new folder in runs/.')
+  app.run(main)

@@ -1,0 +1,142 @@
+"""Settings of train_gpt.py: every field is a flag of the same name."""
+
+import dataclasses
+
+OPTIMIZERS = ('adamw', 'sophia_h')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run. B sequences of T tokens a step."""
+
+  # Data.
+  data_dir: str = ''  # has train.bin, val.bin; '': the standard library's text
+  seed: int = 0  # of parameters, batches and curvature probes
+
+  # Model.
+  vocab_size: int = 256
+  block_size: int = 64  # T
+  num_layers: int = 2
+  num_heads: int = 2
+  width: int = 64
+  dtype: str = 'float32'  # of activations
+  unroll: int = 1  # layers per iteration of the scan over layers
+  remat: bool = False  # compute activations twice instead of keeping them
+
+  # Training.
+  num_steps: int = 250
+  batch_size: int = 128  # B, over all micro-batches
+  # Sequences in memory at once; divides B. Small is also fast on a CPU: 32
+  # sequences of the demo's model stay in its cache.
+  micro_batch_size: int = 32
+  eval_interval: int = 10  # steps between validations
+  eval_batches: int = 16  # of micro_batch_size sequences
+
+  # Optimizer.
+  optimizer: str = 'adamw'  # one of OPTIMIZERS
+  learning_rate: float = 1e-2  # after warm-up; a cosine leads on from there
+  final_learning_rate: float = 0.05  # at the end, as a fraction of it
+  warmup_steps: int = 100
+  b1: float = 0.9
+  b2: float = 0.99
+  eps: float = 1e-8
+  weight_decay: float = 0.1  # of matrices only
+  clip_norm: float = 1.0  # largest global norm of a gradient
+  gamma: float = 0.01  # Sophia: scale of the curvature
+  update_interval: int = 10  # Sophia: steps between curvature estimates
+  curvature_batch_size: int = 32  # Sophia: sequences used for an estimate
+
+  # Output.
+  out_dir: str = ''  # of checkpoints, resumed from if there are any
+  checkpoint_interval: int = 100
+
+  def __post_init__(self):
+    if self.optimizer not in OPTIMIZERS:
+      raise ValueError(
+          f'optimizer must be one of {", ".join(OPTIMIZERS)}; '
+          f'got {self.optimizer!r}.')
+    for name in ('num_steps', 'batch_size', 'micro_batch_size', 'block_size',
+                 'eval_interval', 'eval_batches', 'checkpoint_interval'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+            f'{name} must be at least 1; got {getattr(self, name)}.')
+    if not 0 <= self.warmup_steps < self.num_steps:
+      raise ValueError(
+          'warmup_steps must be at least 0 and below num_steps = '
+          f'{self.num_steps}; got {self.warmup_steps}.')
+    if self.batch_size % self.micro_batch_size:
+      raise ValueError(
+          'batch_size must be a multiple of micro_batch_size; got '
+          f'{self.batch_size} and {self.micro_batch_size}.')
+    if not 1 <= self.curvature_batch_size <= self.batch_size:
+      raise ValueError(
+          'curvature_batch_size is a part of the batch, 1 to batch_size = '
+          f'{self.batch_size}; got {self.curvature_batch_size}.')
+    if self.curvature_batch_size % min(
+        self.micro_batch_size, self.curvature_batch_size):
+      raise ValueError(
+          'curvature_batch_size must be below micro_batch_size or a multiple '
+          f'of it; got {self.curvature_batch_size} and '
+          f'{self.micro_batch_size}.')
+    if self.width % self.num_heads:
+      raise ValueError(
+          'width must be a multiple of num_heads; got '
+          f'{self.width} and {self.num_heads}.')
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.batch_size * self.block_size
+
+
+# A minute on two CPU cores. What follows for each optimizer is the best trial
+# of sweep.py.
+_DEMO = Config(unroll=2)
+
+# The paper's GPT-2 small (arXiv:2305.14342, section 3 and appendix).
+_GPT2_124M = Config(
+    vocab_size=50304, block_size=1024, num_layers=12, num_heads=12, width=768,
+    dtype='bfloat16', remat=True, num_steps=100_000, batch_size=480,
+    micro_batch_size=8, eval_interval=1000, eval_batches=64,
+    checkpoint_interval=1000, learning_rate=6e-4, warmup_steps=2000)
+
+CONFIGS = {
+    'demo': {
+        'adamw': dataclasses.replace(
+            _DEMO, optimizer='adamw', learning_rate=5.17e-3, b1=0.796,
+            b2=0.981, warmup_steps=75),
+        'sophia_h': dataclasses.replace(
+            _DEMO, optimizer='sophia_h', learning_rate=2.57e-3, b1=0.654,
+            b2=0.959, warmup_steps=100, gamma=0.0503, update_interval=5),
+    },
+    'gpt2_124m': {
+        'adamw': dataclasses.replace(
+            _GPT2_124M, optimizer='adamw', b1=0.9, b2=0.95),
+        'sophia_h': dataclasses.replace(
+            _GPT2_124M, optimizer='sophia_h', b1=0.96, b2=0.99, eps=1e-12,
+            weight_decay=0.2),
+    },
+}
+
+
+def get_config(name: str, optimizer: str, **overrides) -> Config:
+  """Returns the settings of that name for that optimizer.
+
+  Args:
+    name: a key of `CONFIGS`.
+    optimizer: one of `OPTIMIZERS`.
+    **overrides: fields of `Config` to replace.
+
+  Returns:
+    The settings.
+
+  Raises:
+    ValueError: if there is no such name, or a setting is not possible.
+  """
+  if name not in CONFIGS:
+    raise ValueError(
+        f'config must be one of {", ".join(CONFIGS)}; got {name!r}.')
+  if optimizer not in CONFIGS[name]:
+    raise ValueError(
+        f'optimizer must be one of {", ".join(CONFIGS[name])}; '
+        f'got {optimizer!r}.')
+  return dataclasses.replace(CONFIGS[name][optimizer], **overrides)

@@ -1,0 +1,329 @@
+"""The language model example: data, steps, interruption, resume, the demo."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import demo
+import gpt
+import gpt_configs
+import step_cost
+import sweep
+import text
+import train_gpt
+
+_TINY = {
+    'num_layers': 2, 'num_heads': 2, 'width': 16, 'block_size': 8,
+    'vocab_size': 64, 'batch_size': 8, 'micro_batch_size': 4,
+    'curvature_batch_size': 4, 'eval_batches': 1, 'warmup_steps': 2,
+}
+_SCRIPT = pathlib.Path(train_gpt.__file__)
+
+
+@pytest.fixture(autouse=True)
+def _optax_may_promote(monkeypatch):
+  # optax's schedules and adamw raise float32 to the power of an int32 count,
+  # which strict promotion forbids. The model and the step stay strict.
+  make_optimizer = train_gpt.make_optimizer
+
+  def lenient(config):
+    optimizer = make_optimizer(config)
+
+    def update(*args, **kwargs):
+      with jax.numpy_dtype_promotion('standard'):
+        return optimizer.update(*args, **kwargs)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+  monkeypatch.setattr(train_gpt, 'make_optimizer', lenient)
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast():
+  # Compilation is nearly all of the time here, and runs take milliseconds.
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  rng = np.random.default_rng(0)
+  for name in ('train.bin', 'val.bin'):
+    rng.integers(0, 64, 5000).astype(np.uint16).tofile(tmp_path / name)
+  return str(tmp_path)
+
+
+def _config(name='demo', optimizer='sophia_h', **overrides):
+  return gpt_configs.get_config(name, optimizer, **(_TINY | overrides))
+
+
+def _setup(config):
+  model = train_gpt.make_model(config)
+  optimizer = train_gpt.make_optimizer(config)
+  loss_fn = train_gpt.make_loss(model)
+  return (train_gpt.make_init(config, model, optimizer),
+          train_gpt.make_step(config, loss_fn, optimizer))
+
+
+# Data.
+
+
+def test_standard_library_is_the_same_at_every_call():
+  tokens = text.standard_library()
+  assert len(tokens) > 5_000_000
+  assert text.fingerprint(tokens) == text.fingerprint(text.standard_library())
+  train, val = text.load()
+  assert 0.04 < len(val) / len(train) < 0.06
+
+
+def test_bin_files_are_mapped_and_read_as_uint16(data_dir):
+  train, _ = text.load(data_dir)
+  assert isinstance(train, np.memmap)
+  batch = text.sample(train, 0, 3, 4, 8, 64)
+  assert batch.shape == (4, 9)
+  assert batch.dtype == np.int32
+  # Each row is a run of consecutive tokens of the file.
+  windows = np.lib.stride_tricks.sliding_window_view(train, 9)
+  assert all((windows == row).all(axis=1).any() for row in batch)
+
+
+def test_batch_depends_on_seed_and_step_only(data_dir):
+  train, _ = text.load(data_dir)
+  draw = lambda seed, step: text.sample(train, seed, step, 4, 8, 64)
+  np.testing.assert_array_equal(draw(1, 2), draw(1, 2))
+  assert (draw(1, 2) != draw(1, 3)).any()
+  assert (draw(1, 2) != draw(2, 2)).any()
+
+
+def test_last_window_can_be_drawn():
+  batch = text.sample(np.arange(9), 0, 0, 4, 8, 64)
+  np.testing.assert_array_equal(batch, np.tile(np.arange(9), (4, 1)))
+
+
+def test_bad_data_is_a_clear_error(tmp_path, data_dir):
+  with pytest.raises(FileNotFoundError, match=r'no .*train\.bin'):
+    text.load(str(tmp_path / 'nowhere'))
+  train, _ = text.load(data_dir)
+  with pytest.raises(ValueError, match=r'below vocab_size, 8;'):
+    text.sample(train, 0, 0, 4, 8, 8)
+  with pytest.raises(ValueError, match=r'10001 tokens is needed.* has 5000'):
+    text.validation(train, 1, 1, 10000, 64)
+  (tmp_path / 'train.bin').write_bytes(b'odd')
+  with pytest.raises(ValueError, match='it has 3 bytes'):
+    text.load(data_dir)
+
+
+# Model and step.
+
+
+def test_decay_is_for_matrices_only():
+  init, _ = _setup(_config())
+  mask = gpt.decay_mask(jax.eval_shape(init).params)
+  decayed = {
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for path, x in jax.tree_util.tree_leaves_with_path(mask) if x
+  }
+  assert decayed == {'tokens/embedding'} | {
+      f'layers/Dense_{i}/kernel' for i in range(4)
+  }
+
+
+def test_model_is_causal():
+  config = _config()
+  init, _ = _setup(config)
+  model = jax.jit(train_gpt.make_model(config).apply)
+  params = jax.jit(init)().params
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  logits = model({'params': params}, tokens)
+  changed = model({'params': params}, tokens.at[0, 5].set(1))
+  np.testing.assert_array_equal(logits[:, :5], changed[:, :5])
+  assert (logits[:, 5:] != changed[:, 5:]).any()
+
+
+def test_micro_batches_and_layer_scan_do_not_change_the_step():
+  results = []
+  for overrides in ({'micro_batch_size': 8, 'unroll': 2, 'num_steps': 10},
+                    {'micro_batch_size': 2, 'remat': True, 'num_steps': 10}):
+    config = _config(**overrides)
+    init, step = _setup(config)
+    batch = np.random.default_rng(0).integers(0, 64, (8, 9), np.int32)
+    results.append(jax.jit(step)(jax.jit(init)(), batch))
+  chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-6)
+
+
+def test_gpt2_124m_trains_on_bin_files(data_dir):
+  result = train_gpt.train(_config(
+      'gpt2_124m', data_dir=data_dir, num_steps=6, eval_interval=3,
+      learning_rate=1e-2, update_interval=2))
+  assert result.finished
+  assert [entry['step'] for entry in result.history] == [3, 6]
+  assert all(np.isfinite(entry['val_loss']) for entry in result.history)
+  assert 0 < result.history[-1]['win_rate'] <= 1
+  seconds = [entry['seconds'] for entry in result.history]
+  assert 0 < seconds[0] < seconds[1]
+
+
+def test_gpt2_124m_has_the_settings_of_the_paper():
+  config = gpt_configs.get_config('gpt2_124m', 'sophia_h')
+  assert config.tokens_per_step == 480 * 1024
+  assert config.update_interval == 10
+  assert config.curvature_batch_size == 32
+  assert (config.b1, config.b2, config.gamma) == (0.96, 0.99, 0.01)
+  assert (config.warmup_steps, config.clip_norm) == (2000, 1.0)
+  assert config.final_learning_rate == 0.05
+
+
+@pytest.mark.parametrize(('overrides', 'message'), [
+    ({'batch_size': 6}, r'multiple of micro_batch_size; got 6 and 4'),
+    ({'curvature_batch_size': 9}, r'1 to batch_size = 8; got 9'),
+    ({'curvature_batch_size': 6}, r'multiple of it; got 6 and 4'),
+    ({'num_heads': 3}, r'multiple of num_heads; got 16 and 3'),
+    ({'num_steps': 2}, r'below num_steps = 2; got 2'),
+    ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),
+    ({'name': 'gpt5'}, r'one of demo, gpt2_124m; got .gpt5.'),
+    ({'optimizer': 'sgd'}, r'one of adamw, sophia_h; got .sgd.'),
+])
+def test_bad_settings_are_a_clear_error(overrides, message):
+  with pytest.raises(ValueError, match=message):
+    _config(**overrides)
+
+
+# Cost.
+
+
+def test_flops_count_every_iteration_and_both_branches():
+  def fn(x, w):
+    def layer(x, w):
+      return jnp.sin(x @ w), None
+
+    x, _ = jax.lax.scan(layer, x, w)
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w[0], lambda x: x, x)
+
+  x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+  w = jax.ShapeDtypeStruct((5, 4, 4), jnp.float32)
+  product = 2 * 3 * 4 * 4
+  assert step_cost.matmul_flops(fn, x, w) == (5 * product, 6 * product)
+
+
+def test_dry_run_counts_as_the_textbook_does():
+  config = _config(width=32)
+  described = train_gpt.dry_run(config)
+  # 12 C² + 2 C for each layer, embeddings of tokens and positions, last norm.
+  parameters = 2 * (12 * 32**2 + 2 * 32) + 64 * 32 + 8 * 32 + 32
+  assert f'parameter count: {parameters:,}' in described
+  assert 'layers/Dense_0/kernel                float32   (2, 32, 96)' in (
+      described)
+  # Forward and twice that backward: layers, attention, tied output matrix.
+  matrices = 2 * 12 * 32**2 + 64 * 32
+  flops = 3 * 2 * 64 * (matrices + 2 * 2 * 8 * 32)
+  assert f'FLOPs a step (matrix products): {flops:.4e}' in described
+  assert 'with a curvature refresh' in described
+  assert 'temporaries' in described
+
+
+# Interruption and resume.
+
+
+def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
+  config = _config(
+      data_dir=data_dir, num_steps=60, eval_interval=20, update_interval=3,
+      checkpoint_interval=1, out_dir=str(tmp_path / 'killed'))
+  command = [sys.executable, str(_SCRIPT)] + [
+      f'--{name}={value}' for name, value in dataclasses.asdict(config).items()
+  ]
+  process = subprocess.Popen(
+      command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path),
+                        'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8',
+                        'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'})
+  try:
+    deadline = time.monotonic() + 200
+    while not (tmp_path / 'killed' / '4').exists():
+      assert process.poll() is None, 'The run ended before it was killed.'
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+  finally:
+    process.kill()  # SIGKILL
+  assert process.wait() == -signal.SIGKILL
+
+  resumed = train_gpt.train(config)
+  undisturbed = train_gpt.train(dataclasses.replace(config, out_dir=''))
+  # Parameters, moments, curvature, counts, the key of the probes.
+  chex.assert_trees_all_equal(resumed.state, undisturbed.state)
+  assert ([entry['val_loss'] for entry in resumed.history]
+          == [entry['val_loss'] for entry in undisturbed.history])
+
+  with pytest.raises(ValueError, match=r'width: 16 then, 32 now'):
+    train_gpt.train(dataclasses.replace(config, width=32))
+
+
+def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
+  sample = text.sample
+  settings = _TINY | {'vocab_size': 256, 'num_steps': 8, 'eval_interval': 2}
+
+  def interrupting(tokens, seed, step, *sizes):
+    if step == 4:
+      signal.raise_signal(signal.SIGINT)
+    return sample(tokens, seed, step, *sizes)
+
+  monkeypatch.setattr(text, 'sample', interrupting)
+  handler = signal.getsignal(signal.SIGINT)
+  results = demo.train_all(str(tmp_path), **settings)
+  assert signal.getsignal(signal.SIGINT) is handler
+  assert list(results) == ['adamw']
+  assert not results['adamw'].finished
+  assert (tmp_path / 'adamw' / '5').is_dir()
+  assert 'AdamW           4' in demo.table(results)
+  demo.plot(results, str(tmp_path / 'plot.png'))
+  assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+
+  monkeypatch.setattr(text, 'sample', sample)
+  results = demo.train_all(str(tmp_path), **settings)
+  assert list(results) == ['adamw', 'sophia_h']
+  assert all(result.finished for result in results.values())
+  steps = [entry['step'] for entry in results['adamw'].history]
+  assert steps == [2, 4, 6, 8]
+  assert 'Sophia-H' in demo.table(results)
+  demo.plot(results, str(tmp_path / 'plot.png'))
+
+
+def test_demo_reports_a_run_that_was_stopped_before_its_first_validation(
+    tmp_path):
+  results = {'adamw': train_gpt.Result(None, [], 1.0, False)}
+  assert 'AdamW           -' in demo.table(results)
+  demo.plot(results, str(tmp_path / 'plot.png'))
+
+
+# Sweep.
+
+
+def test_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+  runs = []
+
+  def train(config):
+    runs.append(config)
+    history = [{'val_loss': 3.0 - len(runs), 'seconds': 1.0}]
+    return train_gpt.Result(None, history, 1.0, len(runs) != 3)
+
+  monkeypatch.setattr(train_gpt, 'train', train)
+  path = str(tmp_path / 'sweep.json')
+  assert len(sweep.sweep(path, 2)) == 2
+  results = sweep.sweep(path, 2)
+  assert len(results) == 4
+  assert len(runs) == 5  # the interrupted trial was run again
+  assert runs[2] == runs[3]
+  assert len(sweep.sweep(path, 2)) == 4
+  assert len(runs) == 5
+  assert sweep.table(results).count('\n| ') == 5
