@@ -1,8 +1,8 @@
-"""Trains a small GPT with AdamW and with Sophia, side by side.
+"""Trains a small GPT with AdamW, Sophia-H and Sophia-G, side by side.
 
   python examples/demo.py
 
-Both start from the same parameters and see the same batches. Ctrl-C leaves a
+All start from the same parameters and see the same batches. Ctrl-C leaves a
 checkpoint, the table and the plot so far.
 """
 
@@ -22,6 +22,7 @@ import train_gpt
 _STYLES = {
     'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
     'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
+    'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-.'},
 }
 _BASELINE = 'adamw'  # runs first
 

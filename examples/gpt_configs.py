@@ -2,7 +2,7 @@
 
 import dataclasses
 
-OPTIMIZERS = ('adamw', 'sophia_h')
+OPTIMIZERS = ('adamw', 'sophia_h', 'sophia_g')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Config:
   eps: float = 1e-8
   weight_decay: float = 0.1  # of matrices only
   clip_norm: float = 1.0  # largest global norm of a gradient
-  gamma: float = 0.01  # Sophia: scale of the curvature
+  gamma: float = 0.01  # Sophia: scale of the curvature; rho of Sophia-G
   update_interval: int = 10  # Sophia: steps between curvature estimates
   curvature_batch_size: int = 32  # Sophia: sequences used for an estimate
+  curvature_parts: int = 1  # Sophia: estimates that these are divided among
 
   # Output.
   out_dir: str = ''  # of checkpoints, resumed from if there are any
@@ -72,12 +73,11 @@ class Config:
       raise ValueError(
           'curvature_batch_size is a part of the batch, 1 to batch_size = '
           f'{self.batch_size}; got {self.curvature_batch_size}.')
-    if self.curvature_batch_size % min(
-        self.micro_batch_size, self.curvature_batch_size):
+    if self.curvature_parts < 1 or (
+        self.curvature_batch_size % self.curvature_parts):
       raise ValueError(
-          'curvature_batch_size must be below micro_batch_size or a multiple '
-          f'of it; got {self.curvature_batch_size} and '
-          f'{self.micro_batch_size}.')
+          'curvature_parts must divide curvature_batch_size = '
+          f'{self.curvature_batch_size}; got {self.curvature_parts}.')
     if self.width % self.num_heads:
       raise ValueError(
           'width must be a multiple of num_heads; got '
@@ -92,7 +92,9 @@ class Config:
 # of sweep.py.
 _DEMO = Config(unroll=2)
 
-# The paper's GPT-2 small (arXiv:2305.14342, section 3 and appendix).
+# GPT-2 small with the batch, schedule, curvature batches, b1, b2, k, eps and
+# gamma of arXiv:2305.14342. Sophia's learning rate and decay are those that its
+# authors' code has for Sophia-G of this size, AdamW's settings are nanoGPT's.
 _GPT2_124M = Config(
     vocab_size=50304, block_size=1024, num_layers=12, num_heads=12, width=768,
     dtype='bfloat16', remat=True, num_steps=100_000, batch_size=480,
@@ -107,13 +109,20 @@ CONFIGS = {
         'sophia_h': dataclasses.replace(
             _DEMO, optimizer='sophia_h', learning_rate=2.57e-3, b1=0.654,
             b2=0.959, warmup_steps=100, gamma=0.0503, update_interval=5),
+        'sophia_g': dataclasses.replace(
+            _DEMO, optimizer='sophia_g', learning_rate=3e-3, b1=0.7, b2=0.9,
+            warmup_steps=100, gamma=0.05, update_interval=2,
+            curvature_batch_size=64, curvature_parts=8),
     },
     'gpt2_124m': {
         'adamw': dataclasses.replace(
             _GPT2_124M, optimizer='adamw', b1=0.9, b2=0.95),
         'sophia_h': dataclasses.replace(
             _GPT2_124M, optimizer='sophia_h', b1=0.96, b2=0.99, eps=1e-12,
-            weight_decay=0.2),
+            weight_decay=0.2, curvature_parts=4),
+        'sophia_g': dataclasses.replace(
+            _GPT2_124M, optimizer='sophia_g', b1=0.96, b2=0.99, gamma=0.05,
+            weight_decay=0.2, curvature_batch_size=240, curvature_parts=30),
     },
 }
 

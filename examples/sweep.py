@@ -48,6 +48,11 @@ RANGES = {
         'gamma': log_uniform(3e-3, 1e-1),
         'update_interval': choice(2, 5, 10),
     },
+    'sophia_g': _SHARED | {
+        'learning_rate': log_uniform(2e-3, 1e-2),
+        'gamma': log_uniform(1e-2, 3e-1),
+        'update_interval': choice(2, 5, 10),
+    },
 }
 
 

@@ -64,8 +64,18 @@ def make_optimizer(config):
     optimizer = sophia_optax.sophia(
         learning_rate, config.b1, config.b2, config.eps, config.weight_decay,
         gpt.decay_mask, config.gamma, update_interval=config.update_interval,
-        hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-            config.seed))
+        hessian_diagonal_fn=sophia_optax.microbatched(
+            sophia_optax.hutchinson_estimator_diag_hessian(config.seed),
+            config.curvature_parts))
+  elif config.optimizer == 'sophia_g':
+    optimizer = sophia_optax.sophia_g(
+        learning_rate, config.b1, config.b2, config.gamma, config.weight_decay,
+        weight_decay_mask=gpt.decay_mask,
+        update_interval=config.update_interval,
+        hessian_diagonal_fn=sophia_optax.microbatched(
+            sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+                config.seed),
+            config.curvature_parts))
   else:
     optimizer = optax.adamw(
         learning_rate, config.b1, config.b2, config.eps,
@@ -73,11 +83,17 @@ def make_optimizer(config):
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-def make_loss(model):
+def make_predict(model):
+  def predict_fn(params, tokens):  # tokens: (B, T + 1)
+    return model.apply({'params': params}, tokens[:, :-1])  # (B, T, V)
+
+  return predict_fn
+
+
+def make_loss(predict_fn):
   def loss_fn(params, tokens):  # tokens: (B, T + 1)
-    logits = model.apply({'params': params}, tokens[:, :-1])  # (B, T, V)
     return optax.softmax_cross_entropy_with_integer_labels(
-        logits, tokens[:, 1:]).mean()
+        predict_fn(params, tokens), tokens[:, 1:]).mean()
 
   return loss_fn
 
@@ -91,12 +107,9 @@ def make_init(config, model, optimizer):
   return init
 
 
-def make_step(config, loss_fn, optimizer):
+def make_step(config, predict_fn, optimizer):
   """Returns the function (state, batch) -> (state, metrics)."""
-
-  def split(batch):  # (B, T + 1) to (B/M, M, T + 1)
-    size = min(config.micro_batch_size, len(batch))
-    return batch.reshape(-1, size, batch.shape[-1])
+  loss_fn = make_loss(predict_fn)
 
   def step(state, batch):  # batch: (B, T + 1)
     params, opt_state = state
@@ -105,22 +118,17 @@ def make_step(config, loss_fn, optimizer):
       new = jax.value_and_grad(loss_fn)(params, tokens)
       return jax.tree.map(jnp.add, total, new), None
 
-    micro_batches = split(batch)
+    size = min(config.micro_batch_size, len(batch))
+    micro_batches = batch.reshape(-1, size, batch.shape[-1])  # (B/M, M, T + 1)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add_micro_batch, zero, micro_batches)
     loss, grads = jax.tree.map(lambda x: x / len(micro_batches), total)
 
-    curvature_batch = batch[:config.curvature_batch_size]
-
-    def curvature_loss(params):
-      # Checkpointed, or the activations of all micro-batches are kept.
-      micro_loss = jax.checkpoint(loss_fn, prevent_cse=False)
-      return jax.lax.map(lambda tokens: micro_loss(params, tokens),
-                         split(curvature_batch)).mean()
-
-    # Sophia calls obj_fn when it refreshes its curvature; AdamW never does.
+    # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn, on a part
+    # of this batch at a time, when it refreshes; AdamW calls neither.
     updates, opt_state = optimizer.update(
-        grads, opt_state, params, obj_fn=curvature_loss)
+        grads, opt_state, params, obj_fn=loss_fn, predict_fn=predict_fn,
+        batch=batch[:config.curvature_batch_size])
     params = optax.apply_updates(params, updates)
 
     metrics = {'loss': loss}
@@ -184,15 +192,15 @@ def train(config: gpt_configs.Config) -> Result:
 
   model = make_model(config)
   optimizer = make_optimizer(config)
-  loss_fn = make_loss(model)
+  predict_fn = make_predict(model)
   init = jax.jit(make_init(config, model, optimizer))
   abstract_state = jax.eval_shape(init)
   start = time.perf_counter()
   # Donated: the new state takes the memory of the old one.
   step_fn = jax.jit(
-      make_step(config, loss_fn, optimizer), donate_argnums=0).lower(
+      make_step(config, predict_fn, optimizer), donate_argnums=0).lower(
           abstract_state, batch_at(0)).compile()
-  evaluate = jax.jit(make_evaluate(loss_fn)).lower(
+  evaluate = jax.jit(make_evaluate(make_loss(predict_fn))).lower(
       abstract_state.params, val_batches).compile()
   compile_seconds = time.perf_counter() - start
 
@@ -244,7 +252,7 @@ def dry_run(config: gpt_configs.Config) -> str:
   state = jax.eval_shape(make_init(config, model, optimizer))
   batch = jax.ShapeDtypeStruct(
       (config.batch_size, config.block_size + 1), jnp.int32)
-  step = make_step(config, make_loss(model), optimizer)
+  step = make_step(config, make_predict(model), optimizer)
   return step_cost.report(config, step, state, batch)
 
 

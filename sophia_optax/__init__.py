@@ -1,11 +1,23 @@
 """Sophia, a stochastic second-order optimizer, in optax's own form."""
 
+from sophia_optax import likelihoods as likelihoods
 from sophia_optax._alias import sophia as sophia
+from sophia_optax._alias import sophia_g as sophia_g
+from sophia_optax._gauss_newton_bartlett import (
+    gauss_newton_bartlett_estimator_diag_hessian as gauss_newton_bartlett_estimator_diag_hessian,  # noqa: E501
+)
+from sophia_optax._gauss_newton_bartlett import (
+    GaussNewtonBartlettState as GaussNewtonBartlettState,
+)
 from sophia_optax._hutchinson import (
     hutchinson_estimator_diag_hessian as hutchinson_estimator_diag_hessian,
 )
 from sophia_optax._hutchinson import HutchinsonState as HutchinsonState
+from sophia_optax._microbatched import microbatched as microbatched
 from sophia_optax._sophia import scale_by_sophia as scale_by_sophia
 from sophia_optax._sophia import SophiaState as SophiaState
+from sophia_optax._squared_gradient import (
+    squared_gradient_estimator_diag_hessian as squared_gradient_estimator_diag_hessian,  # noqa: E501
+)
 
 __version__ = '0.1.0.dev0'

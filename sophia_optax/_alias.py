@@ -1,12 +1,16 @@
 """Optimizers: chains of the parts."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from sophia_optax import _checks
 from sophia_optax import _coordinates
+from sophia_optax import _gauss_newton_bartlett
 from sophia_optax import _hutchinson
 from sophia_optax import _sophia
 
@@ -122,11 +126,154 @@ def sophia(
           bias_correction=bias_correction,
           refresh_before_update=refresh_before_update,
       ),
-      optax.masked(
-          optax.chain(
-              optax.add_decayed_weights(weight_decay, weight_decay_mask),
-              optax.scale_by_learning_rate(learning_rate),
-          ),
-          _coordinates.where_differentiable,
-      ),
+      _step(learning_rate, weight_decay, weight_decay_mask),
   )
+
+
+def sophia_g(
+    learning_rate: optax.ScalarOrSchedule = 1e-4,
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    rho: jax.typing.ArrayLike = 0.04,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    *,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    update_interval: jax.typing.ArrayLike = 10,
+    maximize: bool = False,
+    hessian_diagonal_fn: optax.GradientTransformation = (
+        _gauss_newton_bartlett.gauss_newton_bartlett_estimator_diag_hessian()
+    ),
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    refresh_before_update: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""The Sophia-G optimizer, with the arguments of PyTorch's ``SophiaG``.
+
+  .. math::
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+    \theta_{t+1} &= (1 - \eta \lambda)\, \theta_t - \eta\,
+    \mathrm{sign}(m_t) \min\left(\frac{|m_t|}{\rho h + 10^{-15}}, 1\right)
+
+  without a bias correction of m, and with the EMA h of the estimate refreshed
+  after the step on steps 0, k, 2k, .... Here h holds B ĝ ⊙ ĝ with the number B
+  of predictions in it; PyTorch's holds ĝ ⊙ ĝ and its ``step`` takes B as
+  ``bs``.
+
+  The default estimator needs the outputs of the model on the current batch::
+
+    tx.update(grads, state, params, predict_fn=lambda p: model(p, batch))
+
+  What PyTorch calls ``capturable`` is :func:`jax.jit`, and what it calls
+  ``dynamic`` is :func:`optax.inject_hyperparams`.
+
+  Args:
+    learning_rate: Step size η, at least 0, or a schedule.
+    b1: Decay rate of the EMA of the gradient, in [0, 1).
+    b2: Decay rate of the EMA of the curvature per refresh, in [0, 1).
+    rho: Scale ρ of the curvature, at least 0; ``gamma`` elsewhere.
+    weight_decay: Rate λ of the decoupled weight decay, at least 0, or a
+      schedule.
+    weight_decay_mask: Where to decay, see :func:`sophia_optax.sophia`.
+    update_interval: Number k of steps from one refresh of h to the next.
+    maximize: Whether to ascend. An estimator such as Hutchinson's is then given
+      the negated ``obj_fn``; the Gauss-Newton-Bartlett estimate does not depend
+      on the direction.
+    hessian_diagonal_fn: Estimator of the curvature's diagonal.
+    mu_dtype: dtype of m for real parameters. None means that of the parameter.
+    nu_dtype: dtype of h for real parameters. None means float32, or that of the
+      parameter if it is wider.
+    refresh_before_update: Whether a step that refreshes h uses the new h
+      already, as in Algorithm 3 of the paper.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
+    ``params`` and the extra arguments of the estimator.
+
+  Raises:
+    ValueError: If a hyperparameter that is not an array is out of its range;
+      in ``update``, if ``params`` or what the estimator needs is missing.
+    TypeError: If an argument is of the wrong type.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sophia_optax
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+    >>> labels = jnp.argmax(x, axis=-1)
+    >>> predict = lambda w: x @ w
+    >>> loss = lambda w: jnp.mean(
+    ...     optax.softmax_cross_entropy_with_integer_labels(predict(w), labels))
+    >>> tx = sophia_optax.sophia_g(learning_rate=0.05, weight_decay=0.0)
+    >>> w = jnp.zeros((3, 3))
+    >>> state = tx.init(w)
+    >>> step = jax.jit(lambda w, s: tx.update(
+    ...     jax.grad(loss)(w), s, w, predict_fn=predict))
+    >>> for _ in range(100):
+    ...   updates, state = step(w, state)
+    ...   w = optax.apply_updates(w, updates)
+    >>> print(bool(loss(w) < 0.2))
+    True
+
+  References:
+    Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
+    Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
+
+    `The authors' PyTorch code <https://github.com/Liuhong99/Sophia>`_
+  """
+  for name, value in [
+      ('learning_rate', learning_rate), ('weight_decay', weight_decay)
+  ]:
+    if not callable(value):
+      _checks.not_negative(name, value)
+  _checks.not_negative('rho', rho)
+  _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
+  if maximize:
+    hessian_diagonal_fn = _of_negated_objective(hessian_diagonal_fn)
+  return optax.chain(
+      _sophia.scale_by_sophia(
+          b1=b1,
+          b2=b2,
+          # Where ρ h is as small as this, all but tiny updates are clipped, and
+          # the largest of the two is as good as their sum.
+          eps=1e-15,
+          gamma=rho,
+          update_interval=update_interval,
+          hessian_diagonal_fn=hessian_diagonal_fn,
+          mu_dtype=mu_dtype,
+          nu_dtype=nu_dtype,
+          bias_correction=False,
+          refresh_before_update=refresh_before_update,
+      ),
+      _step(learning_rate, weight_decay, weight_decay_mask, maximize),
+  )
+
+
+def _step(learning_rate, weight_decay, mask, maximize=False):
+  """From Sophia's update to the one that is applied; integers stay as is."""
+  return optax.masked(
+      optax.chain(
+          # Sophia is odd in the gradient, so its sign can be turned here.
+          optax.scale(-1.0) if maximize else optax.identity(),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      ),
+      _coordinates.where_differentiable,
+  )
+
+
+def _of_negated_objective(estimator):
+  """An estimator that is shown the objective that is minimized."""
+  estimator = optax.with_extra_args_support(estimator)
+
+  def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
+    if callable(obj_fn):
+
+      @functools.wraps(obj_fn)
+      def negated(*args):
+        return jax.tree.map(jnp.negative, obj_fn(*args))
+
+      extra_args['obj_fn'] = negated
+    return estimator.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(estimator.init, update_fn)

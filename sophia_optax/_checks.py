@@ -64,21 +64,38 @@ def one_of(name: str, value: Any, known: Collection[str]):
     )
 
 
-def given(name: str, value: Any, user: str):
-  if value is None:
-    raise ValueError(
-        f'{user} needs {name}, got None. Pass it on to update:'
-        f' {_CALLS[name]}.'
-    )
-
-
 _CALLS = {
     'params': 'update(grads, state, params, ...)',
     'obj_fn': (
         'update(grads, state, params, obj_fn=lambda params: loss(params,'
         ' batch))'
     ),
+    'predict_fn': (
+        'update(grads, state, params, predict_fn=lambda params: logits(params,'
+        ' batch))'
+    ),
+    'batch': (
+        'update(grads, state, params, batch=batch, ...), and let obj_fn or'
+        ' predict_fn take (params, batch)'
+    ),
 }
+
+
+def given(
+    name: str,
+    value: Any,
+    user: str,
+    instead_of: tuple[str, Any] | None = None,
+):
+  """Raises if `value` is missing; `instead_of` is what may stand there."""
+  if value is not None:
+    return
+  got = 'None'
+  if instead_of is not None and instead_of[1] is not None:
+    got = f'{instead_of[0]}, which another estimator needs'
+  raise ValueError(
+      f'{user} needs {name}, got {got}. Pass it on to update: {_CALLS[name]}.'
+  )
 
 
 def transformation(name: str, value: Any):
@@ -136,6 +153,17 @@ def _dtype(value: Any) -> Any | None:
     return None
 
 
+def dense(name: str, tree: Any):
+  """Raises if a leaf is one of JAX's sparse arrays."""
+  sparse = lambda x: hasattr(x, 'todense')
+  for leaf in jax.tree.leaves(tree, is_leaf=sparse):
+    if sparse(leaf):
+      raise TypeError(
+          f'{name} must be dense, got a {type(leaf).__name__} of shape'
+          f' {leaf.shape}. Call its todense() first.'
+      )
+
+
 def same_shapes(name: str, tree: Any, params: Any):
   """Raises unless `tree` has the structure and the leaf shapes of `params`."""
   got: Any = jax.tree.structure(tree)
@@ -153,3 +181,50 @@ def same_shapes(name: str, tree: Any, params: Any):
           f' {jax.tree_util.keystr(path) or "at the root"} has shape'
           f' {np.shape(x)} where params has {np.shape(p)}.'
       )
+
+
+def real_array(name: str, value: Any):
+  """Raises unless `value` can be the outputs of a model."""
+  need = f'{name} must return one floating point array, the logits or means'
+  if isinstance(value, (tuple, list, dict)):
+    raise TypeError(
+        f'{need}, got a {type(value).__name__} of {len(value)}. Select them, as'
+        f' in {name}=lambda params: model(params)[0].'
+    )
+  dtype = _dtype(value)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    got = type(value).__name__ if dtype is None else f'dtype {dtype}'
+    raise TypeError(f'{need}, got {got}. Return them before any argmax.')
+
+
+def broadcasts(name: str, value: Any, shape: tuple[int, ...]):
+  """Raises unless `value` broadcasts to just this shape."""
+  try:
+    fits = np.broadcast_shapes(np.shape(value), shape) == shape
+  except ValueError:
+    fits = False
+  if not fits:
+    raise ValueError(
+        f'{name} must broadcast to the predictions, of shape {shape}, got shape'
+        f' {np.shape(value)}. It has one entry for each prediction, and no axis'
+        ' for classes.'
+    )
+
+
+def leading_axis(name: str, tree: Any, num_parts: int) -> int:
+  """Returns the size of the leading axis, which has to split into parts."""
+  shapes = {np.shape(x) for x in jax.tree.leaves(tree)}
+  sizes = {shape[:1] for shape in shapes}
+  if len(sizes) != 1 or sizes == {()}:
+    raise ValueError(
+        f'{name} must hold arrays with the same leading axis, got shapes'
+        f' {sorted(shapes)}. Close over what does not belong to one example.'
+    )
+  ((size,),) = sizes
+  if size % num_parts:
+    raise ValueError(
+        f'{name} of {size} examples must split into {num_parts} equal parts,'
+        f' but {num_parts} does not divide {size}. Choose num_microbatches'
+        f' among the divisors of {size}.'
+    )
+  return size

@@ -31,12 +31,16 @@ def make_key(random_seed: Any | None) -> jax.Array:
 
 
 def average_over_draws(
-    draw: Callable[[jax.Array], Any], key: jax.Array, num_samples: int
+    draw: Callable[[jax.Array], Any],
+    like: Any,
+    key: jax.Array,
+    num_samples: int,
 ) -> Any:
   """Averages `draw(key)` over `num_samples` keys, holding one draw at a time.
 
   Args:
     draw: Takes a PRNG key, returns a tree of floating point arrays.
+    like: A tree of the same structure, shapes and dtypes.
     key: Is used as it is for one draw, and split for several.
     num_samples: Number of draws.
   """
@@ -46,6 +50,6 @@ def average_over_draws(
   def add_draw(total, subkey):
     return optax.tree.add(total, draw(subkey)), None
 
-  total = optax.tree.zeros_like(jax.eval_shape(draw, key))
+  total = optax.tree.zeros_like(like)
   total, _ = jax.lax.scan(add_draw, total, jax.random.split(key, num_samples))
   return optax.tree.scale(1 / num_samples, total)

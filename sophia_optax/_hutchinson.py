@@ -106,6 +106,7 @@ def hutchinson_estimator_diag_hessian(
     _checks.callable_with('obj_fn', obj_fn, ('params', 'batch')[:1 + len(args)])
 
     theta = _coordinates.split(params, params)
+    like = _coordinates.widen(theta)
 
     def objective(theta):
       loss = obj_fn(_coordinates.join(params, theta), *args)
@@ -114,7 +115,7 @@ def hutchinson_estimator_diag_hessian(
 
     def draw(key):
       # Drawn in at least float32 and rounded, as a coarse normal is no normal.
-      probe = optax.tree.random_like(key, _coordinates.widen(theta), sampler)
+      probe = optax.tree.random_like(key, like, sampler)
       probe = optax.tree.cast_like(probe, theta)
       _, hvp = jax.jvp(jax.grad(objective), (theta,), (probe,))
       return optax.tree.mul(
@@ -122,7 +123,7 @@ def hutchinson_estimator_diag_hessian(
       )
 
     key, subkey = jax.random.split(state.key)
-    mean = _draws.average_over_draws(draw, subkey, num_samples)
+    mean = _draws.average_over_draws(draw, like, subkey, num_samples)
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, HutchinsonState(key=key)
 

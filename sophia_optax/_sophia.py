@@ -196,6 +196,7 @@ def scale_by_sophia(
   def update_fn(updates, state, params=None, **extra_args):
     _checks.given('params', params, 'scale_by_sophia')
     count = jnp.asarray(optax.safe_increment(state.count))
+    _checks.dense('The gradient', updates)
     _checks.same_shapes('The gradient', updates, params)
     grads = jax.tree.map(_gradient_of, params, updates)
     mu = jax.tree.map(

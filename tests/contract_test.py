@@ -24,6 +24,11 @@ class Row(NamedTuple):
   numbers: dict[str, float]  # Hyperparameters to inject.
 
 
+def every_coordinate(params):
+  leaves = [x.ravel().astype(jnp.float32) for x in jax.tree.leaves(params)]
+  return jnp.concatenate(leaves)
+
+
 SOPHIA_NUMBERS = {
     'b1': 0.9,
     'b2': 0.95,
@@ -65,6 +70,38 @@ ROWS = {
         ),
         lambda loss_fn: {'obj_fn': loss_fn},
         SOPHIA_NUMBERS,
+    ),
+    'sophia_g': Row(
+        # Outputs that are as many numbers as parameters: curvature everywhere.
+        functools.partial(
+            sophia_optax.sophia_g,
+            hessian_diagonal_fn=(
+                sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+                    likelihood='gaussian'
+                )
+            ),
+            weight_decay=0.0,
+        ),
+        lambda loss_fn: {'predict_fn': every_coordinate},
+        {
+            'b1': 0.9,
+            'b2': 0.95,
+            'rho': 0.05,
+            'weight_decay': 1e-3,
+            'update_interval': 2,
+        },
+    ),
+    'sophia_g_squared_gradient': Row(
+        functools.partial(
+            sophia_optax.sophia_g,
+            hessian_diagonal_fn=(
+                sophia_optax.squared_gradient_estimator_diag_hessian(2)
+            ),
+            rho=1e-3,
+            weight_decay=0.0,
+        ),
+        lambda loss_fn: {},
+        {'b1': 0.9, 'b2': 0.95, 'rho': 0.05, 'weight_decay': 1e-3},
     ),
 }
 

@@ -151,3 +151,102 @@ def test_gradient_unlike_params():
   tx = sophia_optax.sophia(0.1)
   with pytest.raises(ValueError, match='The gradient must be a tree like'):
     tx.update({'w': jnp.ones(3)}, tx.init(PARAMS), PARAMS, obj_fn=loss_fn)
+
+
+def predict_fn(params):
+  return jnp.ones((4, 3)) * params['w']
+
+
+GAUSS_NEWTON = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
+PREDICTIONS = [
+    ({}, ValueError, 'needs predict_fn, got None. Pass it on to update'),
+    (
+        {'obj_fn': loss_fn},
+        ValueError,
+        'needs predict_fn, got obj_fn, which another estimator needs',
+    ),
+    ({'predict_fn': 3}, TypeError, 'predict_fn must be a function'),
+    ({'predict_fn': lambda: 0.0}, TypeError, r'as predict_fn\(params\)'),
+    (
+        {'predict_fn': lambda p: (predict_fn(p), 1)},
+        TypeError,
+        'got a tuple of 2. Select them',
+    ),
+    (
+        {'predict_fn': lambda p: jnp.argmax(predict_fn(p), -1)},
+        TypeError,
+        'got dtype int32. Return them before any argmax',
+    ),
+    ({'predict_fn': lambda p: None}, TypeError, 'got NoneType'),
+    (
+        {'predict_fn': predict_fn, 'label_mask': jnp.ones(3, bool)},
+        ValueError,
+        r'predictions, of shape \(4,\), got shape \(3,\)',
+    ),
+    (
+        {'predict_fn': predict_fn, 'label_mask': jnp.ones((4, 3), bool)},
+        ValueError,
+        'no axis for classes',
+    ),
+]
+
+
+@pytest.mark.parametrize(('extra', 'error', 'match'), PREDICTIONS)
+def test_predictions(extra, error, match):
+  tx = sophia_optax.sophia_g()
+  state = tx.init(PARAMS)
+  with pytest.raises(error, match=match):
+    jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, **extra))(state)
+
+
+@pytest.mark.parametrize('likelihood', ['poisson', 3, None])
+def test_unknown_likelihood(likelihood):
+  with pytest.raises(
+      ValueError, match=r"one of \['bernoulli', 'categorical', 'gaussian'\]"
+  ):
+    GAUSS_NEWTON(likelihood=likelihood)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: GAUSS_NEWTON(num_samples=0),
+        lambda: sophia_optax.microbatched(GAUSS_NEWTON(), 0),
+        lambda: sophia_optax.squared_gradient_estimator_diag_hessian(0),
+        lambda: sophia_optax.likelihoods.gaussian(scale=-1.0),
+    ],
+)
+def test_numbers_of_estimators(make):
+  with pytest.raises(ValueError, match='must be a number'):
+    make()
+
+
+@pytest.mark.parametrize(
+    ('extra', 'match'),
+    [
+        ({}, 'needs batch, got None'),
+        ({'batch': jnp.ones((10, 2))}, r'10 examples .* 4 does not divide'),
+        ({'batch': {'x': jnp.ones(8), 'y': jnp.ones(4)}}, 'same leading axis'),
+        ({'batch': {'x': jnp.ones(8), 'rate': 0.1}}, 'same leading axis'),
+        (
+            {'batch': jnp.ones(8), 'label_mask': jnp.ones(6, bool)},
+            r'shape \(8,\), got shape \(6,\)',
+        ),
+    ],
+)
+def test_batches_that_do_not_split(extra, match):
+  estimator = sophia_optax.microbatched(GAUSS_NEWTON(), 4)
+  with pytest.raises(ValueError, match=match):
+    estimator.update(
+        None,
+        estimator.init(PARAMS),
+        PARAMS,
+        predict_fn=lambda p, batch: predict_fn(p),
+        **extra,
+    )
+
+
+def test_squared_gradient_without_params():
+  estimator = sophia_optax.squared_gradient_estimator_diag_hessian(2)
+  with pytest.raises(ValueError, match='needs params, got None'):
+    estimator.update(PARAMS, estimator.init(PARAMS))

@@ -72,9 +72,9 @@ def _config(name='demo', optimizer='sophia_h', **overrides):
 def _setup(config):
   model = train_gpt.make_model(config)
   optimizer = train_gpt.make_optimizer(config)
-  loss_fn = train_gpt.make_loss(model)
+  predict_fn = train_gpt.make_predict(model)
   return (train_gpt.make_init(config, model, optimizer),
-          train_gpt.make_step(config, loss_fn, optimizer))
+          train_gpt.make_step(config, predict_fn, optimizer))
 
 
 # Data.
@@ -188,7 +188,7 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
 @pytest.mark.parametrize(('overrides', 'message'), [
     ({'batch_size': 6}, r'multiple of micro_batch_size; got 6 and 4'),
     ({'curvature_batch_size': 9}, r'1 to batch_size = 8; got 9'),
-    ({'curvature_batch_size': 6}, r'multiple of it; got 6 and 4'),
+    ({'curvature_parts': 3}, r'curvature_batch_size = 4; got 3'),
     ({'num_heads': 3}, r'multiple of num_heads; got 16 and 3'),
     ({'num_steps': 2}, r'below num_steps = 2; got 2'),
     ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),

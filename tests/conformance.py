@@ -1,0 +1,204 @@
+"""Checks that any estimator, and any scaling by Sophia, has to pass.
+
+    problem = Problem(params, extra_args, curvature)
+    check_estimator(my_estimator, problem)
+    check_scaling(my_scale_by_sophia)
+
+Each check raises an AssertionError that begins with what it found wrong.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class Problem(NamedTuple):
+  """What an estimator is shown, and what it should find there.
+
+  Attributes:
+    params: The parameters, few.
+    extra_args: Extra arguments of update.
+    curvature: What the estimate has to be on average, a tree like params.
+    grads: The gradient, for estimators that use it.
+    random: Whether estimates differ from draw to draw.
+  """
+
+  params: Any
+  extra_args: dict[str, Any]
+  curvature: Any
+  grads: Any = None
+  random: bool = True
+
+
+def check_estimator(make_estimator: Callable[[Any], Any], problem: Problem):
+  """Checks an estimator, made from a PRNG key, on a problem."""
+  check_unbiased(make_estimator, problem)
+  check_draws(make_estimator, problem)
+  check_tree(make_estimator, problem)
+  for k in (1, 2, 10):
+    check_cadence(make_estimator, problem, k)
+
+
+def _flat(tree):
+  return jax.flatten_util.ravel_pytree(tree)[0]
+
+
+def _estimate(make_estimator, problem, key, refreshes=1):
+  """The estimate of the last of several refreshes, and the state."""
+  estimator = optax.with_extra_args_support(make_estimator(key))
+  state = estimator.init(problem.params)
+  for _ in range(refreshes):
+    estimate, state = estimator.update(
+        problem.grads, state, problem.params, **problem.extra_args
+    )
+  return estimate, state
+
+
+def check_unbiased(make_estimator, problem, num_keys=1024):
+  """The mean of the estimate is the curvature.
+
+  Where a problem has few outcomes, all equally likely, or averages of such,
+  the mean of the outcomes is exact. Otherwise it is the mean over the keys, to within five standard errors.
+  """
+  keys = jax.random.split(jax.random.PRNGKey(0), num_keys)
+  estimates = np.array(
+      jax.jit(
+          jax.vmap(lambda k: _flat(_estimate(make_estimator, problem, k)[0]))
+      )(keys),
+      np.float64,
+  )
+  outcomes = np.unique(estimates.round(4), axis=0)
+  mean, tolerance = outcomes.mean(axis=0), 2e-4
+  if len(outcomes) > 32:
+    mean = estimates.mean(axis=0)
+    tolerance = 5 * estimates.std(axis=0) / num_keys**0.5
+  wrong = np.abs(mean - _flat(problem.curvature)) > tolerance
+  assert not wrong.any(), (
+      f'Biased: the mean of {len(outcomes)} outcomes is {mean}, the curvature'
+      f' {_flat(problem.curvature)}.'
+  )
+
+
+def check_draws(make_estimator, problem):
+  """Draws change from refresh to refresh, and repeat from the same key."""
+  key = jax.random.PRNGKey(7)
+  draw = jax.jit(
+      lambda n: _flat(_estimate(make_estimator, problem, key, n)[0]),
+      static_argnums=0,
+  )
+  first = draw(1)
+  np.testing.assert_array_equal(first, draw(1), 'Does not repeat.')
+  if problem.random:
+    others = [draw(n) for n in range(2, 8)]
+    assert any((first != other).any() for other in others), (
+        'Constant: seven refreshes gave the same estimate.'
+    )
+
+
+def check_tree(make_estimator, problem):
+  """The estimate is like the parameters, the state keeps its type."""
+  estimator = optax.with_extra_args_support(
+      make_estimator(jax.random.PRNGKey(0))
+  )
+  state = estimator.init(problem.params)
+  estimate, new_state = jax.eval_shape(
+      lambda s: estimator.update(
+          problem.grads, s, problem.params, **problem.extra_args
+      ),
+      state,
+  )
+  shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+  assert shapes(estimate) == shapes(problem.params), 'Not like the parameters.'
+  for leaf in jax.tree.leaves(estimate):
+    assert jnp.finfo(leaf.dtype).bits >= 32, f'Narrow: {leaf.dtype}.'
+  types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert types(new_state) == types(state), 'The state changes its type.'
+
+
+def check_cadence(make_estimator, problem, k, scaling=None):
+  """h changes, and the estimator runs, on steps 0, k, 2k, ... only."""
+  steps = 2 * k + 2
+  ran = []
+  inner = optax.with_extra_args_support(make_estimator(jax.random.PRNGKey(1)))
+
+  def update(updates, state, params=None, **extra_args):
+    jax.debug.callback(lambda: ran.append(None))
+    return inner.update(updates, state, params, **extra_args)
+
+  counted = optax.GradientTransformationExtraArgs(inner.init, update)
+  scaling = scaling or default_scaling
+  tx = scaling(hessian_diagonal_fn=counted, update_interval=k)
+  state = tx.init(problem.params)
+  grads = problem.grads
+  if grads is None:
+    grads = jax.tree.map(jnp.ones_like, problem.params)
+  step = jax.jit(
+      lambda s: tx.update(grads, s, problem.params, **problem.extra_args)
+  )
+  seen, due = [], [t for t in range(steps) if t % k == 0]
+  for t in range(steps):
+    before = len(ran)
+    _, state = step(state)
+    jax.effects_barrier()
+    seen += [t] * (len(ran) - before)
+  assert seen == due, (
+      f'Cadence: for k = {k} the estimator ran on steps {seen}, not on {due}.'
+  )
+
+
+def default_scaling(**kwargs):
+  import sophia_optax  # The suite itself does not need it.
+
+  return sophia_optax.scale_by_sophia(**kwargs)
+
+
+def check_scaling(scaling: Callable[..., Any]):
+  """Checks updates and cadence of a transformation like `scale_by_sophia`.
+
+  Args:
+    scaling: Takes b1, b2, eps, gamma, clip_threshold, update_interval and
+      hessian_diagonal_fn, steps before it refreshes, and corrects m's bias.
+  """
+  for k in (1, 2, 10):
+    check_formula(scaling, k)
+    problem = Problem(jnp.ones(2), {}, jnp.ones(2), jnp.ones(2))
+    check_cadence(lambda key: optax.identity(), problem, k, scaling)
+
+
+def check_formula(scaling, k):
+  """Updates are those of a transcript in NumPy, with negative curvature too."""
+  b1, b2, eps, gamma, clip = 0.9, 0.7, 1e-3, 0.5, 1.0
+  rng = np.random.default_rng(0)
+  grads = rng.normal(size=(25, 6)).astype(np.float32)
+  script = jnp.asarray(rng.normal(size=(25, 6)) + 0.3, jnp.float32)
+  scripted = optax.GradientTransformation(
+      lambda params: jnp.zeros([], jnp.int32),
+      lambda g, count, params=None: (script[count], count + 1),
+  )
+  tx = scaling(
+      b1=b1,
+      b2=b2,
+      eps=eps,
+      gamma=gamma,
+      clip_threshold=clip,
+      update_interval=k,
+      hessian_diagonal_fn=scripted,
+  )
+  params = jnp.zeros(6)
+  state, m, h, refreshes = tx.init(params), 0.0, 0.0, 0
+  update = jax.jit(tx.update)
+  for t, g in enumerate(grads):
+    updates, state = update(jnp.asarray(g), state, params)
+    m = b1 * m + (1 - b1) * g
+    m_hat = m / (1 - b1 ** (t + 1))
+    expected = np.clip(m_hat / np.maximum(gamma * h, eps), -clip, clip)
+    np.testing.assert_allclose(
+        updates, expected, rtol=1e-4, atol=1e-5, err_msg=f'Formula, step {t}.'
+    )
+    if t % k == 0:
+      h = b2 * h + (1 - b2) * np.array(script[refreshes])
+      refreshes += 1

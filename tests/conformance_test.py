@@ -1,0 +1,272 @@
+"""The conformance suite: over what is ours, and over the mistakes of others."""
+
+import conformance
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+
+PARAMS = {'a': jnp.array([0.5, -1.0]), 'b': jnp.array(2.0)}
+INPUTS = jnp.array([[1.0, 2.0], [-1.5, 0.5], [0.3, -0.7], [2.0, 1.0]])
+
+
+def objective(params, batch=None):
+  """Every pair of coordinates is coupled; negative curvature along a[1]."""
+  a, b = params['a'], params['b']
+  scale = 1.0 if batch is None else jnp.mean(batch)
+  return scale * (a[0] ** 2 * b - 3 * a[1] ** 2 + a[0] * a[1] * b + b**3 / 3)
+
+
+def hessian_diagonal(params):
+  flat, unravel = jax.flatten_util.ravel_pytree(params)
+  hessian = jax.hessian(lambda x: objective(unravel(x)))(flat)
+  return unravel(jnp.diag(hessian))
+
+
+HESSIAN = conformance.Problem(
+    PARAMS, {'obj_fn': objective}, hessian_diagonal(PARAMS)
+)
+HESSIAN_OF_BATCH = HESSIAN._replace(
+    extra_args={'obj_fn': objective, 'batch': jnp.array([0.5, 1.5, 0.8, 1.2])}
+)
+
+
+def predict_fn(w, batch=INPUTS):
+  return batch @ w
+
+
+# Labels at w = 0 are 0 and 1 with equal probability, so all are equally likely.
+BITS = conformance.Problem(
+    jnp.zeros(2),
+    {'predict_fn': predict_fn},
+    jnp.mean(INPUTS**2, axis=0) / 4,
+)
+BITS_OF_BATCH = BITS._replace(
+    extra_args={'predict_fn': predict_fn, 'batch': INPUTS}
+)
+
+
+def hutchinson(key, **kwargs):
+  return sophia_optax.hutchinson_estimator_diag_hessian(key, **kwargs)
+
+
+def gauss_newton(key, **kwargs):
+  return sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      key, likelihood='bernoulli', **kwargs
+  )
+
+
+ESTIMATORS = {
+    'hutchinson': (hutchinson, HESSIAN),
+    'hutchinson_samples': (lambda key: hutchinson(key, num_samples=3), HESSIAN),
+    'hutchinson_normal': (
+        lambda key: hutchinson(key, distribution='normal'),
+        HESSIAN,
+    ),
+    'hutchinson_microbatched': (
+        lambda key: sophia_optax.microbatched(hutchinson(key), 2),
+        HESSIAN_OF_BATCH,
+    ),
+    'gauss_newton': (gauss_newton, BITS),
+    'gauss_newton_samples': (
+        lambda key: gauss_newton(key, num_samples=3),
+        BITS,
+    ),
+    'gauss_newton_microbatched': (
+        lambda key: sophia_optax.microbatched(gauss_newton(key), 2),
+        BITS_OF_BATCH,
+    ),
+    'squared_gradient': (
+        lambda key: sophia_optax.squared_gradient_estimator_diag_hessian(4),
+        conformance.Problem(
+            PARAMS,
+            {},
+            jax.tree.map(lambda p: 4 * p**2, PARAMS),
+            grads=PARAMS,
+            random=False,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_estimator(name):
+  conformance.check_estimator(*ESTIMATORS[name])
+
+
+def test_scaling():
+  conformance.check_scaling(sophia_optax.scale_by_sophia)
+
+
+# What follows is wrong on purpose.
+
+
+def wrong_hutchinson(probe_fn=None, clamp=False):
+  """Hutchinson's estimator with a probe of one's own, or clamped at zero."""
+
+  def make(key):
+    def update(updates, key, params=None, *, obj_fn, **extra_args):
+      del updates, extra_args
+      key, subkey = jax.random.split(key)
+      probe = optax.tree.random_like(
+          subkey, params, probe_fn or jax.random.rademacher
+      )
+      hvp = jax.jvp(jax.grad(obj_fn), (params,), (probe,))[1]
+      estimate = optax.tree.mul(probe, hvp)
+      if clamp:
+        estimate = jax.tree.map(lambda e: jnp.maximum(e, 0.0), estimate)
+      return estimate, key
+
+    return optax.GradientTransformationExtraArgs(lambda params: key, update)
+
+  return make
+
+
+def always_minus_one(key, shape, dtype):
+  # The upper end of randint is not included.
+  bits = jax.random.randint(key, shape, 0, 1).astype(dtype)
+  return bits * 2 - 1
+
+
+def true_labels(key):
+  """GNB with the labels of the data, here all ones."""
+
+  def score(key, outputs):
+    return jax.nn.sigmoid(outputs) - 1.0
+
+  return sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      key, likelihood=score
+  )
+
+
+def frozen_key(key):
+  """An estimator that forgets to advance its key."""
+  inner = hutchinson(key)
+
+  def update(updates, state, params=None, **extra_args):
+    return inner.update(updates, state, params, **extra_args)[0], state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def test_the_right_hutchinson_passes():
+  conformance.check_estimator(wrong_hutchinson(), HESSIAN)
+
+
+@pytest.mark.parametrize(
+    ('make', 'problem', 'found'),
+    [
+        (wrong_hutchinson(always_minus_one), HESSIAN, 'Biased'),
+        (wrong_hutchinson(clamp=True), HESSIAN, 'Biased'),
+        (true_labels, BITS, 'Biased'),
+        (frozen_key, HESSIAN, 'Constant'),
+    ],
+)
+def test_wrong_estimator_is_found(make, problem, found):
+  with pytest.raises(AssertionError, match=found):
+    conformance.check_estimator(make, problem)
+
+
+def scale_by(
+    b1,
+    b2,
+    eps,
+    gamma,
+    clip_threshold,
+    update_interval,
+    hessian_diagonal_fn,
+    mistake=None,
+):
+  """Sophia once more, in brief, with room for one mistake."""
+  k, estimator = update_interval, hessian_diagonal_fn
+
+  def init(params):
+    zeros = jnp.zeros_like(params)
+    return jnp.zeros([], jnp.int32), zeros, zeros, estimator.init(params)
+
+  def update(g, state, params=None, **extra_args):
+    count, m, h, inner = state
+    m = b1 * m + (1 - b1) * g
+    if mistake == 'momentum twice':
+      m = b1 * m + (1 - b1) * g
+    t = (count + 1).astype(jnp.float32)
+    m_hat = m / (1 - b1**t)
+    denominator = jnp.maximum(gamma * h, eps)
+    u = jnp.clip(m_hat / denominator, -clip_threshold, clip_threshold)
+    if mistake == 'm times ratio':
+      u = m_hat * jnp.minimum(jnp.abs(m_hat) / denominator, 1.0)
+
+    def refresh(h, inner):
+      estimate, inner = estimator.update(g, inner, params)
+      if mistake == 'clamped before the EMA':
+        estimate = jnp.maximum(estimate, 0.0)
+      return b2 * h + (1 - b2) * estimate, inner
+
+    due = {
+        None: count % k == 0,
+        'k == k never holds': count % k == k,
+        'one never holds for k = 1': count % k == 1,
+        'every step': count >= 0,
+    }.get(mistake, count % k == 0)
+    h, inner = jax.lax.cond(due, refresh, lambda *same: same, h, inner)
+    return u, (count + 1, m, h, inner)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scaling_with(mistake):
+  defaults = {
+      'b1': 0.9, 'b2': 0.9, 'eps': 1e-8, 'gamma': 0.1, 'clip_threshold': 1.0
+  }
+  return lambda **kwargs: scale_by(**(defaults | kwargs), mistake=mistake)
+
+
+def test_the_right_scaling_passes():
+  conformance.check_scaling(scaling_with(None))
+
+
+@pytest.mark.parametrize(
+    'mistake',
+    [
+        'momentum twice',
+        'm times ratio',
+        'clamped before the EMA',
+        'k == k never holds',
+        'one never holds for k = 1',
+        'every step',
+    ],
+)
+def test_wrong_scaling_is_found(mistake):
+  with pytest.raises(AssertionError, match=r'Formula|Cadence'):
+    conformance.check_scaling(scaling_with(mistake))
+
+
+@pytest.mark.parametrize(
+    ('mistake', 'k'),
+    [
+        ('k == k never holds', 2),
+        ('one never holds for k = 1', 1),
+        ('every step', 2),
+    ],
+)
+def test_wrong_cadence_is_found_by_itself(mistake, k):
+  problem = conformance.Problem(jnp.ones(2), {}, jnp.ones(2), jnp.ones(2))
+  with pytest.raises(AssertionError, match='Cadence'):
+    conformance.check_cadence(
+        lambda key: optax.identity(), problem, k, scaling_with(mistake)
+    )
+
+
+def test_all_outcomes_are_seen():
+  # Otherwise the mean over outcomes would not be exact: three signs, of which
+  # one and its opposite give the same estimate, make four outcomes.
+  keys = jax.random.split(jax.random.PRNGKey(0), 256)
+  estimates = jax.vmap(
+      lambda key: jax.flatten_util.ravel_pytree(
+          conformance._estimate(hutchinson, HESSIAN, key)[0]
+      )[0]
+  )(keys)
+  assert len(np.unique(np.array(estimates).round(4), axis=0)) == 4
