@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
+from sophia_optax import _collectives
 from sophia_optax import _coordinates
 from sophia_optax import _draws
 from sophia_optax import likelihoods
@@ -43,6 +44,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
         | Callable[[jax.Array, jax.Array], jax.Array]
     ) = 'categorical',
     num_samples: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the Gauss-Newton diagonal with labels from the model itself.
 
@@ -70,6 +72,11 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   with leaves as those of
   :func:`sophia_optax.hutchinson_estimator_diag_hessian`.
 
+  With ``axis_name`` each replica draws its own labels, ``predict_fn`` returns
+  the outputs of the local shard, and the estimates, each with the B of its
+  shard, are averaged: D replicas divide the variance by D. What is stored stays
+  equal on all.
+
   Args:
     random_seed: Seed of the labels: an integer, a raw or a typed PRNG key. None
       means 0.
@@ -80,6 +87,9 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       ``(key, outputs) -> scores`` of predictions that are single numbers.
       Outputs reach it in float32 or wider.
     num_samples: Number of draws to average, all from one forward pass.
+    axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
+      over which the parameters are replicated and the data is not. None for a
+      single device and for :func:`jax.jit` with sharded arrays.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -87,8 +97,9 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
   Raises:
     ValueError: If ``num_samples`` is less than 1 or ``likelihood`` is unknown;
-      in ``update``, if ``params`` or ``predict_fn`` is missing or
-      ``label_mask`` does not broadcast to the predictions.
+      in ``update``, if ``params`` or ``predict_fn`` is missing,
+      ``label_mask`` does not broadcast to the predictions, or there is no axis
+      ``axis_name``.
     TypeError: In ``update``, if ``predict_fn`` can't be called with these
       arguments or returns something else than a floating point array.
 
@@ -143,7 +154,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       _checks.real_array('predict_fn', outputs)
       return outputs
 
-    theta = _coordinates.split(params, params)
+    theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     outputs, vjp = jax.vjp(predict, theta)
     predictions = outputs.shape[: outputs.ndim - event_ndim]
     if label_mask is not None:
@@ -161,9 +172,11 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       return jax.tree.map(jnp.square, _coordinates.widen(root))
 
     key, subkey = jax.random.split(state.key)
+    subkey = _collectives.fold_in_index(subkey, axis_name)
     mean = _draws.average_over_draws(
         draw, _coordinates.widen(theta), subkey, num_samples
     )
+    mean = _collectives.mean(mean, axis_name)
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, GaussNewtonBartlettState(key=key)
 

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from sophia_optax import _checks
+from sophia_optax import _collectives
 from sophia_optax import _coordinates
 from sophia_optax import _draws
 
@@ -36,6 +37,7 @@ def hutchinson_estimator_diag_hessian(
     *,
     num_samples: int = 1,
     distribution: str = 'rademacher',
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the diagonal of the Hessian with random probes.
 
@@ -55,12 +57,19 @@ def hutchinson_estimator_diag_hessian(
   curvature of the real part in its real part and that of the imaginary part
   in its imaginary part; that of an integer leaf is zero.
 
+  With ``axis_name`` each replica draws its own probe, ``obj_fn`` returns the
+  loss of the local shard, *not averaged* over replicas, and the estimates are:
+  D replicas divide the variance by D. What is stored stays equal on all.
+
   Args:
     random_seed: Seed of the probes: an integer, a raw or a typed PRNG key. None
       means 0.
     num_samples: Number n of probes to average.
     distribution: ``'rademacher'`` (entries ±1, the smaller variance) or
       ``'normal'`` (the paper's).
+    axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
+      over which the parameters are replicated and the data is not. None for a
+      single device and for :func:`jax.jit` with sharded arrays.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -68,7 +77,9 @@ def hutchinson_estimator_diag_hessian(
 
   Raises:
     ValueError: If ``num_samples`` is less than 1 or ``distribution`` is
-      unknown; in ``update``, if ``params`` or ``obj_fn`` is missing.
+      unknown; in ``update``, if ``params`` or ``obj_fn`` is missing, if there
+      is no axis ``axis_name``, or if ``obj_fn`` averaged over it already,
+      where ``shard_map`` shows that.
     TypeError: In ``update``, if ``obj_fn`` can't be called with these arguments
       or returns something else than a real scalar.
 
@@ -105,12 +116,13 @@ def hutchinson_estimator_diag_hessian(
     args = () if batch is None else (batch,)
     _checks.callable_with('obj_fn', obj_fn, ('params', 'batch')[:1 + len(args)])
 
-    theta = _coordinates.split(params, params)
+    theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     like = _coordinates.widen(theta)
 
     def objective(theta):
       loss = obj_fn(_coordinates.join(params, theta), *args)
       _checks.real_scalar('obj_fn', loss)
+      _collectives.check_local('obj_fn', loss, theta, axis_name)
       return loss
 
     def draw(key):
@@ -123,7 +135,9 @@ def hutchinson_estimator_diag_hessian(
       )
 
     key, subkey = jax.random.split(state.key)
+    subkey = _collectives.fold_in_index(subkey, axis_name)
     mean = _draws.average_over_draws(draw, like, subkey, num_samples)
+    mean = _collectives.mean(mean, axis_name)
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, HutchinsonState(key=key)
 

@@ -47,7 +47,7 @@ def _flat(tree):
   return jax.flatten_util.ravel_pytree(tree)[0]
 
 
-def _estimate(make_estimator, problem, key, refreshes=1):
+def estimate_once(make_estimator, problem, key, refreshes=1):
   """The estimate of the last of several refreshes, and the state."""
   estimator = optax.with_extra_args_support(make_estimator(key))
   state = estimator.init(problem.params)
@@ -62,15 +62,12 @@ def check_unbiased(make_estimator, problem, num_keys=1024):
   """The mean of the estimate is the curvature.
 
   Where a problem has few outcomes, all equally likely, or averages of such,
-  the mean of the outcomes is exact. Otherwise it is the mean over the keys, to within five standard errors.
+  the mean of the outcomes is exact. Otherwise it is the mean over the keys, to
+  within five standard errors.
   """
   keys = jax.random.split(jax.random.PRNGKey(0), num_keys)
-  estimates = np.array(
-      jax.jit(
-          jax.vmap(lambda k: _flat(_estimate(make_estimator, problem, k)[0]))
-      )(keys),
-      np.float64,
-  )
+  estimate = lambda key: _flat(estimate_once(make_estimator, problem, key)[0])
+  estimates = np.array(jax.jit(jax.vmap(estimate))(keys), np.float64)
   outcomes = np.unique(estimates.round(4), axis=0)
   mean, tolerance = outcomes.mean(axis=0), 2e-4
   if len(outcomes) > 32:
@@ -87,7 +84,7 @@ def check_draws(make_estimator, problem):
   """Draws change from refresh to refresh, and repeat from the same key."""
   key = jax.random.PRNGKey(7)
   draw = jax.jit(
-      lambda n: _flat(_estimate(make_estimator, problem, key, n)[0]),
+      lambda n: _flat(estimate_once(make_estimator, problem, key, n)[0]),
       static_argnums=0,
   )
   first = draw(1)
