@@ -1,4 +1,4 @@
-# make demo    trains a small language model with Sophia and with AdamW
+# make demo    trains a small language model with AdamW and with Sophia
 # make test    runs every test and every example in the documentation
 # make lint, make types, make package    what CI checks beside the tests
 #

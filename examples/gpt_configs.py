@@ -104,15 +104,16 @@ _GPT2_124M = Config(
 CONFIGS = {
     'demo': {
         'adamw': dataclasses.replace(
-            _DEMO, optimizer='adamw', learning_rate=5.17e-3, b1=0.796,
-            b2=0.981, warmup_steps=75),
+            _DEMO, optimizer='adamw', b1=0.732, b2=0.984, warmup_steps=100,
+            learning_rate=0.00978),
         'sophia_h': dataclasses.replace(
-            _DEMO, optimizer='sophia_h', learning_rate=2.57e-3, b1=0.654,
-            b2=0.959, warmup_steps=100, gamma=0.0503, update_interval=5),
+            _DEMO, optimizer='sophia_h', b1=0.816, b2=0.968,
+            warmup_steps=125, learning_rate=0.00399, gamma=0.00487,
+            update_interval=5),
         'sophia_g': dataclasses.replace(
-            _DEMO, optimizer='sophia_g', learning_rate=3e-3, b1=0.7, b2=0.9,
-            warmup_steps=100, gamma=0.05, update_interval=2,
-            curvature_batch_size=64, curvature_parts=8),
+            _DEMO, optimizer='sophia_g', b1=0.737, b2=0.975,
+            warmup_steps=125, learning_rate=0.00712, gamma=0.0186,
+            update_interval=2, curvature_batch_size=64, curvature_parts=8),
     },
     'gpt2_124m': {
         'adamw': dataclasses.replace(

@@ -124,5 +124,5 @@ def main(argv):
 
 if __name__ == '__main__':
   _OUT = flags.DEFINE_string('out', 'sweep.json', 'File of the results.')
-  _TRIALS = flags.DEFINE_integer('trials', 16, 'Trials for each optimizer.')
+  _TRIALS = flags.DEFINE_integer('trials', 12, 'Trials for each optimizer.')
   app.run(main)

@@ -24,10 +24,10 @@ import optax
 import tqdm
 
 import checkpoints
+import dry_run
 import gpt
 import gpt_configs
 import sophia_optax
-import step_cost
 import text
 
 
@@ -245,7 +245,7 @@ def train(config: gpt_configs.Config) -> Result:
       state, record['history'], compile_seconds, step == config.num_steps)
 
 
-def dry_run(config: gpt_configs.Config) -> str:
+def describe(config: gpt_configs.Config) -> str:
   """Describes the run's step without allocating its parameters."""
   model = make_model(config)
   optimizer = make_optimizer(config)
@@ -253,7 +253,7 @@ def dry_run(config: gpt_configs.Config) -> str:
   batch = jax.ShapeDtypeStruct(
       (config.batch_size, config.block_size + 1), jnp.int32)
   step = make_step(config, make_predict(model), optimizer)
-  return step_cost.report(config, step, state, batch)
+  return dry_run.report(config, step, state, batch)
 
 
 def define_flags():
@@ -288,7 +288,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
   config = config_from_flags()
   if flags.FLAGS.dry_run:
-    print(dry_run(config))
+    print(describe(config))
     return
   result = train(config)
   for entry in result.history:

@@ -38,7 +38,7 @@ def fold_in_index(key: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-  """The axes over which x differs, as far as `shard_map` keeps account of it."""
+  """The axes over which x differs, as far as `shard_map` keeps account."""
   return jax.typeof(x).mat.varying
 
 

@@ -16,9 +16,9 @@ import optax
 import pytest
 
 import demo
+import dry_run
 import gpt
 import gpt_configs
-import step_cost
 import sweep
 import text
 import train_gpt
@@ -26,7 +26,8 @@ import train_gpt
 _TINY = {
     'num_layers': 2, 'num_heads': 2, 'width': 16, 'block_size': 8,
     'vocab_size': 64, 'batch_size': 8, 'micro_batch_size': 4,
-    'curvature_batch_size': 4, 'eval_batches': 1, 'warmup_steps': 2,
+    'curvature_batch_size': 4, 'curvature_parts': 2, 'eval_batches': 1,
+    'warmup_steps': 2,
 }
 _SCRIPT = pathlib.Path(train_gpt.__file__)
 
@@ -193,7 +194,7 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
     ({'num_steps': 2}, r'below num_steps = 2; got 2'),
     ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),
     ({'name': 'gpt5'}, r'one of demo, gpt2_124m; got .gpt5.'),
-    ({'optimizer': 'sgd'}, r'one of adamw, sophia_h; got .sgd.'),
+    ({'optimizer': 'sgd'}, r'one of adamw, sophia_h, sophia_g; got .sgd.'),
 ])
 def test_bad_settings_are_a_clear_error(overrides, message):
   with pytest.raises(ValueError, match=message):
@@ -214,12 +215,12 @@ def test_flops_count_every_iteration_and_both_branches():
   x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
   w = jax.ShapeDtypeStruct((5, 4, 4), jnp.float32)
   product = 2 * 3 * 4 * 4
-  assert step_cost.matmul_flops(fn, x, w) == (5 * product, 6 * product)
+  assert dry_run.matmul_flops(fn, x, w) == (5 * product, 6 * product)
 
 
 def test_dry_run_counts_as_the_textbook_does():
   config = _config(width=32)
-  described = train_gpt.dry_run(config)
+  described = train_gpt.describe(config)
   # 12 C² + 2 C for each layer, embeddings of tokens and positions, last norm.
   parameters = 2 * (12 * 32**2 + 2 * 32) + 64 * 32 + 8 * 32 + 32
   assert f'parameter count: {parameters:,}' in described
@@ -291,11 +292,12 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
 
   monkeypatch.setattr(text, 'sample', sample)
   results = demo.train_all(str(tmp_path), **settings)
-  assert list(results) == ['adamw', 'sophia_h']
+  assert list(results) == ['adamw', 'sophia_h', 'sophia_g']
   assert all(result.finished for result in results.values())
   steps = [entry['step'] for entry in results['adamw'].history]
   assert steps == [2, 4, 6, 8]
-  assert 'Sophia-H' in demo.table(results)
+  assert all(
+      name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
   demo.plot(results, str(tmp_path / 'plot.png'))
 
 
@@ -321,9 +323,9 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
   path = str(tmp_path / 'sweep.json')
   assert len(sweep.sweep(path, 2)) == 2
   results = sweep.sweep(path, 2)
-  assert len(results) == 4
-  assert len(runs) == 5  # the interrupted trial was run again
+  assert len(results) == 6
+  assert len(runs) == 7  # the interrupted trial was run again
   assert runs[2] == runs[3]
-  assert len(sweep.sweep(path, 2)) == 4
-  assert len(runs) == 5
-  assert sweep.table(results).count('\n| ') == 5
+  assert len(sweep.sweep(path, 2)) == 6
+  assert len(runs) == 7
+  assert sweep.table(results).count('\n| ') == 8

@@ -1,0 +1,336 @@
+"""What a step costs: FLOPs, memory, time and compilation, beside AdamW's.
+
+  python benchmarks/step_cost.py --output=benchmarks/step_cost.json
+
+Two tables. The first is of the update alone, parameters and optimizer state
+donated, on 32 leaves of 1024 × 1024 float32. The second is of the whole train
+step of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words).
+
+Memory is what the compiled program needs beside its arguments, by XLA's memory
+analysis: temporaries + outputs - what is aliased to a donated argument. JAX
+pairs donated arguments with outputs in order. The update is therefore compiled
+twice: MB is of update(grads, state, params) -> (params, state), whose moments
+and parameters are paired crosswise and have to be moved, MB in order that of
+update(params, state, grads), the program that is timed.
+
+FLOPs are XLA's cost analysis of the compiled step. Of a `jax.lax.cond` XLA
+counts the most expensive branch, so what it says of a step of Sophia is a step
+that refreshes curvature. An ordinary step is the same function compiled with a
+constant step count, whose condition XLA folds and whose refresh it drops. The
+mean is ordinary + (refresh - ordinary) / k with k = 10. XLA counts the body of
+a loop once; the layers are unrolled, so the only loops are those that draw
+random bits, which multiply nothing.
+
+Times are paired: in each round the optimizers take turns call by call, and a
+ratio is the median over rounds of the ratios within a round. Compile time is
+of the processor, tracing included, so that other load does not count.
+"""
+
+from collections.abc import Callable
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import optax
+import tqdm
+
+import sophia_optax
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import gpt
+
+_ROUNDS = flags.DEFINE_integer(
+    'rounds', 20, 'Rounds of the update alone. The train step has a quarter as '
+    'many, each of k = 10 steps.', lower_bound=1)
+_QUICK = flags.DEFINE_bool(
+    'quick', False, 'Small sizes and few rounds: only to see that it runs.')
+_OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
+
+_K = 10  # steps from one refresh to the next
+_NEVER = 2**30
+_BATCH = 16
+
+
+class Row(NamedTuple):
+  """An optimizer and what is asked of it."""
+
+  name: str
+  tx: optax.GradientTransformation
+  fraction: int = 1  # curvature is estimated on 1 / fraction of the batch
+  over: str | None = None  # row of optax.contrib.sophia to compare with
+  goals: dict[str, float] = {}  # noqa: RUF012  # largest values, by column
+
+
+def update_rows() -> list[Row]:
+  """Rows of the update alone: no refresh in the steps that are timed."""
+  free = {'hessian_diagonal_fn': optax.stateless(
+      lambda grads, _: jax.tree.map(jnp.square, grads))}
+  contrib, ours = optax.contrib.sophia, sophia_optax.sophia
+  every = {'update_interval': _NEVER}
+  return [
+      Row('optax.adamw', optax.adamw(1e-3)),
+      Row('optax.lion', optax.lion(1e-3)),
+      Row('optax.contrib.sophia, g²', contrib(1e-3, **free, **every)),
+      Row('sophia, g²', ours(1e-3, **free, **every),
+          over='optax.contrib.sophia, g²',
+          goals={'time/adamw': 1.0, 'time/contrib': 0.95, 'MB/adamw': 1.02}),
+      Row('optax.contrib.sophia, H', contrib(1e-3, **every)),
+      Row('sophia, H', ours(1e-3, **every), over='optax.contrib.sophia, H',
+          goals={'MB/contrib': 1.0}),
+  ]
+
+
+def step_rows() -> list[Row]:
+  """Rows of the train step: H is Hutchinson, G Gauss-Newton-Bartlett."""
+  contrib = optax.contrib.sophia(1e-3, update_interval=_K)
+  h = sophia_optax.sophia(1e-3, update_interval=_K)
+  g = sophia_optax.sophia(
+      1e-3, update_interval=_K, hessian_diagonal_fn=(
+          sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()))
+  return [
+      Row('optax.adamw', optax.adamw(1e-3)),
+      Row('optax.lion', optax.lion(1e-3)),
+      Row('optax.contrib.sophia', contrib),
+      Row('sophia, H', h),
+      Row('sophia, H, 1/8', h, 8),
+      Row('sophia, H, 1/16', h, 16,
+          goals={'FLOPs/adamw': 1.02, 'MB/adamw': 1.01}),
+      Row('sophia, G', g, goals={'refresh/gradient': 1.01}),
+      Row('sophia, G, 1/2', g, 2,
+          goals={'FLOPs/adamw': 1.055, 'MB/adamw': 1.01}),
+      Row('sophia, G, 1/8', g, 8,
+          goals={'FLOPs/adamw': 1.015, 'MB/adamw': 1.01}),
+  ]
+
+
+class Program(NamedTuple):
+  """A compiled program and what its compilation showed."""
+
+  call: Callable[..., Any]
+  flops: float
+  megabytes: float
+  compile_seconds: float
+
+
+def compile_program(
+    fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (0, 1)
+) -> Program:
+  """Compiles `fn(*args)`, the arguments at the indices `donate` donated."""
+  jax.clear_caches()  # What another row traced would be free here.
+  start = time.process_time()
+  compiled = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+  seconds = time.process_time() - start
+  memory = compiled.memory_analysis()
+  size = (memory.temp_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes)
+  return Program(
+      compiled, compiled.cost_analysis()['flops'], size / 1e6, seconds)
+
+
+def take_turns(
+    programs: dict[str, Program], carries: dict[str, Any], arg: Any,
+    rounds: int, calls: int, bar: tqdm.tqdm) -> list[dict[str, float]]:
+  """Returns the mean milliseconds of a call, by name, for each round.
+
+  Args:
+    programs: From (params, state, arg) to the next (params, state), by name.
+    carries: The first (params, state), by name.
+    arg: What every call is given.
+    rounds: Number of rounds, after one that warms up.
+    calls: Calls of each program in a round.
+    bar: Is moved by one each round.
+  """
+  names, times = list(programs), []
+  for _ in range(rounds + 1):
+    spent = dict.fromkeys(names, 0.0)
+    for _ in range(calls):
+      names.append(names.pop(0))  # So that none always follows the same.
+      for name in names:
+        start = time.perf_counter()
+        carries[name] = jax.block_until_ready(
+            programs[name].call(*carries[name], arg))
+        spent[name] += time.perf_counter() - start
+    times.append({name: 1e3 * s / calls for name, s in spent.items()})
+    bar.update()
+  return times[1:]
+
+
+def median_ratio(times: list[dict[str, float]], name: str, base: str) -> float:
+  """Returns the median over rounds of the ratio of two programs."""
+  return statistics.median(t[name] / t[base] for t in times)
+
+
+def measure_update(
+    size: int, rounds: int, bar: tqdm.tqdm) -> dict[str, dict[str, float]]:
+  """Returns the columns of the update alone, by row."""
+  rows = update_rows()
+  grads = list(jax.random.normal(jax.random.key(0), (32, size, size)))
+  inputs = jnp.ones((8, size))
+  programs, carries, megabytes = {}, {}, {}
+  for row in rows:
+    tx = optax.with_extra_args_support(row.tx)
+
+    def update(params, state, grads, tx=tx):
+      def objective(params):
+        return sum(jnp.mean((inputs @ w) ** 2) for w in params)
+
+      updates, state = tx.update(grads, state, params, obj_fn=objective)
+      return optax.apply_updates(params, updates), state
+
+    params = [x + 1 for x in grads]
+    # Of these counts none is one at which curvature is refreshed.
+    state = optax.tree.set(tx.init(params), count=jnp.ones([], jnp.int32))
+    programs[row.name] = compile_program(update, params, state, grads)
+    megabytes[row.name] = compile_program(
+        lambda grads, state, params, update=update: update(
+            params, state, grads),
+        grads, state, params, donate=(1, 2)).megabytes
+    carries[row.name] = params, state
+    bar.update()
+
+  times = take_turns(programs, carries, grads, rounds, 1, bar)
+  table = {}
+  for row in rows:
+    table[row.name] = columns = {
+        'ms': statistics.median(t[row.name] for t in times),
+        'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
+        'MB': megabytes[row.name],
+        'MB/adamw': megabytes[row.name] / megabytes['optax.adamw'],
+        'MB in order': programs[row.name].megabytes}
+    if row.over:
+      columns['time/contrib'] = median_ratio(times, row.name, row.over)
+      columns['MB/contrib'] = megabytes[row.name] / megabytes[row.over]
+  return table
+
+
+def measure_step(
+    num_layers: int, rounds: int, bar: tqdm.tqdm
+) -> dict[str, dict[str, float]]:
+  """Returns the columns of the train step, by row."""
+  rows = step_rows()
+  model = gpt.GPT(256, 128, num_layers, 4, 128, unroll=num_layers)
+  tokens = jax.random.randint(jax.random.key(0), (_BATCH, 129), 0, 256)
+  params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
+
+  def loss_fn(params, tokens):
+    logits = model.apply({'params': params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits, tokens[:, 1:]).mean()
+
+  def gradient(params, _, tokens):
+    return jax.grad(loss_fn)(params, tokens)
+
+  gradient_flops = compile_program(gradient, params, (), tokens).flops
+  programs, carries, ordinary = {}, {}, {}
+  for row in rows:
+    tx = optax.with_extra_args_support(row.tx)
+
+    def step(params, state, tokens, tx=tx, size=_BATCH // row.fraction):
+      grads = jax.grad(loss_fn)(params, tokens)
+      updates, state = tx.update(
+          grads, state, params,
+          obj_fn=lambda p: loss_fn(p, tokens[:size]),
+          predict_fn=lambda p: model.apply(
+              {'params': p}, tokens[:size, :-1]))
+      return optax.apply_updates(params, updates), state
+
+    def ordinary_step(params, state, tokens, step=step):
+      state = optax.tree.set(state, count=jnp.ones([], jnp.int32))
+      return step(params, state, tokens)
+
+    carries[row.name] = carry = jax.tree.map(
+        jnp.copy, (params, tx.init(params)))
+    program = compile_program(step, *carry, tokens)
+    if row.tx not in ordinary:  # It is the same whatever curvature is of.
+      ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
+    programs[row.name] = program
+    bar.update()
+
+  times = take_turns(programs, carries, tokens, rounds, _K, bar)
+  base = programs['optax.adamw']
+  table = {}
+  for row in rows:
+    program = programs[row.name]
+    refresh = program.flops - ordinary[row.tx]
+    mean = ordinary[row.tx] + refresh / _K
+    table[row.name] = {
+        'GFLOPs': mean / 1e9,
+        'FLOPs/adamw': mean / base.flops,
+        'refresh/gradient': refresh / gradient_flops,
+        'MB': program.megabytes,
+        'MB/adamw': program.megabytes / base.megabytes,
+        'ms': statistics.median(t[row.name] for t in times),
+        'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
+        'compile s': program.compile_seconds,
+        'compile/adamw': program.compile_seconds / base.compile_seconds}
+  return table
+
+
+def render(title: str, rows: list[Row], table: dict[str, dict[str, float]],
+           names: list[str]) -> str:
+  """Lays out a table, goals beside the figures; `!` marks a missed one."""
+  lines = [[title, *names]]
+  for row in rows:
+    cells = [row.name]
+    for name in names:
+      value = table[row.name].get(name)
+      digits = 3 if '/' in name else 1
+      cell = '' if value is None else f'{value:.{digits}f}'
+      if name in row.goals:
+        cell += f' (≤ {row.goals[name]:g})' + '!' * (value > row.goals[name])
+      cells.append(cell)
+    lines.append(cells)
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  layout = '  '.join([f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
+  return '\n'.join(layout.format(*line).rstrip() for line in lines)
+
+
+def main(argv):
+  """Measures, prints and writes."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Flags only, such as --rounds=5; got {argv[1:]}.')
+  size, num_layers, rounds = 1024, 4, _ROUNDS.value
+  if _QUICK.value:
+    size, num_layers, rounds = 64, 1, 2
+  step_rounds = max(rounds // 4, 1)
+  calls = len(update_rows()) + len(step_rows()) + rounds + step_rounds + 2
+  with tqdm.tqdm(total=calls, desc='compile and time') as bar:
+    update = measure_update(size, rounds, bar)
+    step = measure_step(num_layers, step_rounds, bar)
+
+  print(render(
+      f'update, {32 * size**2:,} parameters', update_rows(), update,
+      ['ms', 'time/adamw', 'time/contrib', 'MB', 'MB/adamw', 'MB/contrib',
+       'MB in order']))
+  print()
+  print(render('train step, GPT', step_rows(), step, list(step['sophia, H'])))
+  print('\nIn brackets the goals; ! marks a missed one. Names: g² squared '
+        'gradient, H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of '
+        'the batch for curvature. k = 10.')
+
+  if _OUTPUT.value:
+    result = {
+        'command': ' '.join(['python benchmarks/step_cost.py', *sys.argv[1:]]),
+        'machine': {'cores': os.cpu_count(), 'architecture': platform.machine(),
+                    'backend': jax.default_backend()},
+        'versions': {'python': platform.python_version(),
+                     'jax': jax.__version__, 'optax': optax.__version__,
+                     'sophia_optax': sophia_optax.__version__},
+        'update': update,
+        'step': step,
+    }
+    pathlib.Path(_OUTPUT.value).write_text(
+        json.dumps(result, indent=2, ensure_ascii=False) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)
