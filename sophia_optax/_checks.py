@@ -48,13 +48,15 @@ def not_negative(name: str, value: Any):
   _number(name, value, lambda x: x >= 0, 'of at least 0')
 
 
-def whole_number(name: str, value: Any, at_least: int):
+def whole_number(name: str, value: Any, at_least: int) -> Any:
+  """Returns the number as an int, an array as it is."""
   _number(
       name,
       value,
       lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
       f'that is whole and at least {at_least}',
   )
+  return value if _is_array(value) else int(value)
 
 
 def one_of(name: str, value: Any, known: Collection[str]):

@@ -122,7 +122,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 2
   """
-  _checks.whole_number('num_samples', num_samples, at_least=1)
+  num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
   draw_score, event_ndim = _resolve(likelihood)
 
   def init_fn(params):

@@ -99,7 +99,7 @@ def hutchinson_estimator_diag_hessian(
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 1
   """
-  _checks.whole_number('num_samples', num_samples, at_least=1)
+  num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
   _checks.one_of('distribution', distribution, _PROBES)
   sampler = _PROBES[distribution]
 

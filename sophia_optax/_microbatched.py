@@ -56,7 +56,9 @@ def microbatched(
     5.0
   """
   _checks.transformation('estimator', estimator)
-  _checks.whole_number('num_microbatches', num_microbatches, at_least=1)
+  num_microbatches = _checks.whole_number(
+      'num_microbatches', num_microbatches, at_least=1
+  )
   inner = optax.with_extra_args_support(estimator)
 
   def split(x):  # (n, ...) to (M, n / M, ...), part m holding x[m::M]

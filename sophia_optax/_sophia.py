@@ -146,7 +146,9 @@ def scale_by_sophia(
   _checks.not_negative('gamma', gamma)
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
-  _checks.whole_number('update_interval', update_interval, at_least=1)
+  update_interval = _checks.whole_number(
+      'update_interval', update_interval, at_least=1
+  )
   _checks.whole_number(
       'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
   )
@@ -156,7 +158,7 @@ def scale_by_sophia(
   def precondition(mu, nu, count):
     """The update before it is clipped; all trees are coordinates."""
     if bias_correction:
-      decay = jnp.asarray(b1, _coordinates.wider(jnp.result_type(b1), 'f4'))
+      decay = jnp.asarray(b1, float)
       mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
 
     def ratio(m, h):
@@ -256,8 +258,10 @@ def scale_by_sophia(
 
 
 def _cast(value, like):
-  """Gives an array that is a hyperparameter the dtype that it meets."""
-  return value.astype(like.dtype) if isinstance(value, jax.Array) else value
+  """Gives a hyperparameter with a dtype of its own the one that it meets."""
+  if hasattr(value, 'dtype'):
+    return jnp.asarray(value, like.dtype)
+  return value
 
 
 def _ema(decay, new, old):

@@ -308,6 +308,23 @@ def test_gamma_zero_is_sign_momentum():
     np.testing.assert_allclose(updates, [1.0, -1.0, 0.0])
 
 
+def test_hyperparameters_may_be_of_any_numeric_type():
+  results = []
+  for number in (int, float, np.float64, np.array, jnp.array):
+    tx = sophia_optax.scale_by_sophia(
+        b1=number(0),
+        b2=number(0),
+        eps=number(1),
+        gamma=number(2),
+        clip_threshold=number(1),
+        update_interval=number(2),
+        hessian_diagonal_fn=optax.identity(),
+    )
+    grads = [jnp.array([0.5, -3.0, 0.1])] * 3
+    results.append(run(tx, grads, jnp.ones(3)))
+  chex.assert_trees_all_equal(*results)
+
+
 def test_negative_curvature_takes_the_full_step():
   tx = sophia_optax.scale_by_sophia(
       b2=0.0,
