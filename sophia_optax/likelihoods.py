@@ -50,9 +50,7 @@ def _sample_index(key, weights):
   cumulated = jnp.cumsum(weights, axis=-1)
   total = cumulated[..., -1:]
   threshold = total * jax.random.uniform(key, total.shape, total.dtype)
-  # Rounding may let the threshold reach the total, which no index exceeds.
-  below_total = jnp.nextafter(total, jnp.zeros_like(total))
-  return jnp.argmax(cumulated > jnp.minimum(threshold, below_total), axis=-1)
+  return jnp.argmax(cumulated > threshold, axis=-1)
 
 
 def _sample_class(key, logits):

@@ -9,22 +9,24 @@ import pytest
 
 import sophia_optax
 
+# So near the minimum that the default gamma, 0.01, clips some updates only.
 PARAMS = {
-    'w': jnp.linspace(-1.0, 1.5, 12).reshape(3, 4),
-    'b': {'c': jnp.array([0.5, -0.3, 0.8])},
+    'w': 1e-3 * jnp.linspace(-1.0, 1.5, 12).reshape(3, 4),
+    'b': {'c': 1e-3 * jnp.array([0.5, -0.3, 0.8])},
 }
 
 
 def loss_fn(params):
-  hidden = jnp.tanh(params['w'].T @ params['b']['c'])
-  return jnp.sum(hidden**2) + jnp.sum(jnp.cosh(params['w'] / 2) - 1)
+  w, c = params['w'], params['b']['c']
+  hidden = jnp.tanh(w.T @ (1 + c))
+  return jnp.sum(hidden**2) + jnp.sum(jnp.cosh(w / 2)) + jnp.sum(c**2)
 
 
-def squared_gradient():
+def absolute_gradient():
   """A user's own estimator, of the old kind without extra arguments."""
   return optax.GradientTransformation(
       lambda params: optax.EmptyState(),
-      lambda g, s, p=None: (jax.tree.map(jnp.square, g), s),
+      lambda g, s, p=None: (jax.tree.map(jnp.abs, g), s),
   )
 
 
@@ -36,7 +38,7 @@ CASES = {
             for m in (sophia_optax, optax.contrib)
         ]
     },
-    'own_estimator': {'estimators': [squared_gradient()] * 2},
+    'own_estimator': {'estimators': [absolute_gradient()] * 2, 'gamma': 10.0},
     'not_clipped': {'clip_threshold': None, 'eps': 1e-2, 'gamma': 1.0},
     'low_clip': {'clip_threshold': 0.1, 'gamma': 1.0},
     'mask_tree': {'weight_decay_mask': {'w': True, 'b': {'c': False}}},
@@ -44,13 +46,13 @@ CASES = {
     'mask_fn': {
         'weight_decay_mask': lambda t: jax.tree.map(lambda x: x.ndim > 1, t)
     },
-    'schedule': {'learning_rate': optax.cosine_decay_schedule(0.02, 100)},
+    'schedule': {'learning_rate': optax.cosine_decay_schedule(2e-5, 100)},
     'mu_bfloat16': {'mu_dtype': jnp.bfloat16},
     'betas_and_interval': {'b1': 0.9, 'b2': 0.5, 'update_interval': 3},
 }
 
 
-def train(sophia, learning_rate=0.01, **kwargs):
+def train(sophia, learning_rate=1e-5, **kwargs):
   tx = sophia(learning_rate, weight_decay=0.1, **kwargs)
 
   def step(carry, _):
@@ -83,5 +85,7 @@ def test_same_numbers(name):
       actual,
       expected,
   )
-  # mu in bfloat16 means that one rounding may fall to the other side.
-  assert float(jnp.max(jnp.abs(actual[0]['w']))) > 0
+  # Not all updates are clipped, or h would not have been compared.
+  size = jnp.abs(actual[0]['w'])
+  full = size > 0.99 * jnp.max(size, axis=(1, 2), keepdims=True)
+  assert jnp.mean(full) < 0.9
