@@ -185,7 +185,7 @@ def same_shapes(name: str, tree: Any, params: Any):
       )
 
 
-def real_array(name: str, value: Any):
+def real_array(name: str, value: Any, event_ndim: int):
   """Raises unless `value` can be the outputs of a model."""
   need = f'{name} must return one floating point array, the logits or means'
   if isinstance(value, (tuple, list, dict)):
@@ -197,6 +197,11 @@ def real_array(name: str, value: Any):
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     got = type(value).__name__ if dtype is None else f'dtype {dtype}'
     raise TypeError(f'{need}, got {got}. Return them before any argmax.')
+  if np.ndim(value) < event_ndim:
+    raise TypeError(
+        f'{need}, with at least {event_ndim} axes for this likelihood, got'
+        f' shape {np.shape(value)}. The last axis of logits is of the classes.'
+    )
 
 
 def broadcasts(name: str, value: Any, shape: tuple[int, ...]):

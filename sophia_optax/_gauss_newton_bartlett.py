@@ -151,7 +151,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
     def predict(theta):
       outputs = predict_fn(_coordinates.join(params, theta), *args)
-      _checks.real_array('predict_fn', outputs)
+      _checks.real_array('predict_fn', outputs, event_ndim)
       return outputs
 
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
@@ -168,6 +168,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     def draw(key):
       # √B ĝ, as B ĝ in half precision could overflow where ĝ² vanishes.
       scores = weight * draw_score(key, outputs.astype(wide))
+      scores = jnp.where(weight > 0, scores, 0)  # Padding may hold NaN.
       (root,) = vjp(scores.astype(outputs.dtype))
       return jax.tree.map(jnp.square, _coordinates.widen(root))
 

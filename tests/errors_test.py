@@ -178,6 +178,7 @@ PREDICTIONS = [
         'got dtype int32. Return them before any argmax',
     ),
     ({'predict_fn': lambda p: None}, TypeError, 'got NoneType'),
+    ({'predict_fn': loss_fn}, TypeError, r'at least 1 axes .* got shape \(\)'),
     (
         {'predict_fn': predict_fn, 'label_mask': jnp.ones(3, bool)},
         ValueError,

@@ -138,6 +138,22 @@ def test_mean_over_all_labels_is_the_gauss_newton_diagonal(name, case):
     chex.assert_trees_all_close(actual, expected, rtol=1e-11, atol=1e-14)
 
 
+def test_masked_predictions_may_be_anything():
+  params, inputs = make_params(), jnp.ones((4, 2))
+  padded = lambda p: network(p, inputs).at[1].set(jnp.nan).at[2].set(-jnp.inf)
+  estimator = estimator_of(likelihood=lambda key, z: jnp.sign(z))
+  mask = jnp.array([True, False, False, True])
+  expected, _ = estimator.update(
+      None, estimator.init(params), params,
+      predict_fn=lambda p: network(p, inputs[:2])[:, 0],
+  )
+  actual, _ = estimator.update(
+      None, estimator.init(params), params, label_mask=mask,
+      predict_fn=lambda p: padded(p)[:, 0],
+  )
+  chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
 def test_classes_are_drawn_with_their_probabilities():
   logits = jnp.array([[0.0, 1.0, -2.0, -jnp.inf], [3.0, -1.0, 0.0, 0.5]])
   keys = jax.random.split(jax.random.PRNGKey(0), 20_000)
