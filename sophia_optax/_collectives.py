@@ -39,7 +39,8 @@ def fold_in_index(key: jax.Array, axis_name: AxisName) -> jax.Array:
 
 def varying(x: jax.Array) -> frozenset[str]:
   """The axes over which x differs, as far as `shard_map` keeps account."""
-  return jax.typeof(x).mat.varying
+  aval = jax.typeof(x)
+  return aval.mat.varying if hasattr(aval, 'mat') else aval.vma  # JAX 0.9.
 
 
 def vary(tree: Any, axis_name: AxisName) -> Any:
