@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import jax
 import orbax.checkpoint as ocp
 
 # What may differ between a run and the one that takes it up again.
@@ -68,8 +69,12 @@ class Checkpoints:
           'A run is resumed with the settings that it began with. '
           f'{self._manager.directory} has other ones ({"; ".join(changed)}). '
           'Pass those, or another --out_dir.')
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        abstract_state)
     saved = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
+        state=ocp.args.StandardRestore(target),
         record=ocp.args.JsonRestore()))
     return step, saved.state, saved.record
 
