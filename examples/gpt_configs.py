@@ -95,6 +95,7 @@ _DEMO = Config(unroll=2)
 # GPT-2 small with the batch, schedule, curvature batches, b1, b2, k, eps and
 # gamma of arXiv:2305.14342. Sophia's learning rate and decay are those that its
 # authors' code has for Sophia-G of this size, AdamW's settings are nanoGPT's.
+# The paper takes one estimate of the curvature's batch; here it is divided.
 _GPT2_124M = Config(
     vocab_size=50304, block_size=1024, num_layers=12, num_heads=12, width=768,
     dtype='bfloat16', remat=True, num_steps=100_000, batch_size=480,

@@ -21,7 +21,8 @@ def microbatched(
   part only. The Gauss-Newton-Bartlett estimate has a standard deviation of √2
   of its mean whatever the size of its batch, so M estimates of 1/M of the batch
   have together 1/M of the variance of one estimate of the whole. Hutchinson's
-  gains as much where probes, not data, are the source of its variance.
+  gains as much only where the Hessians of the parts are like that of the whole:
+  entries off the diagonal that average out over the batch are larger in a part.
 
   ``update(grads, state, params, batch=..., **extra_args)`` hands each part of
   ``batch``, and of ``label_mask`` if there is one, to the estimator, so
