@@ -1,8 +1,14 @@
 """Sophia, a stochastic second-order optimizer, in optax's own form."""
 
+import importlib.util
+from typing import Any, TYPE_CHECKING
+
 from sophia_optax import likelihoods as likelihoods
 from sophia_optax._alias import sophia as sophia
 from sophia_optax._alias import sophia_g as sophia_g
+from sophia_optax._collectives import (
+    average_over_replicas as average_over_replicas,
+)
 from sophia_optax._gauss_newton_bartlett import (
     gauss_newton_bartlett_estimator_diag_hessian as gauss_newton_bartlett_estimator_diag_hessian,  # noqa: E501
 )
@@ -20,4 +26,21 @@ from sophia_optax._squared_gradient import (
     squared_gradient_estimator_diag_hessian as squared_gradient_estimator_diag_hessian,  # noqa: E501
 )
 
+if TYPE_CHECKING:
+  from sophia_optax._train_state import SophiaTrainState as SophiaTrainState
+
 __version__ = '0.1.0.dev0'
+
+
+def __getattr__(name: str) -> Any:
+  """Imports what needs Flax on its first use, so that all else needs none."""
+  if name != 'SophiaTrainState':
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module = importlib.import_module('sophia_optax._train_state')
+  return module.SophiaTrainState
+
+
+def __dir__() -> list[str]:
+  # Without Flax it is not there, as help() wants every name it is told.
+  flax = importlib.util.find_spec('flax')
+  return sorted({*globals(), *(['SophiaTrainState'] if flax else [])})

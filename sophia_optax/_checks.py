@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def _is_static(value: Any) -> bool:
@@ -100,6 +101,24 @@ def given(
   )
 
 
+def complete(name: str, params: Any, full_params: Any):
+  """Raises if `name` would be called with a tree that has holes."""
+  holes = [
+      jax.tree_util.keystr(path) or 'the root'
+      for path, leaf in jax.tree_util.tree_leaves_with_path(
+          params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+      )
+      if isinstance(leaf, optax.MaskedNode)
+  ]
+  if holes and full_params is None:
+    raise ValueError(
+        f'{name} needs all parameters, but optax.masked or optax.partition hid'
+        f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
+        ' them all to update: update(grads, state, params, full_params=params,'
+        ' ...). The curvature is still that of the visible ones alone.'
+    )
+
+
 def transformation(name: str, value: Any):
   if not (hasattr(value, 'init') and hasattr(value, 'update')):
     mend = 'Call the factory: pass estimator(), not estimator.'
@@ -128,14 +147,25 @@ def callable_with(name: str, fn: Any, arguments: Sequence[str]):
     ) from None
 
 
+def without_aux(name: str, value: Any, has_aux: bool) -> Any:
+  """Returns the first of the pair that `name` returned, if there has to be."""
+  if not has_aux:
+    return value
+  if not (isinstance(value, tuple) and len(value) == 2):
+    raise TypeError(
+        f'{name} must return a pair, as the estimator has has_aux=True, got'
+        f' {value!r}. Return (value, aux), or leave has_aux out.'
+    )
+  return value[0]
+
+
 def real_scalar(name: str, value: Any):
   """Raises unless `value` is what a loss should be."""
   need = f'{name} must return the loss alone, a real floating point scalar'
   if isinstance(value, (tuple, list, dict)):
-    mend = f'{name}=lambda params: loss_fn(params)[0]'
     raise TypeError(
         f'{need}, got a {type(value).__name__} of {len(value)}. If it returns'
-        f' (loss, aux), pass {mend}.'
+        ' (loss, aux), pass has_aux=True to the estimator.'
     )
   dtype, shape = _dtype(value), np.shape(value)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -191,7 +221,8 @@ def real_array(name: str, value: Any, event_ndim: int):
   if isinstance(value, (tuple, list, dict)):
     raise TypeError(
         f'{need}, got a {type(value).__name__} of {len(value)}. Select them, as'
-        f' in {name}=lambda params: model(params)[0].'
+        f' in {name}=lambda params: model(params)[0]; if it returns'
+        ' (outputs, aux), pass has_aux=True to the estimator.'
     )
   dtype = _dtype(value)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

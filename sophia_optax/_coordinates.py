@@ -62,6 +62,16 @@ def join(like: optax.Params, coordinates: Any) -> Any:
   return jax.tree.map(join_leaf, like, coordinates)
 
 
+def fill(tree: optax.Params, full: optax.Params | None) -> optax.Params:
+  """Fills the holes that `optax.masked` leaves in a tree from a whole one."""
+  if full is None:
+    return tree
+  is_hole = lambda x: isinstance(x, optax.MaskedNode)
+  return jax.tree.map(
+      lambda x, f: f if is_hole(x) else x, tree, full, is_leaf=is_hole
+  )
+
+
 def widen(coordinates: Any) -> Any:
   """Casts to float32 what is narrower, so that averages do not stall."""
   return jax.tree.map(

@@ -44,6 +44,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
         | Callable[[jax.Array, jax.Array], jax.Array]
     ) = 'categorical',
     num_samples: int = 1,
+    has_aux: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the Gauss-Newton diagonal with labels from the model itself.
@@ -53,10 +54,15 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     \hat g = \nabla_\theta \frac{1}{B} \sum_{b=1}^B -\log p(\hat y_b \mid z_b),
     \qquad \hat y_b \sim p(\cdot \mid z_b)
 
-  It is unbiased for the diagonal of the Gauss-Newton matrix of the mean loss,
-  never negative, and needs one forward and one backward pass, no second
-  derivative. Its standard deviation is about √2 of its mean whatever B is;
-  averaging ``num_samples`` draws, each a further backward pass, or
+  With ``axis_name``, ``predict_fn`` returns the outputs of the local shard:
+  each replica draws labels of its own, and the estimates, each with the B of
+  its shard, are averaged, so that D replicas divide the variance by D. What is
+  stored stays equal on all.
+
+  The estimate is unbiased for the diagonal of the Gauss-Newton matrix of the
+  mean loss, never negative, and needs one forward and one backward pass, no
+  second derivative. Its standard deviation is about √2 of its mean whatever B
+  is; averaging ``num_samples`` draws, each a further backward pass, or
   :func:`sophia_optax.microbatched` at no further cost, lower that.
 
   With the labels of the data instead of sampled ones this would be the
@@ -66,16 +72,13 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   ``update(grads, state, params, predict_fn=...)`` returns the estimate in place
   of the gradients. ``predict_fn(params)`` returns the outputs of the model,
   logits or means, of any rank; with ``batch=`` it is called as
-  ``predict_fn(params, batch)``. ``label_mask=`` says which predictions count;
+  ``predict_fn(params, batch)``. Where :func:`optax.masked` or
+  :func:`optax.partition` hides parameters, ``full_params=`` has them all for
+  ``predict_fn``. ``label_mask=`` says which predictions count;
   it broadcasts to the outputs without the axis of classes, and where all are
   masked the estimate is zero. The estimate has the structure of ``params``,
   with leaves as those of
   :func:`sophia_optax.hutchinson_estimator_diag_hessian`.
-
-  With ``axis_name`` each replica draws its own labels, ``predict_fn`` returns
-  the outputs of the local shard, and the estimates, each with the B of its
-  shard, are averaged: D replicas divide the variance by D. What is stored stays
-  equal on all.
 
   Args:
     random_seed: Seed of the labels: an integer, a raw or a typed PRNG key. None
@@ -87,9 +90,13 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       ``(key, outputs) -> scores`` of predictions that are single numbers.
       Outputs reach it in float32 or wider.
     num_samples: Number of draws to average, all from one forward pass.
+    has_aux: Whether ``predict_fn`` returns ``(outputs, aux)``. What is in aux
+      is not used.
     axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
       over which the parameters are replicated and the data is not. None for a
-      single device and for :func:`jax.jit` with sharded arrays.
+      single device and for :func:`jax.jit` with sharded arrays. Parameters may
+      be divided over another axis of a ``shard_map`` with ``check_vma=True``;
+      predictions that are divided over it too belong to one estimate.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -97,9 +104,9 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
   Raises:
     ValueError: If ``num_samples`` is less than 1 or ``likelihood`` is unknown;
-      in ``update``, if ``params`` or ``predict_fn`` is missing,
-      ``label_mask`` does not broadcast to the predictions, or there is no axis
-      ``axis_name``.
+      in ``update``, if ``params`` or ``predict_fn`` is missing, or
+      ``full_params`` where parameters are hidden; if ``label_mask`` does not
+      broadcast to the predictions, or there is no axis ``axis_name``.
     TypeError: In ``update``, if ``predict_fn`` can't be called with these
       arguments or returns something else than a floating point array.
 
@@ -137,6 +144,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       predict_fn=None,
       batch=None,
       label_mask=None,
+      full_params=None,
       obj_fn=None,
       **extra_args,
   ):
@@ -148,40 +156,50 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     _checks.callable_with(
         'predict_fn', predict_fn, ('params', 'batch')[: 1 + len(args)]
     )
+    _checks.complete('predict_fn', params, full_params)
+    _collectives.check_axes(axis_name)
 
     def predict(theta):
-      outputs = predict_fn(_coordinates.join(params, theta), *args)
+      p = _coordinates.fill(_coordinates.join(params, theta), full_params)
+      outputs = _checks.without_aux('predict_fn', predict_fn(p, *args), has_aux)
       _checks.real_array('predict_fn', outputs, event_ndim)
       return outputs
 
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     outputs, vjp = jax.vjp(predict, theta)
+    # Predictions that are divided over some other axis belong to one estimate.
+    axes = _collectives.other_axes(outputs, axis_name)
     predictions = outputs.shape[: outputs.ndim - event_ndim]
     if label_mask is not None:
       _checks.broadcasts('label_mask', label_mask, predictions)
     wide = _coordinates.wider(outputs.dtype, jnp.float32)
     mask = jnp.asarray(True if label_mask is None else label_mask, bool)
     mask = jnp.broadcast_to(mask, predictions).astype(wide)
-    weight = mask / jnp.sqrt(jnp.maximum(jnp.sum(mask), 1))
+    count = _collectives.total(jnp.sum(mask), axes)
+    weight = mask / jnp.sqrt(jnp.maximum(count, 1))
     weight = weight.reshape(predictions + (1,) * event_ndim)
 
     def draw(key):
       # √B ĝ, as B ĝ in half precision could overflow where ĝ² vanishes.
-      scores = weight * draw_score(key, outputs.astype(wide))
+      draw_here = _collectives.with_auto_axes(draw_score, outputs)
+      scores = weight * draw_here(key, outputs.astype(wide))
       scores = jnp.where(weight > 0, scores, 0)  # Padding may hold NaN.
       (root,) = vjp(scores.astype(outputs.dtype))
       return jax.tree.map(jnp.square, _coordinates.widen(root))
 
     key, subkey = jax.random.split(state.key)
-    subkey = _collectives.fold_in_index(subkey, axis_name)
+    subkey = _collectives.fold_in_index(
+        subkey, (*_collectives.names(axis_name), *axes)
+    )
     mean = _draws.average_over_draws(
         draw, _coordinates.widen(theta), subkey, num_samples
     )
-    mean = _collectives.mean(mean, axis_name)
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, GaussNewtonBartlettState(key=key)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _collectives.averaged(
+      optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
+  )
 
 
 def _resolve(likelihood):

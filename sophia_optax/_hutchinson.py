@@ -37,6 +37,7 @@ def hutchinson_estimator_diag_hessian(
     *,
     num_samples: int = 1,
     distribution: str = 'rademacher',
+    has_aux: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the diagonal of the Hessian with random probes.
@@ -44,7 +45,12 @@ def hutchinson_estimator_diag_hessian(
   .. math::
     \hat h = \frac{1}{n} \sum_{i=1}^n v_i \odot \nabla^2 L(\theta)\, v_i
 
-  It is unbiased. The variance of one entry with Rademacher probes is
+  With ``axis_name``, ``obj_fn`` returns the loss of the local shard, *not
+  averaged* over replicas: each draws a probe of its own, and the estimates are
+  averaged, so that D replicas divide the variance by D. What is stored stays
+  equal on all.
+
+  The estimate is unbiased. The variance of one entry with Rademacher probes is
   :math:`\sum_{j \neq i} H_{ij}^2 / n`; Gaussian probes add
   :math:`2 H_{ii}^2 / n`. Each probe costs one Hessian-vector product, about
   8/3 of a gradient; probes are taken one after another, so memory does not
@@ -52,14 +58,12 @@ def hutchinson_estimator_diag_hessian(
 
   ``update(grads, state, params, obj_fn=...)`` returns the estimate in place of
   the gradients. ``obj_fn(params)`` is the loss, a real scalar; with ``batch=``
-  it is called as ``obj_fn(params, batch)``. The estimate has the structure of
-  ``params``. Its leaves are float32 or wider; that of a complex leaf holds the
-  curvature of the real part in its real part and that of the imaginary part
-  in its imaginary part; that of an integer leaf is zero.
-
-  With ``axis_name`` each replica draws its own probe, ``obj_fn`` returns the
-  loss of the local shard, *not averaged* over replicas, and the estimates are:
-  D replicas divide the variance by D. What is stored stays equal on all.
+  it is called as ``obj_fn(params, batch)``. Where :func:`optax.masked` or
+  :func:`optax.partition` hides parameters, ``full_params=`` has them all for
+  ``obj_fn``. The estimate has the structure of ``params``. Its leaves are
+  float32 or wider; that of a complex leaf holds the curvature of the real part
+  in its real part and that of the imaginary part in its imaginary part; that of
+  an integer leaf is zero.
 
   Args:
     random_seed: Seed of the probes: an integer, a raw or a typed PRNG key. None
@@ -67,9 +71,13 @@ def hutchinson_estimator_diag_hessian(
     num_samples: Number n of probes to average.
     distribution: ``'rademacher'`` (entries ±1, the smaller variance) or
       ``'normal'`` (the paper's).
+    has_aux: Whether ``obj_fn`` returns ``(loss, aux)``. What is in aux is not
+      used.
     axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
       over which the parameters are replicated and the data is not. None for a
-      single device and for :func:`jax.jit` with sharded arrays.
+      single device and for :func:`jax.jit` with sharded arrays. Parameters may
+      be divided over another axis of a ``shard_map`` with ``check_vma=True``;
+      the loss has to be the same along that one.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -77,9 +85,10 @@ def hutchinson_estimator_diag_hessian(
 
   Raises:
     ValueError: If ``num_samples`` is less than 1 or ``distribution`` is
-      unknown; in ``update``, if ``params`` or ``obj_fn`` is missing, if there
-      is no axis ``axis_name``, or if ``obj_fn`` averaged over it already,
-      where ``shard_map`` shows that.
+      unknown; in ``update``, if ``params`` or ``obj_fn`` is missing, or
+      ``full_params`` where parameters are hidden; if there is no axis
+      ``axis_name``; or, where ``shard_map`` shows that, if ``obj_fn`` averaged
+      over it already, or differs along an axis of replicas that it leaves out.
     TypeError: In ``update``, if ``obj_fn`` can't be called with these arguments
       or returns something else than a real scalar.
 
@@ -108,37 +117,55 @@ def hutchinson_estimator_diag_hessian(
     return HutchinsonState(key=_draws.make_key(random_seed))
 
   def update_fn(
-      updates, state, params=None, *, obj_fn=None, batch=None, **extra_args
+      updates,
+      state,
+      params=None,
+      *,
+      obj_fn=None,
+      batch=None,
+      full_params=None,
+      **extra_args,
   ):
     del updates, extra_args
     _checks.given('params', params, 'the Hutchinson estimator')
     _checks.given('obj_fn', obj_fn, 'the Hutchinson estimator')
     args = () if batch is None else (batch,)
     _checks.callable_with('obj_fn', obj_fn, ('params', 'batch')[:1 + len(args)])
+    _checks.complete('obj_fn', params, full_params)
+    _collectives.check_axes(axis_name)
 
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     like = _coordinates.widen(theta)
 
     def objective(theta):
-      loss = obj_fn(_coordinates.join(params, theta), *args)
+      p = _coordinates.fill(_coordinates.join(params, theta), full_params)
+      loss = _checks.without_aux('obj_fn', obj_fn(p, *args), has_aux)
       _checks.real_scalar('obj_fn', loss)
-      _collectives.check_local('obj_fn', loss, theta, axis_name)
+      _collectives.check_local(loss, theta, axis_name)
       return loss
 
-    def draw(key):
+    def draw_leaf(key, x):
+      # Parts of one array, divided over an axis, need probes of their own.
+      key = _collectives.fold_in_index(
+          key, _collectives.other_axes(x, axis_name)
+      )
       # Drawn in at least float32 and rounded, as a coarse normal is no normal.
-      probe = optax.tree.random_like(key, like, sampler)
-      probe = optax.tree.cast_like(probe, theta)
+      return sampler(key, x.shape, x.dtype, out_sharding=jax.typeof(x).sharding)
+
+    def draw(key):
+      keys = optax.tree.split_key_like(key, like)
+      probe = optax.tree.cast_like(jax.tree.map(draw_leaf, keys, like), theta)
       _, hvp = jax.jvp(jax.grad(objective), (theta,), (probe,))
       return optax.tree.mul(
           _coordinates.widen(probe), _coordinates.widen(hvp)
       )
 
     key, subkey = jax.random.split(state.key)
-    subkey = _collectives.fold_in_index(subkey, axis_name)
+    subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
     mean = _draws.average_over_draws(draw, like, subkey, num_samples)
-    mean = _collectives.mean(mean, axis_name)
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, HutchinsonState(key=key)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _collectives.averaged(
+      optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
+  )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
+from sophia_optax import _collectives
 from sophia_optax import _coordinates
 
 
@@ -60,7 +61,8 @@ def microbatched(
   num_microbatches = _checks.whole_number(
       'num_microbatches', num_microbatches, at_least=1
   )
-  inner = optax.with_extra_args_support(estimator)
+  # Replicas average once, after the parts.
+  inner, axis_name = _collectives.unaveraged(estimator)
 
   def split(x):  # (n, ...) to (M, n / M, ...), part m holding x[m::M]
     return jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
@@ -87,6 +89,9 @@ def microbatched(
       counts = jnp.sum(
           mask.reshape(num_microbatches, -1), axis=1, dtype=jnp.float32
       )
+      counts = _collectives.total(
+          counts, _collectives.other_axes(counts, axis_name)
+      )
       weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
 
     def add_part(carry, part_and_weight):
@@ -102,10 +107,13 @@ def microbatched(
       )
       return (total, state), None
 
-    total = _coordinates.zeros_like(params)
-    (total, state), _ = jax.lax.scan(
-        add_part, (total, state), (parts, weights)
+    xs = (parts, weights)
+    carry = (_coordinates.zeros_like(params), state)
+    carry, _ = _collectives.vary_alike(
+        (carry, None), add_part, carry, jax.tree.map(lambda x: x[0], xs)
     )
-    return total, state
+    return jax.lax.scan(add_part, carry, xs)[0]
 
-  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+  return _collectives.averaged(
+      optax.GradientTransformationExtraArgs(inner.init, update_fn), axis_name
+  )

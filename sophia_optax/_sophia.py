@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
+from sophia_optax import _collectives
 from sophia_optax import _coordinates
 from sophia_optax import _hutchinson
 
@@ -172,15 +173,16 @@ def scale_by_sophia(
       return u
     return jnp.clip(u, -_cast(clip_threshold, u), _cast(clip_threshold, u))
 
-  def measure_win_rate(ratios):
+  def count_wins(ratio):
     if clip_threshold is None:
-      return jnp.ones([], jnp.float32)
-    won = jnp.zeros([], jnp.float32)
-    for r in jax.tree.leaves(ratios):
-      wins = jnp.atleast_1d(jnp.abs(r) < _cast(clip_threshold, r))
-      # Exact along one axis, and no int32 to overflow over all of them.
-      won += jnp.sum(jnp.sum(wins, axis=-1), dtype=jnp.float32)
-    return won / max(optax.tree.size(ratios), 1)
+      return jnp.full_like(ratio, ratio.size, jnp.float32, ())
+    wins = jnp.atleast_1d(jnp.abs(ratio) < _cast(clip_threshold, ratio))
+    # Exact along one axis, and no int32 to overflow over all of them.
+    return jnp.sum(jnp.sum(wins, axis=-1), dtype=jnp.float32)
+
+  def measure_win_rate(ratios, like):
+    won, size = _collectives.sum_over_shards(count_wins, ratios, like)
+    return won / max(size, 1)
 
   def init_fn(params):
     mu = optax.tree.zeros_like(params)
@@ -208,22 +210,22 @@ def scale_by_sophia(
     )
 
     def refresh(hessian_fn_state, nu, win_rate, nonfinite_count):
-      del win_rate
       estimate, hessian_fn_state = estimator.update(
           grads, hessian_fn_state, params=params, **extra_args
       )
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       old = _coordinates.split(params, nu)
-      new, all_finite = _average_finite(
-          b2, _coordinates.split(params, estimate), old
+      _collectives.check_averaged(estimate, nu)
+      new, num_nonfinite = _average_finite(
+          b2, _coordinates.split(params, estimate), old, nonfinite_count
       )
       used = new if refresh_before_update else old
       return (
           hessian_fn_state,
           _coordinates.join(nu, new),
-          measure_win_rate(precondition(mu, used, count)),
+          measure_win_rate(precondition(mu, used, count), win_rate),
           jnp.where(
-              all_finite,
+              num_nonfinite == 0,
               nonfinite_count,
               optax.safe_increment(nonfinite_count),
           ),
@@ -275,17 +277,20 @@ def _ema(decay, new, old):
   return (1 - _cast(decay, new)) * new + decayed
 
 
-def _average_finite(decay, estimate, old):
-  """The EMA of an estimate's finite entries, and whether all are finite."""
+def _average_finite(decay, estimate, old, like):
+  """The EMA of an estimate's finite entries; how many leaves have others."""
   estimate = optax.tree.cast_like(estimate, old)
 
   def average(e, h):
     new = _ema(decay, _coordinates.widen(e), _coordinates.widen(h))
     return jnp.where(jnp.isfinite(e), new.astype(h.dtype), h)
 
-  largest = [jnp.max(jnp.abs(e), initial=0) for e in jax.tree.leaves(estimate)]
-  all_finite = jnp.all(jnp.array([jnp.isfinite(x) for x in largest], bool))
-  return jax.tree.map(average, estimate, old), all_finite
+  def is_nonfinite(e):
+    largest = jnp.max(jnp.abs(e), initial=0)
+    return (~jnp.isfinite(largest)).astype(jnp.float32)
+
+  num_nonfinite, _ = _collectives.sum_over_shards(is_nonfinite, estimate, like)
+  return jax.tree.map(average, estimate, old), num_nonfinite
 
 
 def _gradient_of(param, grad):
@@ -302,7 +307,7 @@ def _print_every(n, count, measure_win_rate, ratios):
   jax.lax.cond(
       (n > 0) & (count % jnp.maximum(n, 1) == 0),
       lambda r: jax.debug.print(
-          'Sophia optimizer win rate: {}', measure_win_rate(r)
+          'Sophia optimizer win rate: {}', measure_win_rate(r, count)
       ),
       lambda r: None,
       ratios,

@@ -82,7 +82,7 @@ OBJECTIVES = [
     (None, ValueError, 'needs obj_fn, got None. Pass it on to update'),
     (3, TypeError, r'obj_fn must be a function, called as obj_fn\(params\)'),
     (lambda p: p['w'], TypeError, r'an array of shape \(3,\). Reduce it'),
-    (lambda p: (loss_fn(p), 1), TypeError, r'got a tuple of 2.*loss_fn'),
+    (lambda p: (loss_fn(p), 1), TypeError, r'got a tuple of 2.*has_aux=True'),
     (lambda p: jnp.sum(p['w']).astype(int), TypeError, 'got dtype int32'),
     (lambda p: jnp.sum(p['w']).astype(complex), TypeError, 'dtype complex64'),
     (lambda p: 'loss', TypeError, 'got str'),
