@@ -4,10 +4,19 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 # What may differ between a run and the one that takes it up again.
-_FREE = ('out_dir', 'data_dir', 'checkpoint_interval')
+_FREE = ('out_dir', 'data_dir', 'checkpoint_interval', 'mesh')
+
+
+@jax.jit
+def _all_finite(tree):
+  return jnp.array([
+      jnp.isfinite(x).all() for x in jax.tree.leaves(tree)
+      if jnp.issubdtype(x.dtype, jnp.inexact)
+  ]).all()
 
 
 class Checkpoints:
@@ -32,19 +41,43 @@ class Checkpoints:
               cleanup_tmp_directories=True))
 
   def save(self, step, state, record):
-    """Saves the state after `step` steps, unless that was done already."""
+    """Saves the state after `step` steps, unless that was done already.
+
+    Args:
+      step: number of steps done.
+      state: arrays.
+      record: what JSON can hold.
+
+    Raises:
+      FloatingPointError: if the state has a NaN or an infinity. Saved, it would
+        in time replace all those that training can go on from.
+      RuntimeError: if the checkpoint can't be written, as on a full disk.
+    """
     if self._manager is None or self._manager.latest_step() == step:
       return
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        record=ocp.args.JsonSave(record),
-        settings=ocp.args.JsonSave(self._settings)))
+    if not _all_finite(state):
+      raise FloatingPointError(
+          f'The state after {step} steps must be finite to be saved, and is '
+          f'not: training diverged. The same command goes on {self._from()}; '
+          'if it ends here again, pass a smaller learning rate and another '
+          '--out_dir.')
+    try:
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          record=ocp.args.JsonSave(record),
+          settings=ocp.args.JsonSave(self._settings)))
+    except Exception as error:
+      raise RuntimeError(
+          f'The checkpoint of step {step} could not be written to '
+          f'{self._manager.directory}, for the reason above. Once it can, as '
+          'with space on the disk again, the same command goes on '
+          f'{self._from()}.') from error
 
   def restore(self, abstract_state):
     """Returns (step, state, record) of the newest checkpoint, or None.
 
     Args:
-      abstract_state: shapes and dtypes of the state.
+      abstract_state: shapes, dtypes and shardings of the state.
 
     Returns:
       The number of steps done, the state and the record; None if there is no
@@ -52,13 +85,13 @@ class Checkpoints:
 
     Raises:
       ValueError: if the checkpoint is of a run with other settings.
+      RuntimeError: if it can't be read, as where a file was truncated.
     """
     step = None if self._manager is None else self._manager.latest_step()
     if step is None:
       return None
     # Settings first: with another width the state would not even load.
-    settings = self._manager.restore(step, args=ocp.args.Composite(
-        settings=ocp.args.JsonRestore())).settings
+    settings = self._read(step, settings=ocp.args.JsonRestore()).settings
     changed = [
         f'{name}: {settings.get(name)!r} then, {value!r} now'
         for name, value in self._settings.items()
@@ -69,14 +102,25 @@ class Checkpoints:
           'A run is resumed with the settings that it began with. '
           f'{self._manager.directory} has other ones ({"; ".join(changed)}). '
           'Pass those, or another --out_dir.')
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        abstract_state)
-    saved = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(target),
-        record=ocp.args.JsonRestore()))
+    saved = self._read(
+        step, state=ocp.args.StandardRestore(abstract_state),
+        record=ocp.args.JsonRestore())
     return step, saved.state, saved.record
+
+  def _read(self, step, **items):
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+      # Not passed over in silence: steps would be lost, and perhaps the fault
+      # is another one, which the checkpoint outlives.
+      raise RuntimeError(
+          f'{self._manager.directory / str(step)} could not be restored, for '
+          'the reason above. If its files are damaged, delete that folder: the '
+          f'same command then goes on {self._from(step)}.') from error
+
+  def _from(self, damaged=None):
+    steps = set(self._manager.all_steps()) - {damaged}
+    return f'from step {max(steps)}' if steps else 'from the beginning'
 
   def close(self):
     if self._manager is not None:

@@ -57,8 +57,10 @@ def matmul_flops(fn, *args) -> tuple[int, int]:
   return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _bytes(tree):
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _bytes_per_device(tree):
+  return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in jax.tree.leaves(tree))
 
 
 def report(config, step, state, batch) -> str:
@@ -66,9 +68,10 @@ def report(config, step, state, batch) -> str:
 
   Args:
     config: a `gpt_configs.Config`.
-    step: the function (state, batch) -> (state, metrics).
-    state: its state as `jax.ShapeDtypeStruct`s, with params and opt_state.
-    batch: its batch as a `jax.ShapeDtypeStruct`.
+    step: the jitted function (state, batch) -> (state, metrics).
+    state: its state as `jax.ShapeDtypeStruct`s with shardings; has params and
+      opt_state.
+    batch: its batch, as a `jax.ShapeDtypeStruct` with a sharding.
 
   Returns:
     Lines of text.
@@ -91,12 +94,12 @@ def report(config, step, state, batch) -> str:
         f'{config.update_interval} steps: {mean:.4e} '
         f'({mean / ordinary:.3f} x)')
 
-  memory = jax.jit(step, donate_argnums=0).lower(
-      state, batch).compile().memory_analysis()
-  lines.append(f'bytes per device, compiled for {jax.default_backend()}:')
-  for name, size in (('parameters', _bytes(state.params)),
-                     ('optimizer state', _bytes(state.opt_state)),
-                     ('batch', _bytes(batch)),
+  memory = step.lower(state, batch).compile().memory_analysis()
+  lines.append(f'bytes on each of {batch.sharding.num_devices} devices, '
+               f'compiled for {jax.default_backend()}:')
+  for name, size in (('parameters', _bytes_per_device(state.params)),
+                     ('optimizer state', _bytes_per_device(state.opt_state)),
+                     ('batch', _bytes_per_device(batch)),
                      ('temporaries', memory.temp_size_in_bytes)):
     lines.append(f'  {name:16} {size:16,}')
   return '\n'.join(lines)

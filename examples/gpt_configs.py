@@ -1,6 +1,9 @@
 """Settings of train_gpt.py: every field is a flag of the same name."""
 
 import dataclasses
+import math
+
+import sharding
 
 OPTIMIZERS = ('adamw', 'sophia_h', 'sophia_g')
 
@@ -47,6 +50,9 @@ class Config:
   curvature_batch_size: int = 32  # Sophia: sequences used for an estimate
   curvature_parts: int = 1  # Sophia: estimates that these are divided among
 
+  # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'; '': one.
+  mesh: str = ''
+
   # Output.
   out_dir: str = ''  # of checkpoints, resumed from if there are any
   checkpoint_interval: int = 100
@@ -78,6 +84,22 @@ class Config:
       raise ValueError(
           'curvature_parts must divide curvature_batch_size = '
           f'{self.curvature_batch_size}; got {self.curvature_parts}.')
+    axes = sharding.parse(self.mesh)
+    num_devices = math.prod(axes.values())
+    sizes = {'micro_batch_size': self.micro_batch_size}
+    if self.optimizer != 'adamw':
+      sizes['curvature_batch_size / curvature_parts'] = (
+          self.curvature_batch_size // self.curvature_parts)
+    for name, size in sizes.items():
+      if size % num_devices:
+        raise ValueError(
+            f'{name} must be a multiple of the {num_devices} devices of mesh '
+            f'{self.mesh!r}, which its sequences are divided among; '
+            f'got {size}.')
+    if self.width % axes.get('fsdp', 1):
+      raise ValueError(
+          'width must be a multiple of the fsdp axis of the mesh; got '
+          f'{self.width} and {self.mesh!r}.')
     if self.width % self.num_heads:
       raise ValueError(
           'width must be a multiple of num_heads; got '

@@ -5,11 +5,13 @@
 
 Every field of gpt_configs.Config is a flag. A run that was killed goes on from
 its last checkpoint when started again, and ends with the same bits. Ctrl-C
-writes a checkpoint first.
+writes a checkpoint first, unless there are several processes.
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -27,6 +29,7 @@ import checkpoints
 import dry_run
 import gpt
 import gpt_configs
+import sharding
 import sophia_optax
 import text
 
@@ -54,28 +57,44 @@ def make_model(config):
       config.remat)
 
 
+def on_first_sequences(size, num_parts, estimator):
+  """Hands an estimator the first sequences of the batch, a part at a time.
+
+  Sequences are moved between devices for that. As the optimizer calls it only
+  when it refreshes the curvature, they are moved only then.
+  """
+  estimator = sophia_optax.microbatched(estimator, num_parts)
+
+  def update(updates, state, params=None, *, batch, **extra_args):
+    tokens = batch.reshape(-1, batch.shape[-1])[:size]  # (size, T + 1)
+    return estimator.update(
+        updates, state, params, batch=sharding.divide(tokens), **extra_args)
+
+  return optax.GradientTransformationExtraArgs(estimator.init, update)
+
+
 def make_optimizer(config):
   """Returns the optimizer with clipping, warm-up, cosine and masked decay."""
   learning_rate = optax.warmup_cosine_decay_schedule(
       init_value=0.0, peak_value=config.learning_rate,
       warmup_steps=config.warmup_steps, decay_steps=config.num_steps,
       end_value=config.learning_rate * config.final_learning_rate)
+  part = functools.partial(
+      on_first_sequences, config.curvature_batch_size, config.curvature_parts)
   if config.optimizer == 'sophia_h':
     optimizer = sophia_optax.sophia(
         learning_rate, config.b1, config.b2, config.eps, config.weight_decay,
         gpt.decay_mask, config.gamma, update_interval=config.update_interval,
-        hessian_diagonal_fn=sophia_optax.microbatched(
-            sophia_optax.hutchinson_estimator_diag_hessian(config.seed),
-            config.curvature_parts))
+        hessian_diagonal_fn=part(
+            sophia_optax.hutchinson_estimator_diag_hessian(config.seed)))
   elif config.optimizer == 'sophia_g':
     optimizer = sophia_optax.sophia_g(
         learning_rate, config.b1, config.b2, config.gamma, config.weight_decay,
         weight_decay_mask=gpt.decay_mask,
         update_interval=config.update_interval,
-        hessian_diagonal_fn=sophia_optax.microbatched(
+        hessian_diagonal_fn=part(
             sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-                config.seed),
-            config.curvature_parts))
+                config.seed)))
   else:
     optimizer = optax.adamw(
         learning_rate, config.b1, config.b2, config.eps,
@@ -107,28 +126,26 @@ def make_init(config, model, optimizer):
   return init
 
 
-def make_step(config, predict_fn, optimizer):
+def make_step(predict_fn, optimizer):
   """Returns the function (state, batch) -> (state, metrics)."""
   loss_fn = make_loss(predict_fn)
 
-  def step(state, batch):  # batch: (B, T + 1)
+  def step(state, batch):  # batch: (B/M, M, T + 1)
     params, opt_state = state
 
     def add_micro_batch(total, tokens):  # tokens: (M, T + 1)
       new = jax.value_and_grad(loss_fn)(params, tokens)
       return jax.tree.map(jnp.add, total, new), None
 
-    size = min(config.micro_batch_size, len(batch))
-    micro_batches = batch.reshape(-1, size, batch.shape[-1])  # (B/M, M, T + 1)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add_micro_batch, zero, micro_batches)
-    loss, grads = jax.tree.map(lambda x: x / len(micro_batches), total)
+    total, _ = jax.lax.scan(add_micro_batch, zero, batch)
+    loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
     # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn, on a part
     # of this batch at a time, when it refreshes; AdamW calls neither.
     updates, opt_state = optimizer.update(
         grads, opt_state, params, obj_fn=loss_fn, predict_fn=predict_fn,
-        batch=batch[:config.curvature_batch_size])
+        batch=batch)
     params = optax.apply_updates(params, updates)
 
     metrics = {'loss': loss}
@@ -147,15 +164,49 @@ def make_evaluate(loss_fn):
   return evaluate
 
 
+class Program(NamedTuple):
+  """What runs on a mesh, to be traced within `jax.set_mesh(mesh)`."""
+
+  state: State  # shapes, dtypes and shardings
+  init: Callable  # () -> state
+  step: Callable  # (state, batch) -> (state, metrics); donates the state
+  evaluate: Callable  # (params, batches) -> loss
+
+
+def make_program(config, mesh) -> Program:
+  model = make_model(config)
+  optimizer = make_optimizer(config)
+  predict_fn = make_predict(model)
+  init = make_init(config, model, optimizer)
+  step = make_step(predict_fn, optimizer)
+  evaluate = make_evaluate(make_loss(predict_fn))
+
+  shapes = jax.eval_shape(init)
+  shardings = sharding.state_sharding(mesh, shapes)
+  replicated = sharding.replicated(mesh)
+  state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, shardings)
+  return Program(
+      state,
+      jax.jit(init, out_shardings=shardings),
+      # Donated: the new state takes the memory of the old one.
+      jax.jit(step, out_shardings=(shardings, replicated), donate_argnums=0),
+      jax.jit(evaluate, out_shardings=replicated))
+
+
 @contextlib.contextmanager
 def postponed_interrupt():
   """Yields an event that Ctrl-C sets, so that a step is never cut in two.
 
-  A second Ctrl-C interrupts at once.
+  A second Ctrl-C interrupts at once. So does the first where there are several
+  processes, as it does not reach all of them between the same two steps.
   """
   interrupted = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield interrupted  # signals only ever reach the main thread
+  # Signals only ever reach the main thread.
+  if (threading.current_thread() is not threading.main_thread()
+      or jax.process_count() > 1):
+    yield interrupted
     return
 
   def handler(*_):
@@ -173,7 +224,8 @@ def train(config: gpt_configs.Config) -> Result:
   """Trains, or goes on with what config.out_dir has.
 
   Seconds in the history are of training: compilation, validation and
-  checkpoints are not in them.
+  checkpoints are not in them. With several processes each calls this, and each
+  gets the history.
 
   Args:
     config: the settings.
@@ -183,39 +235,44 @@ def train(config: gpt_configs.Config) -> Result:
   """
   train_tokens, val_tokens = text.load(config.data_dir)
   sizes = config.block_size, config.vocab_size
-  val_batches = text.validation(
-      val_tokens, config.eval_batches, config.micro_batch_size, *sizes)
+  mesh = sharding.make_mesh(config.mesh)
+  # Every process has all tokens and puts the rows of its devices there. Every
+  # micro-batch is divided over all devices, so none is ever moved.
+  rows = sharding.batch_sharding(mesh, axis=1)
+  val_batches = sharding.put(text.validation(
+      val_tokens, config.eval_batches, config.micro_batch_size, *sizes), rows)
 
-  def batch_at(step):  # (B, T + 1)
-    return text.sample(
+  def batch_at(step):  # (B/M, M, T + 1)
+    batch = text.sample(
         train_tokens, config.seed, step, config.batch_size, *sizes)
+    return sharding.put(
+        batch.reshape(-1, config.micro_batch_size, batch.shape[-1]), rows)
 
-  model = make_model(config)
-  optimizer = make_optimizer(config)
-  predict_fn = make_predict(model)
-  init = jax.jit(make_init(config, model, optimizer))
-  abstract_state = jax.eval_shape(init)
+  program = make_program(config, mesh)
   start = time.perf_counter()
-  # Donated: the new state takes the memory of the old one.
-  step_fn = jax.jit(
-      make_step(config, predict_fn, optimizer), donate_argnums=0).lower(
-          abstract_state, batch_at(0)).compile()
-  evaluate = jax.jit(make_evaluate(make_loss(predict_fn))).lower(
-      abstract_state.params, val_batches).compile()
+  with jax.set_mesh(mesh):
+    step_fn = program.step.lower(program.state, batch_at(0)).compile()
+    evaluate = program.evaluate.lower(
+        program.state.params, val_batches).compile()
   compile_seconds = time.perf_counter() - start
 
   saver = checkpoints.Checkpoints(config)
-  step, state, record = saver.restore(abstract_state) or (
-      0, init(), {'seconds': 0.0, 'history': []})
+  step, state, record = saver.restore(program.state) or (
+      0, jax.block_until_ready(program.init()), {'seconds': 0.0, 'history': []})
 
+  # On CPUs steps of several processes that overlap can wait for each other.
+  one_by_one = jax.process_count() > 1 and jax.default_backend() == 'cpu'
   with postponed_interrupt() as interrupted, tqdm.tqdm(
-      total=config.num_steps, initial=step, desc=config.optimizer) as bar:
+      total=config.num_steps, initial=step, desc=config.optimizer,
+      disable=jax.process_index() > 0) as bar:
     metrics = {}
     clock = time.perf_counter()
     while step < config.num_steps and not interrupted.is_set():
       last_metrics = metrics
       state, metrics = step_fn(state, batch_at(step))
       step += 1
+      if one_by_one:
+        jax.block_until_ready(state)
       # Reading the step before lets this one run meanwhile.
       shown = {name: f'{float(x):.3f}' for name, x in last_metrics.items()}
       seconds = record['seconds'] + time.perf_counter() - clock
@@ -247,13 +304,14 @@ def train(config: gpt_configs.Config) -> Result:
 
 def describe(config: gpt_configs.Config) -> str:
   """Describes the run's step without allocating its parameters."""
-  model = make_model(config)
-  optimizer = make_optimizer(config)
-  state = jax.eval_shape(make_init(config, model, optimizer))
+  mesh = sharding.make_mesh(config.mesh)
+  program = make_program(config, mesh)
   batch = jax.ShapeDtypeStruct(
-      (config.batch_size, config.block_size + 1), jnp.int32)
-  step = make_step(config, make_predict(model), optimizer)
-  return dry_run.report(config, step, state, batch)
+      (config.batch_size // config.micro_batch_size, config.micro_batch_size,
+       config.block_size + 1), jnp.int32,
+      sharding=sharding.batch_sharding(mesh, axis=1))
+  with jax.set_mesh(mesh):
+    return dry_run.report(config, program.step, program.state, batch)
 
 
 def define_flags():
@@ -262,6 +320,11 @@ def define_flags():
       'config', 'demo', list(gpt_configs.CONFIGS), 'Settings to begin with.')
   flags.DEFINE_bool(
       'dry_run', False, 'Print shapes, parameters, FLOPs and bytes only.')
+  flags.DEFINE_string(
+      'coordinator_address', None, 'host:port on which process 0 is reached. '
+      'Given in each of several processes, it joins their devices.')
+  flags.DEFINE_integer('num_processes', None, 'Number of all processes.')
+  flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
   define = {str: flags.DEFINE_string, int: flags.DEFINE_integer,
             float: flags.DEFINE_float, bool: flags.DEFINE_bool}
   for field in dataclasses.fields(gpt_configs.Config):
@@ -282,21 +345,38 @@ def config_from_flags() -> gpt_configs.Config:
     raise app.UsageError(str(error)) from error
 
 
+def join_processes_from_flags():
+  """Joins the devices of several processes, before JAX looks for any."""
+  names = 'coordinator_address', 'num_processes', 'process_id'
+  given = {name: flags.FLAGS[name].value for name in names}
+  if None not in given.values():
+    jax.distributed.initialize(**given)
+  elif any(value is not None for value in given.values()):
+    raise app.UsageError(
+        'Several processes need --coordinator_address, --num_processes and '
+        f'--process_id, each of them all three; got {given}.')
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --num_steps=9; got {argv[1:]}.')
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
   config = config_from_flags()
+  join_processes_from_flags()
   if flags.FLAGS.dry_run:
-    print(describe(config))
-    return
-  result = train(config)
-  for entry in result.history:
-    print(', '.join(f'{name} {value:.6g}' for name, value in entry.items()))
-  print(f'compiled in {result.compile_seconds:.1f} s; '
-        f'checkpoint in {config.out_dir}')
-  if not result.finished:
-    print('Interrupted. The same command goes on from here.')
+    lines = [describe(config)]
+  else:
+    result = train(config)
+    lines = [
+        ', '.join(f'{name} {value:.6g}' for name, value in entry.items())
+        for entry in result.history
+    ]
+    lines.append(f'compiled in {result.compile_seconds:.1f} s; '
+                 f'checkpoint in {config.out_dir}')
+    if not result.finished:
+      lines.append('Interrupted. The same command goes on from here.')
+  if jax.process_index() == 0:
+    print('\n'.join(lines))
 
 
 if __name__ == '__main__':

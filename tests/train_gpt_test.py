@@ -1,8 +1,12 @@
-"""The language model example: data, steps, interruption, resume, the demo."""
+"""The language model example: data, steps, meshes, interruption, the demo."""
 
+import collections
 import dataclasses
+import math
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +23,7 @@ import demo
 import dry_run
 import gpt
 import gpt_configs
+import sharding
 import sweep
 import text
 import train_gpt
@@ -29,6 +34,9 @@ _TINY = {
     'curvature_batch_size': 4, 'curvature_parts': 2, 'eval_batches': 1,
     'warmup_steps': 2,
 }
+# With sequences for eight devices.
+_DIVISIBLE = {
+    'batch_size': 16, 'micro_batch_size': 8, 'curvature_batch_size': 16}
 _SCRIPT = pathlib.Path(train_gpt.__file__)
 
 
@@ -75,7 +83,7 @@ def _setup(config):
   optimizer = train_gpt.make_optimizer(config)
   predict_fn = train_gpt.make_predict(model)
   return (train_gpt.make_init(config, model, optimizer),
-          train_gpt.make_step(config, predict_fn, optimizer))
+          train_gpt.make_step(predict_fn, optimizer))
 
 
 # Data.
@@ -160,6 +168,7 @@ def test_micro_batches_and_layer_scan_do_not_change_the_step():
     config = _config(**overrides)
     init, step = _setup(config)
     batch = np.random.default_rng(0).integers(0, 64, (8, 9), np.int32)
+    batch = batch.reshape(-1, config.micro_batch_size, 9)
     results.append(jax.jit(step)(jax.jit(init)(), batch))
   chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-6)
 
@@ -192,6 +201,12 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
     ({'curvature_parts': 3}, r'curvature_batch_size = 4; got 3'),
     ({'num_heads': 3}, r'multiple of num_heads; got 16 and 3'),
     ({'num_steps': 2}, r'below num_steps = 2; got 2'),
+    ({'mesh': 'data'}, r'name:size for each axis.*; got .data.\.'),
+    ({'mesh': 'data:0'}, r'name:size for each axis.*; got .data:0.'),
+    ({'mesh': 'data:2,data:2'}, r'no name twice.*; got .data:2,data:2.'),
+    ({'mesh': 'data:8'}, r'micro_batch_size must be .* the 8 devices.* got 4'),
+    ({'mesh': 'data:4'}, r'curvature_batch_size / curvature_parts .* got 2'),
+    (_DIVISIBLE | {'mesh': 'fsdp:8', 'width': 12}, r'fsdp.*; got 12 and'),
     ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),
     ({'name': 'gpt5'}, r'one of demo, gpt2_124m; got .gpt5.'),
     ({'optimizer': 'sgd'}, r'one of adamw, sophia_h, sophia_g; got .sgd.'),
@@ -199,6 +214,113 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
 def test_bad_settings_are_a_clear_error(overrides, message):
   with pytest.raises(ValueError, match=message):
     _config(**overrides)
+
+
+# Several devices.
+
+
+_COLLECTIVE = re.compile(
+    r' = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter'
+    r'|collective-permute)(?:-start)?\(')
+
+
+def _collectives(hlo):
+  """Counts the collectives of an ordinary step, and those of a refresh only."""
+  bodies = dict(re.findall(
+      r'^(?:ENTRY )?(%\S+) .*?\{$(.*?)^\}', hlo, re.MULTILINE | re.DOTALL))
+  callees = {
+      name: set(re.findall(r'%[\w.-]+', body)) & set(bodies)
+      for name, body in bodies.items()
+  }
+  branches = {
+      name for body in bodies.values() for line in body.splitlines()
+      if ' conditional(' in line
+      for name in re.findall(r'%[\w.-]+', line) if name in bodies
+  }
+  while not (called := set().union(*map(callees.get, branches))) <= branches:
+    branches |= called
+  ordinary, refresh = collections.Counter(), collections.Counter()
+  for name, body in bodies.items():
+    counter = refresh if name in branches else ordinary
+    counter.update(match[0] for match in _COLLECTIVE.finditer(body))
+  return ordinary, refresh
+
+
+def test_ordinary_step_communicates_parameters_as_adamw_does():
+  counters = {}
+  for optimizer in gpt_configs.OPTIMIZERS:
+    config = _config(
+        optimizer=optimizer, mesh='data:2,fsdp:4', unroll=1, num_layers=3,
+        block_size=5, batch_size=32, micro_batch_size=16,
+        curvature_batch_size=16)
+    mesh = sharding.make_mesh(config.mesh)
+    program = train_gpt.make_program(config, mesh)
+    batch = jax.ShapeDtypeStruct(
+        (2, 16, 6), jnp.int32, sharding=sharding.batch_sharding(mesh, axis=1))
+    with jax.set_mesh(mesh):
+      step = program.step.lower(program.state, batch).compile()
+    counters[optimizer] = _collectives(step.as_text())
+
+  ordinary, refresh = counters['adamw']
+  assert not refresh
+  for optimizer in ('sophia_h', 'sophia_g'):
+    assert counters[optimizer][0] == ordinary
+    assert counters[optimizer][1]
+
+  # Neither tokens nor activations, and of parameters one layer at a time.
+  sizes = {1}
+  for path, x in jax.tree_util.tree_leaves_with_path(program.state.params):
+    size = x.size // 3 if path[0].key == 'layers' else x.size
+    sizes |= {size, size // 4}
+  sent = {
+      (dtype, math.prod(map(int, filter(None, shape.split(',')))))
+      for collective in ordinary
+      for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', collective)
+  }
+  assert ('f32', 3 * 16 * 16) in sent
+  assert sent <= {('f32', size) for size in sizes}
+
+
+@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
+def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
+  config = _config(
+      optimizer=optimizer, data_dir=data_dir, num_steps=4, update_interval=2,
+      eval_interval=4, unroll=1, learning_rate=1e-3, **_DIVISIBLE)
+  one = train_gpt.train(config)
+  config = dataclasses.replace(config, mesh='data:2,fsdp:4')
+  several = train_gpt.train(config)
+  chex.assert_trees_all_close(several.state, one.state, rtol=1e-4, atol=1e-6)
+
+  begin = train_gpt.make_program(config, sharding.make_mesh(config.mesh)).init()
+  jax.tree.map(lambda x, y: chex.assert_equal(x.sharding, y.sharding),
+               begin, several.state)
+  nu = optax.tree.get(several.state.opt_state, 'nu')
+  for tree in several.state.params, nu:
+    kernel = tree['layers']['Dense_0']['kernel']  # (L, C, 3·C)
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
+
+
+def test_run_is_taken_up_on_another_mesh(tmp_path, data_dir):
+  config = _config(
+      optimizer='adamw', data_dir=data_dir, out_dir=str(tmp_path / 'run'),
+      num_steps=4, eval_interval=4, checkpoint_interval=2, unroll=1,
+      mesh='data:2,fsdp:4', learning_rate=1e-3, **_DIVISIBLE)
+  whole = train_gpt.train(config)
+  shutil.rmtree(tmp_path / 'run' / '4')
+  resumed = train_gpt.train(dataclasses.replace(config, mesh='fsdp:2'))
+  assert {len(x.sharding.device_set) for x in jax.tree.leaves(resumed.state)
+          } == {2}
+  chex.assert_trees_all_close(
+      jax.device_get(resumed.state), jax.device_get(whole.state),
+      rtol=1e-4, atol=1e-6)
+
+
+def test_mesh_of_too_many_devices_is_a_clear_error():
+  config = _config(mesh='data:16', batch_size=32, micro_batch_size=16,
+                   curvature_batch_size=32)
+  for fn in train_gpt.train, train_gpt.describe:
+    with pytest.raises(ValueError, match=r'needs 16 devices; there are 8'):
+      fn(config)
 
 
 # Cost.
@@ -232,6 +354,18 @@ def test_dry_run_counts_as_the_textbook_does():
   assert f'FLOPs a step (matrix products): {flops:.4e}' in described
   assert 'with a curvature refresh' in described
   assert 'temporaries' in described
+  assert 'bytes on each of 1 devices' in described
+  assert re.search(rf'parameters +{4 * parameters:,}\n', described)
+
+
+def test_dry_run_counts_what_each_device_of_a_mesh_holds():
+  described = train_gpt.describe(_config(
+      mesh='data:2,fsdp:4', unroll=1, **_DIVISIBLE))
+  divided = 2 * (12 * 16**2 + 2 * 16) + 64 * 16 + 8 * 16
+  whole = 16  # the last norm
+  assert 'bytes on each of 8 devices' in described
+  assert re.search(rf'parameters +{divided + 4 * whole:,}\n', described)
+  assert re.search(rf'batch +{4 * 2 * 9}\n', described)
 
 
 # Interruption and resume.

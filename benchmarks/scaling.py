@@ -1,0 +1,408 @@
+"""What a train step keeps and sends on each of many devices, beside AdamW's.
+
+  python benchmarks/scaling.py --output=benchmarks/scaling.json
+  python benchmarks/scaling.py --show=benchmarks/scaling.json
+
+The train step of GPT-2 with 124M and with 1.5B parameters is compiled for
+virtual CPU devices and never run; nothing is allocated. All figures are of one
+device. MB are of the parameters, of the optimizer's state and of what the
+compiled program needs beside its arguments and outputs (XLA's memory analysis).
+Batches are of 512 sequences, micro-batches of 8 on each device; Sophia-H takes
+its curvature from 64 sequences at once, Sophia-G from 256, in 4 parts or in 1.
+
+Collectives are counted in the optimized HLO: the walk starts at the entry
+computation, takes the body of a loop as often as XLA knows it to run, and of a
+conditional the branch that sends least and the one that sends most. For Sophia
+that is an ordinary step and one that refreshes the curvature; the mean is
+ordinary + (refresh - ordinary) / k with k = 10.
+
+Bytes sent are those of a ring. With n devices in a group and S bytes of the
+whole array, summed over the arrays of one collective, a device sends
+
+  all-reduce                   2 (n - 1) / n · S
+  all-gather, reduce-scatter     (n - 1) / n · S
+  all-to-all                     (n - 1) / n · S   (S bytes on each device)
+  collective-permute                           S   (if it is to send at all)
+
+Which collectives there are, and in which dtype they send, is up to the
+compiler, here that for CPUs: GPUs' and TPUs' may choose otherwise.
+"""
+
+import collections
+from collections.abc import Iterator
+import functools
+import json
+import math
+import pathlib
+import platform
+import re
+import sys
+import time
+from typing import Any, NamedTuple
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import jaxlib
+import optax
+import tqdm
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import gpt_configs
+import sharding
+import sophia_optax
+import train_gpt
+
+_QUICK = flags.DEFINE_bool(
+    'quick', False, 'A tiny model on 8 devices: only to see that it runs.')
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'JSON file to write, anew after every compilation.')
+_SHOW = flags.DEFINE_string(
+    'show', None, 'JSON file whose tables to print; nothing is compiled.')
+
+_MESHES = ('data:8', 'fsdp:8', 'data:2,fsdp:4', 'data:64', 'data:8,fsdp:8',
+           'fsdp:64')
+_MODELS = {
+    'GPT-2 124M': {},
+    'GPT-2 1.5B': {'num_layers': 48, 'width': 1600, 'num_heads': 25},
+}
+_TINY = {'vocab_size': 256, 'block_size': 16, 'num_layers': 3, 'width': 64,
+         'num_heads': 2}
+# The paper's 480 sequences, of which 32 (H) or 240 (G) are for the curvature,
+# can't be divided among 64 devices.
+_BATCH_SIZE = 512
+_ROWS = {
+    'adamw': {'optimizer': 'adamw'},
+    'sophia_h': {'optimizer': 'sophia_h', 'curvature_batch_size': 64,
+                 'curvature_parts': 1},
+    'sophia_g': {'optimizer': 'sophia_g', 'curvature_batch_size': 256,
+                 'curvature_parts': 4},
+    'sophia_g, 1 part': {'optimizer': 'sophia_g', 'curvature_batch_size': 256,
+                         'curvature_parts': 1},
+}
+_SEQUENCES = 8  # per device and micro-batch, as in gpt2_124m on one device
+
+_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+          'collective-permute')
+
+
+class Collective(NamedTuple):
+  """One kind of message: operands such as ('f32[8,4]',), n devices a group."""
+
+  kind: str
+  operands: tuple[str, ...]
+  devices: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends, by the model in the module's docstring."""
+    size, n = sum(map(_bytes, self.operands)), self.devices
+    if self.kind == 'all-reduce':
+      return 2 * (n - 1) / n * size
+    if self.kind == 'all-gather':
+      return (n - 1) * size  # The operand is 1 / n of the whole.
+    if self.kind == 'collective-permute':
+      return size
+    return (n - 1) / n * size
+
+
+class Instruction(NamedTuple):
+  """`%name = shape opcode(operands), attributes` of HLO."""
+
+  shape: str
+  opcode: str
+  operands: str
+  attributes: str
+
+
+def _arrays(shape: str) -> tuple[str, ...]:
+  """Returns ('f32[8,4]', 's32[]') of '(f32[8,4]{1,0}, s32[])'."""
+  return tuple(re.findall(r'\w+\[[\d,]*\]', shape))
+
+
+def _size(array: str) -> int:
+  return math.prod(map(int, re.findall(r'\d+', array.split('[')[1])))
+
+
+def _bytes(array: str) -> float:
+  dtype = array.split('[')[0]
+  bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
+  return bits / 8 * _size(array)
+
+
+def _parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
+  """Returns the entry's name and the instructions by computation and name."""
+  entry, computations, instructions = '', {}, {}
+  for line in hlo.splitlines():
+    if head := re.match(r'(ENTRY )?%([\w.-]+) \(.*\{$', line):
+      instructions = computations[head[2]] = {}
+      entry = head[2] if head[1] else entry
+    elif match := re.match(
+        r'\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)', line):
+      instructions[match[1]] = Instruction(*match.groups()[1:])
+  return entry, computations
+
+
+def _names(text: str) -> list[str]:
+  return re.findall(r'%([\w.-]+)', text)
+
+
+def _group_size(attributes: str) -> int:
+  """Returns the number of devices in a group, in any of HLO's notations."""
+  if groups := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
+    return groups[1].count(',') + 1
+  if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
+    return int(groups[1])
+  if groups := re.search(
+      r'replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}', attributes):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+    # An axis, or the part of one: 'a' or 'a':(stride)size.
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  if 'source_target_pairs' in attributes:
+    return 2
+  raise ValueError(f'No replica groups that can be read in: {attributes}')
+
+
+def sent(collectives: collections.Counter[Collective]) -> float:
+  """Returns the bytes that a device sends."""
+  return sum(n * collective.sent for collective, n in collectives.items())
+
+
+def count_collectives(hlo: str) -> tuple[
+    collections.Counter[Collective], collections.Counter[Collective]]:
+  """Counts what one run of a compiled program sends.
+
+  Args:
+    hlo: The text of the optimized module, `compiled.as_text()`.
+
+  Returns:
+    How often each collective runs with the branches that send least, and with
+    those that send most.
+
+  Raises:
+    ValueError: If a loop that sends runs an unknown number of times.
+  """
+  entry, computations = _parse(hlo)
+
+  def parts(instruction: Instruction) -> Iterator[tuple[int, list[str]]]:
+    """Yields (times, the computations of which one is run)."""
+    attributes = instruction.attributes
+    if instruction.opcode == 'conditional':
+      branches = re.search(r'branch_computations=\{([^}]*)\}', attributes)
+      yield 1, _names(branches[1]) if branches else re.findall(
+          r'(?:true|false)_computation=%([\w.-]+)', attributes)
+      return
+    times = 1
+    if instruction.opcode == 'while':
+      known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
+      times = int(known[1]) if known else 0
+    for name in re.findall(
+        r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes):
+      yield times, [name]
+
+  @functools.cache
+  def count(name: str):
+    fewest, most = collections.Counter(), collections.Counter()
+    for instruction in computations[name].values():
+      kind = instruction.opcode.removesuffix('-start')
+      if kind in _KINDS:
+        shapes = ' '.join(
+            computations[name][operand].shape
+            for operand in _names(instruction.operands))
+        collective = Collective(
+            kind, _arrays(shapes), _group_size(instruction.attributes))
+        fewest[collective] += 1
+        most[collective] += 1
+        continue
+      for times, alternatives in parts(instruction):
+        counts = [count(alternative) for alternative in alternatives]
+        low = min((low for low, _ in counts), key=sent)
+        high = max((high for _, high in counts), key=sent)
+        if high and not times:
+          raise ValueError(
+              'XLA does not know how often this loop runs, whose body sends: '
+              f'{instruction}')
+        for collective, n in low.items():
+          fewest[collective] += times * n
+        for collective, n in high.items():
+          most[collective] += times * n
+    return fewest, most
+
+  return count(entry)
+
+
+def largest_probe(hlo: str) -> int:
+  """Returns the number of entries of the largest array of Rademacher draws."""
+  _, computations = _parse(hlo)
+  return max((
+      _size(shape)
+      for instructions in computations.values()
+      for instruction in instructions.values()
+      if '(_rademacher)' in instruction.attributes
+      for shape in _arrays(instruction.shape)), default=0)
+
+
+def make_config(row: str, mesh: str, **model: Any) -> gpt_configs.Config:
+  """Returns GPT-2's settings, with batches that 8 and 64 devices divide."""
+  return gpt_configs.get_config(
+      'gpt2_124m', mesh=mesh, batch_size=_BATCH_SIZE,
+      micro_batch_size=_SEQUENCES * math.prod(sharding.parse(mesh).values()),
+      **_ROWS[row], **model)
+
+
+def compile_step(config: gpt_configs.Config):
+  """Returns the compiled train step and the state that it is compiled for."""
+  mesh = sharding.make_mesh(config.mesh)
+  program = train_gpt.make_program(config, mesh)
+  size = config.micro_batch_size
+  batch = jax.ShapeDtypeStruct(
+      (config.batch_size // size, size, config.block_size + 1), jnp.int32,
+      sharding=sharding.batch_sharding(mesh, axis=1))
+  with jax.set_mesh(mesh):
+    lowered = program.step.lower(program.state, batch)
+  # The level is of the machine code, which never runs, and not of the HLO.
+  return lowered.compile({'xla_backend_optimization_level': 0}), program.state
+
+
+def _bytes_per_device(tree: Any) -> int:
+  return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in jax.tree.leaves(tree))
+
+
+def measure(config: gpt_configs.Config):
+  """Returns the figures of a train step, and its collectives.
+
+  Args:
+    config: The settings, with a mesh.
+
+  Returns:
+    A dictionary for JSON, and what `count_collectives` returns.
+  """
+  jax.clear_caches()  # What another optimizer traced would be free here.
+  start = time.perf_counter()
+  compiled, state = compile_step(config)
+  seconds = time.perf_counter() - start
+  hlo = compiled.as_text()
+  counts = count_collectives(hlo)
+  figures = {
+      'micro_batch_size': config.micro_batch_size,
+      'update_interval': config.update_interval,
+      'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
+      'bytes': {
+          'parameters': _bytes_per_device(state.params),
+          'optimizer state': _bytes_per_device(state.opt_state),
+          'temporaries': compiled.memory_analysis().temp_size_in_bytes},
+      'entries': {
+          'largest parameter': max(
+              math.prod(x.sharding.shard_shape(x.shape))
+              for x in jax.tree.leaves(state.params)),
+          'largest probe': largest_probe(hlo)},
+      'compile seconds': round(seconds, 1)}
+  for name, collectives in zip(('ordinary', 'refresh'), counts, strict=True):
+    by_kind = {}
+    for kind in _KINDS:
+      of_kind = collections.Counter(
+          {c: n for c, n in collectives.items() if c.kind == kind})
+      if of_kind:
+        by_kind[kind] = {'calls': of_kind.total(), 'sent bytes': sent(of_kind)}
+    figures[name] = {'sent bytes': sent(collectives), 'by kind': by_kind}
+  return figures, counts
+
+
+def describe(collectives: collections.Counter[Collective]) -> list[str]:
+  """Returns lines such as '12 all-reduce of f32[8,4] over 8 devices'."""
+  return [
+      f'{n} {c.kind} of {" ".join(c.operands)} over {c.devices} devices'
+      for c, n in collectives.items()]
+
+
+def render(cases: list[dict[str, Any]]) -> str:
+  """Lays out a table for each model; a / b is ordinary / with a refresh."""
+
+  def line(case, kinds, base):
+    def pair(cell):
+      cells = [cell(case[name]) for name in ('ordinary', 'refresh')]
+      return ' / '.join(dict.fromkeys(cells))
+
+    ordinary, refresh = (
+        case[name]['sent bytes'] for name in ('ordinary', 'refresh'))
+    mean = ordinary + (refresh - ordinary) / case['update_interval']
+    return [
+        f'{case["mesh"]} {case["row"]}',
+        *(f'{size / 1e6:,.1f}' for size in case['bytes'].values()),
+        *(pair(lambda step, kind=kind: str(
+            step['by kind'].get(kind, {'calls': 0})['calls']))
+          for kind in kinds),
+        pair(lambda step: f'{step["sent bytes"] / 1e6:,.1f}'),
+        f'{mean / base:.3f}']
+
+  tables = []
+  for model in dict.fromkeys(case['model'] for case in cases):
+    of_model = [case for case in cases if case['model'] == model]
+    base = {case['mesh']: case['ordinary']['sent bytes']
+            for case in of_model if case['row'] == 'adamw'}
+    kinds = [kind for kind in _KINDS if any(
+        kind in case['refresh']['by kind'] for case in of_model)]
+    lines = [
+        [f'{model}: {of_model[0]["parameters"]:,}', 'parameters MB',
+         'state MB', 'temporaries MB', *kinds, 'sent MB', 'mean/adamw'],
+        *(line(case, kinds, base[case['mesh']]) for case in of_model)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    layout = '  '.join(
+        [f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
+    tables.append('\n'.join(layout.format(*cells) for cells in lines))
+  beyond = [
+      f'{case["model"]} {case["mesh"]} {case["row"]}: {message}'
+      for case in cases for message in case['ordinary']['beyond AdamW']]
+  tables.append('\n'.join([
+      'Sent on an ordinary step and not by AdamW:', *(beyond or ['nothing'])]))
+  return '\n\n'.join(tables)
+
+
+def main(argv):
+  """Compiles, prints and writes."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Flags only, such as --quick; got {argv[1:]}.')
+  if _SHOW.value:
+    print(render(json.loads(pathlib.Path(_SHOW.value).read_text())['cases']))
+    return
+  meshes, models = _MESHES, _MODELS
+  if _QUICK.value:
+    meshes, models = ('data:2,fsdp:4',), {'tiny': _TINY}
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', max(
+      math.prod(sharding.parse(mesh).values()) for mesh in meshes))
+
+  result = {
+      'command': ' '.join(['python benchmarks/scaling.py', *sys.argv[1:]]),
+      'backend': 'cpu, virtual devices',
+      'versions': {'python': platform.python_version(),
+                   'jax': jax.__version__, 'jaxlib': jaxlib.__version__,
+                   'optax': optax.__version__,
+                   'sophia_optax': sophia_optax.__version__},
+      'batch_size': _BATCH_SIZE,
+      'rows': _ROWS,
+      'cases': [],
+  }
+  cases = [(model, mesh, row)
+           for model in models for mesh in meshes for row in _ROWS]
+  for model, mesh, row in (bar := tqdm.tqdm(cases)):
+    bar.set_description(f'{model} {mesh} {row}')
+    figures, (ordinary, _) = measure(make_config(row, mesh, **models[model]))
+    if row == 'adamw':  # The first on every mesh.
+      base = ordinary
+    figures['ordinary']['beyond AdamW'] = describe(ordinary - base)
+    figures['ordinary']['AdamW only'] = describe(base - ordinary)
+    result['cases'].append(
+        {'model': model, 'mesh': mesh, 'row': row, **figures})
+    if _OUTPUT.value:
+      pathlib.Path(_OUTPUT.value).write_text(
+          json.dumps(result, indent=2) + '\n')
+  print(render(result['cases']))
+
+
+if __name__ == '__main__':
+  app.run(main)
