@@ -22,7 +22,7 @@ def sophia(
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    gamma: jax.typing.ArrayLike = 0.01,
+    gamma: optax.ScalarOrSchedule = 0.01,
     clip_threshold: jax.typing.ArrayLike | None = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
     hessian_diagonal_fn: optax.GradientTransformation = (
@@ -65,8 +65,8 @@ def sophia(
     weight_decay_mask: Where to decay: a tree of booleans like the parameters,
       a prefix of one, or a function that returns one given a tree like the
       parameters. None means everywhere. Integer parameters never decay.
-    gamma: Scale of the curvature, at least 0; tune it for a win rate of 0.1 to
-      0.5.
+    gamma: Scale of the curvature, at least 0, or a schedule of it; tune it for
+      a win rate of 0.1 to 0.5.
     clip_threshold: Largest magnitude c of an update before the learning rate,
       greater than 0. None means no clipping.
     update_interval: Number of steps from one refresh of h to the next.
@@ -134,7 +134,7 @@ def sophia_g(
     learning_rate: optax.ScalarOrSchedule = 1e-4,
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
-    rho: jax.typing.ArrayLike = 0.04,
+    rho: optax.ScalarOrSchedule = 0.04,
     weight_decay: optax.ScalarOrSchedule = 0.1,
     *,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
@@ -170,7 +170,8 @@ def sophia_g(
     learning_rate: Step size η, at least 0, or a schedule.
     b1: Decay rate of the EMA of the gradient, in [0, 1).
     b2: Decay rate of the EMA of the curvature per refresh, in [0, 1).
-    rho: Scale ρ of the curvature, at least 0; ``gamma`` elsewhere.
+    rho: Scale ρ of the curvature, at least 0, or a schedule of it; ``gamma``
+      elsewhere.
     weight_decay: Rate λ of the decoupled weight decay, at least 0, or a
       schedule.
     weight_decay_mask: Where to decay, see :func:`sophia_optax.sophia`.
@@ -222,11 +223,12 @@ def sophia_g(
     `The authors' PyTorch code <https://github.com/Liuhong99/Sophia>`_
   """
   for name, value in [
-      ('learning_rate', learning_rate), ('weight_decay', weight_decay)
+      ('learning_rate', learning_rate),
+      ('rho', rho),
+      ('weight_decay', weight_decay),
   ]:
     if not callable(value):
       _checks.not_negative(name, value)
-  _checks.not_negative('rho', rho)
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
   if maximize:
     hessian_diagonal_fn = _of_negated_objective(hessian_diagonal_fn)
@@ -271,7 +273,10 @@ def _of_negated_objective(estimator):
 
       @functools.wraps(obj_fn)
       def negated(*args):
-        return jax.tree.map(jnp.negative, obj_fn(*args))
+        value = obj_fn(*args)
+        if isinstance(value, tuple):  # (loss, aux)
+          return -value[0], *value[1:]
+        return jax.tree.map(jnp.negative, value)
 
       extra_args['obj_fn'] = negated
     return estimator.update(updates, state, params, **extra_args)

@@ -79,6 +79,13 @@ def widen(coordinates: Any) -> Any:
   )
 
 
+def unscale(coordinates: Any, scale: jax.typing.ArrayLike | None) -> Any:
+  """Divides wide coordinates by the scale of the loss that they are of."""
+  if scale is None:
+    return coordinates
+  return jax.tree.map(lambda x: x / jnp.asarray(scale, x.dtype), coordinates)
+
+
 def wider(*dtypes: Any) -> Any:
   """The real dtype with most bits, and the first of those."""
   return max(dtypes, key=lambda d: jnp.finfo(d).bits)

@@ -74,10 +74,11 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   logits or means, of any rank; with ``batch=`` it is called as
   ``predict_fn(params, batch)``. Where :func:`optax.masked` or
   :func:`optax.partition` hides parameters, ``full_params=`` has them all for
-  ``predict_fn``. ``label_mask=`` says which predictions count;
-  it broadcasts to the outputs without the axis of classes, and where all are
-  masked the estimate is zero. The estimate has the structure of ``params``,
-  with leaves as those of
+  ``predict_fn``. ``label_mask=`` says which predictions count; it broadcasts to
+  the outputs without the axis of classes, and where all are masked the estimate
+  is zero. ``loss_scale=`` multiplies what is sent backward through
+  ``predict_fn``, against underflow; the estimate does not see it. The estimate
+  has the structure of ``params``, with leaves as those of
   :func:`sophia_optax.hutchinson_estimator_diag_hessian`.
 
   Args:
@@ -145,6 +146,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       batch=None,
       label_mask=None,
       full_params=None,
+      loss_scale=None,
       obj_fn=None,
       **extra_args,
   ):
@@ -184,8 +186,11 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       draw_here = _collectives.with_auto_axes(draw_score, outputs)
       scores = weight * draw_here(key, outputs.astype(wide))
       scores = jnp.where(weight > 0, scores, 0)  # Padding may hold NaN.
+      if loss_scale is not None:
+        scores *= jnp.asarray(loss_scale, wide)
       (root,) = vjp(scores.astype(outputs.dtype))
-      return jax.tree.map(jnp.square, _coordinates.widen(root))
+      root = _coordinates.unscale(_coordinates.widen(root), loss_scale)
+      return jax.tree.map(jnp.square, root)
 
     key, subkey = jax.random.split(state.key)
     subkey = _collectives.fold_in_index(

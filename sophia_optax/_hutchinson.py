@@ -60,10 +60,11 @@ def hutchinson_estimator_diag_hessian(
   the gradients. ``obj_fn(params)`` is the loss, a real scalar; with ``batch=``
   it is called as ``obj_fn(params, batch)``. Where :func:`optax.masked` or
   :func:`optax.partition` hides parameters, ``full_params=`` has them all for
-  ``obj_fn``. The estimate has the structure of ``params``. Its leaves are
-  float32 or wider; that of a complex leaf holds the curvature of the real part
-  in its real part and that of the imaginary part in its imaginary part; that of
-  an integer leaf is zero.
+  ``obj_fn``; with ``loss_scale=`` it returns that many times the loss, and the
+  estimate is divided again. The estimate has the structure of ``params``. Its
+  leaves are float32 or wider; that of a complex leaf holds the curvature of the
+  real part in its real part and that of the imaginary part in its imaginary
+  part; that of an integer leaf is zero.
 
   Args:
     random_seed: Seed of the probes: an integer, a raw or a typed PRNG key. None
@@ -124,6 +125,7 @@ def hutchinson_estimator_diag_hessian(
       obj_fn=None,
       batch=None,
       full_params=None,
+      loss_scale=None,
       **extra_args,
   ):
     del updates, extra_args
@@ -163,6 +165,7 @@ def hutchinson_estimator_diag_hessian(
     key, subkey = jax.random.split(state.key)
     subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
     mean = _draws.average_over_draws(draw, like, subkey, num_samples)
+    mean = _coordinates.unscale(mean, loss_scale)
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, HutchinsonState(key=key)
 

@@ -51,7 +51,7 @@ def scale_by_sophia(
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
-    gamma: jax.typing.ArrayLike = 0.01,
+    gamma: optax.ScalarOrSchedule = 0.01,
     clip_threshold: jax.typing.ArrayLike | None = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
     hessian_diagonal_fn: optax.GradientTransformation = (
@@ -86,6 +86,11 @@ def scale_by_sophia(
   ``optax.tree.get(state, 'win_rate')``. The paper's authors tune ``gamma``
   until it lies between 0.1 and 0.5; a larger ``gamma`` raises it.
 
+  With ``update(..., loss_scale=s)`` gradients and ``obj_fn`` are those of s
+  times the loss, which keeps them from underflow in half precision. They are
+  divided by s again, in float32. With ``update(..., may_refresh=False)`` this
+  step does not refresh h, see :class:`sophia_optax.MultiSteps`.
+
   Gradients of complex parameters have to be conjugated, as for every optax
   optimizer; their real and imaginary parts are clipped apart. Integer
   parameters get a zero update.
@@ -95,8 +100,8 @@ def scale_by_sophia(
     b2: Decay rate of h per refresh, in [0, 1). Per step it is about
       ``1 - (1 - b2) / update_interval``.
     eps: Smallest denominator, greater than 0.
-    gamma: Scale of the curvature, at least 0. With 0 the update is
-      ``clip(m / eps)``: sign momentum.
+    gamma: Scale of the curvature, at least 0, or a schedule of it. With 0 the
+      update is ``clip(m / eps)``: sign momentum.
     clip_threshold: Largest magnitude c of an update, greater than 0. None means
       no clipping.
     update_interval: Number k of steps from one refresh of h to the next.
@@ -144,7 +149,8 @@ def scale_by_sophia(
   _checks.decay('b1', b1)
   _checks.decay('b2', b2)
   _checks.positive('eps', eps)
-  _checks.not_negative('gamma', gamma)
+  if not callable(gamma):
+    _checks.not_negative('gamma', gamma)
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
   update_interval = _checks.whole_number(
@@ -158,13 +164,15 @@ def scale_by_sophia(
 
   def precondition(mu, nu, count):
     """The update before it is clipped; all trees are coordinates."""
+    # Schedules count the steps before this one, as optax's do.
+    gamma_now = gamma(count - 1) if callable(gamma) else gamma
     if bias_correction:
       decay = jnp.asarray(b1, float)
       mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
 
     def ratio(m, h):
       h = h.astype(m.dtype)
-      return m / jnp.maximum(_cast(gamma, h) * h, _cast(eps, h))
+      return m / jnp.maximum(_cast(gamma_now, h) * h, _cast(eps, h))
 
     return jax.tree.map(ratio, mu, nu)
 
@@ -177,8 +185,9 @@ def scale_by_sophia(
     if clip_threshold is None:
       return jnp.full_like(ratio, ratio.size, jnp.float32, ())
     wins = jnp.atleast_1d(jnp.abs(ratio) < _cast(clip_threshold, ratio))
-    # Exact along one axis, and no int32 to overflow over all of them.
-    return jnp.sum(jnp.sum(wins, axis=-1), dtype=jnp.float32)
+    # Exact within a row, and no int32 to overflow over all rows.
+    within_row = tuple(range(min(1, wins.ndim - 1), wins.ndim))
+    return jnp.sum(jnp.sum(wins, axis=within_row), dtype=jnp.float32)
 
   def measure_win_rate(ratios, like):
     won, size = _collectives.sum_over_shards(count_wins, ratios, like)
@@ -197,7 +206,15 @@ def scale_by_sophia(
         nonfinite_count=jnp.zeros([], jnp.int32),
     )
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(
+      updates,
+      state,
+      params=None,
+      *,
+      loss_scale=None,
+      may_refresh=True,
+      **extra_args,
+  ):
     _checks.given('params', params, 'scale_by_sophia')
     count = jnp.asarray(optax.safe_increment(state.count))
     _checks.dense('The gradient', updates)
@@ -205,13 +222,19 @@ def scale_by_sophia(
     grads = jax.tree.map(_gradient_of, params, updates)
     mu = jax.tree.map(
         lambda g, m: _ema(b1, g, m),
-        _coordinates.widen(_coordinates.split(params, grads)),
+        _coordinates.unscale(
+            _coordinates.widen(_coordinates.split(params, grads)), loss_scale
+        ),
         _coordinates.split(params, state.mu),
     )
 
     def refresh(hessian_fn_state, nu, win_rate, nonfinite_count):
       estimate, hessian_fn_state = estimator.update(
-          grads, hessian_fn_state, params=params, **extra_args
+          grads,
+          hessian_fn_state,
+          params=params,
+          **({} if loss_scale is None else {'loss_scale': loss_scale}),
+          **extra_args,
       )
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       old = _coordinates.split(params, nu)
@@ -232,7 +255,7 @@ def scale_by_sophia(
       )
 
     hessian_fn_state, nu, win_rate, nonfinite_count = jax.lax.cond(
-        state.count % update_interval == 0,
+        (state.count % update_interval == 0) & may_refresh,
         refresh,
         lambda *unchanged: unchanged,
         state.hessian_fn_state,

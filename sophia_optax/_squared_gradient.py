@@ -10,7 +10,7 @@ from sophia_optax import _coordinates
 
 def squared_gradient_estimator_diag_hessian(
     batch_size: jax.typing.ArrayLike,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   r"""Estimates curvature by the training gradient, squared.
 
   .. math:: \hat h = B\, g \odot g
@@ -30,9 +30,10 @@ def squared_gradient_estimator_diag_hessian(
       than 0: tokens for a language model, not sequences.
 
   Returns:
-    An :class:`optax.GradientTransformation` whose ``update`` returns the
-    estimate in place of the gradients, with leaves as those of
-    :func:`sophia_optax.hutchinson_estimator_diag_hessian`.
+    An :class:`optax.GradientTransformationExtraArgs` whose ``update`` returns
+    the estimate in place of the gradients, with leaves as those of
+    :func:`sophia_optax.hutchinson_estimator_diag_hessian`. With ``loss_scale=``
+    the gradients are those of that many times the loss.
 
   Raises:
     ValueError: If ``batch_size`` is not positive; in ``update``, if ``params``
@@ -54,14 +55,17 @@ def squared_gradient_estimator_diag_hessian(
   """
   _checks.positive('batch_size', batch_size)
 
-  def update_fn(updates, state, params=None):
+  def update_fn(updates, state, params=None, *, loss_scale=None, **extra_args):
+    del extra_args
     _checks.given('params', params, 'the squared gradient estimator')
-    grads = _coordinates.widen(_coordinates.split(params, updates))
+    grads = _coordinates.unscale(
+        _coordinates.widen(_coordinates.split(params, updates)), loss_scale
+    )
     squares = jax.tree.map(
         lambda g: jnp.asarray(batch_size, g.dtype) * jnp.square(g), grads
     )
     return _coordinates.join(_coordinates.zeros_like(params), squares), state
 
-  return optax.GradientTransformation(
+  return optax.GradientTransformationExtraArgs(
       lambda params: optax.EmptyState(), update_fn
   )

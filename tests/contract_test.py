@@ -256,10 +256,12 @@ def test_apply_if_finite(row):
 def test_masked(row):
   mask = {'w': True, 'b': False}
   tx = optax.masked(row.factory(0.1), mask)
-  # The loss has to accept the tree without what is masked.
-  visible = lambda p: jnp.sum(jnp.cosh(p['w']))
   updates, _ = tx.update(
-      PARAMS, tx.init(PARAMS), PARAMS, **row.extra_args(visible)
+      PARAMS,
+      tx.init(PARAMS),
+      PARAMS,
+      full_params=PARAMS,
+      **row.extra_args(loss_fn),
   )
   chex.assert_trees_all_equal(updates['b'], PARAMS['b'])
   assert np.all(np.array(updates['w']) * np.array(PARAMS['w']) < 0)

@@ -1,0 +1,215 @@
+"""Half precision: loss scaling, float32 copies, and training in bfloat16."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+
+INPUTS = jax.random.normal(jax.random.PRNGKey(0), (64, 4))
+TARGETS = jnp.tanh(INPUTS @ jnp.array([1.0, -2.0, 0.5, 0.0]))
+PARAMS = {'w': jnp.array([0.3, -0.4, 0.2, 0.1]), 'b': jnp.array(0.1)}
+SCALE = 2.0**12
+
+
+def predict(params, inputs=INPUTS):
+  inputs = inputs.astype(params['w'].dtype)
+  return jnp.tanh(inputs @ params['w'] + params['b'])
+
+
+def loss_fn(params, scale=1.0):
+  means = predict(params).astype(jnp.float32)
+  return scale * jnp.mean((means - TARGETS) ** 2) / 2
+
+
+ESTIMATORS = {
+    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
+    'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+        likelihood='gaussian'
+    ),
+    'squared': sophia_optax.squared_gradient_estimator_diag_hessian(64),
+}
+
+
+def half(tree, dtype=jnp.float16):
+  return optax.tree.cast(tree, dtype)
+
+
+@pytest.mark.parametrize('scale', [2.0**12, 2.0**-3, jnp.float32(1024)])
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_loss_scale_leaves_the_optimizer_as_it_was(name, scale):
+  tx = sophia_optax.sophia(
+      0.1, gamma=1.0, update_interval=1, hessian_diagonal_fn=ESTIMATORS[name]
+  )
+
+  def train(scale, **extra):
+    def step(carry, _):
+      params, state = carry
+      scaled = lambda p: loss_fn(p, scale)
+      updates, state = tx.update(
+          jax.grad(scaled)(params),
+          state,
+          params,
+          obj_fn=scaled,
+          predict_fn=predict,
+          **extra,
+      )
+      return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=5)[0]
+
+  chex.assert_trees_all_close(
+      train(scale, loss_scale=scale), train(1.0), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('name', ['hutchinson', 'gauss_newton'])
+def test_float16_underflows_without_loss_scale_and_not_with_it(name):
+  # Outputs so small a part of the loss that float16 has no number for it.
+  tiny = 2.0**-16
+
+  def predict_fn(params):
+    return params['w'] * params['w'].dtype.type(tiny)
+
+  def obj_fn(params, scale=1.0):
+    small = params['w'] * params['w'].dtype.type(2.0**-14)
+    return jnp.float32(scale) * jnp.sum(small.astype(jnp.float32) ** 2)
+
+  params = {'w': half(jnp.array([0.5, -1.0, 2.0]))}
+  likelihood = lambda key, means: jnp.full_like(means, 2.0**-10)
+  estimator = {
+      'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
+      'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+          likelihood=likelihood
+      ),
+  }[name]
+
+  def estimate(params, scale, **extra):
+    return estimator.update(
+        None,
+        estimator.init(params),
+        params,
+        obj_fn=lambda p: obj_fn(p, scale),
+        predict_fn=predict_fn,
+        **extra,
+    )[0]['w']
+
+  exact = estimate(optax.tree.cast(params, jnp.float32), 1.0)
+  assert jnp.all(exact > 0)
+  assert not jnp.any(estimate(params, 1.0))
+  scaled = estimate(params, SCALE, loss_scale=SCALE)
+  np.testing.assert_allclose(scaled, exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_float32_copies_of_half_precision_parameters(name, dtype):
+  """The model computes in half precision; what is trained is float32."""
+  rounded = lambda fn: lambda p, *args: fn(half(p, dtype), *args)
+  tx = sophia_optax.sophia(
+      0.05, gamma=1.0, update_interval=2, hessian_diagonal_fn=ESTIMATORS[name]
+  )
+
+  @jax.jit
+  def step(params, state):
+    scaled = lambda p: rounded(loss_fn)(p, SCALE)
+    updates, state = tx.update(
+        jax.grad(scaled)(params),
+        state,
+        params,
+        obj_fn=scaled,
+        predict_fn=rounded(predict),
+        loss_scale=SCALE,
+    )
+    return optax.apply_updates(params, updates), state
+
+  params, state = PARAMS, tx.init(PARAMS)
+  for _ in range(60):
+    params, state = step(params, state)
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'float32'}
+  assert loss_fn(params) < 0.1 * loss_fn(PARAMS)
+  assert optax.tree.get(state, 'nonfinite_count') == 0
+
+
+IMAGES = jax.random.normal(jax.random.PRNGKey(1), (256, 8))
+LABELS = jax.random.categorical(
+    jax.random.PRNGKey(2),
+    2 * jnp.tanh(IMAGES @ jax.random.normal(jax.random.PRNGKey(3), (8, 4))),
+)
+LINEAR = {'w': jnp.zeros((8, 4)), 'b': jnp.zeros(4)}
+NETWORK = {
+    'hidden': jax.random.normal(jax.random.PRNGKey(4), (8, 16)) / 3,
+    'w': jax.random.normal(jax.random.PRNGKey(5), (16, 4)) / 4,
+    'b': jnp.zeros(4),
+}
+
+
+def logits(params):
+  x = IMAGES.astype(params['w'].dtype)
+  if 'hidden' in params:
+    x = jnp.tanh(x @ params['hidden'])
+  return x @ params['w'] + params['b']
+
+
+def cross_entropy(logits):
+  return optax.softmax_cross_entropy_with_integer_labels(
+      logits.astype(jnp.float32), LABELS
+  ).mean()
+
+
+def train(estimator, params, cast=lambda params: params, num_steps=300):
+  """Returns the loss, in float32, of what 300 steps end with."""
+  tx = sophia_optax.sophia(
+      optax.cosine_decay_schedule(0.01, 300),
+      gamma=0.05,
+      hessian_diagonal_fn=estimator,
+  )
+  predict_fn = lambda params: logits(cast(params))
+  obj_fn = lambda params: cross_entropy(predict_fn(params))
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(
+        jax.grad(obj_fn)(params),
+        state,
+        params,
+        obj_fn=obj_fn,
+        predict_fn=predict_fn,
+    )
+    return (optax.apply_updates(params, updates), state), None
+
+  run = jax.jit(
+      lambda p: jax.lax.scan(step, (p, tx.init(p)), length=num_steps)[0][0]
+  )
+  with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
+    params = run(params)
+  return float(cross_entropy(logits(optax.tree.cast(params, jnp.float32))))
+
+
+@pytest.mark.parametrize(
+    'estimator',
+    [
+        sophia_optax.hutchinson_estimator_diag_hessian(),
+        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(),
+        sophia_optax.squared_gradient_estimator_diag_hessian(256),
+    ],
+    ids=['hutchinson', 'gauss_newton', 'squared'],
+)
+def test_bfloat16_ends_near_float32(estimator):
+  full = train(estimator, LINEAR)
+  assert full < 0.9 * train(estimator, LINEAR, num_steps=10)
+  coarse = train(estimator, half(LINEAR, jnp.bfloat16))
+  assert coarse != full
+  assert abs(coarse / full - 1) < 0.002
+
+  # A network goes on improving, and weights of eight bits fall behind, by about
+  # a tenth. With float32 copies of them it is the model alone that is coarse.
+  full = train(estimator, NETWORK)
+  copied = train(
+      estimator, NETWORK, cast=lambda params: half(params, jnp.bfloat16)
+  )
+  assert copied != full
+  assert abs(copied / full - 1) < 0.04
