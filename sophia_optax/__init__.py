@@ -1,7 +1,7 @@
 """Sophia, a stochastic second-order optimizer, in optax's own form."""
 
 import importlib.util
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from sophia_optax import likelihoods as likelihoods
 from sophia_optax._alias import sophia as sophia
@@ -20,27 +20,29 @@ from sophia_optax._hutchinson import (
 )
 from sophia_optax._hutchinson import HutchinsonState as HutchinsonState
 from sophia_optax._microbatched import microbatched as microbatched
+from sophia_optax._multi_steps import MultiSteps as MultiSteps
 from sophia_optax._sophia import scale_by_sophia as scale_by_sophia
 from sophia_optax._sophia import SophiaState as SophiaState
 from sophia_optax._squared_gradient import (
     squared_gradient_estimator_diag_hessian as squared_gradient_estimator_diag_hessian,  # noqa: E501
 )
 
-if TYPE_CHECKING:
-  from sophia_optax._train_state import SophiaTrainState as SophiaTrainState
-
 __version__ = '0.1.0.dev0'
 
+if TYPE_CHECKING:
+  from sophia_optax._train_state import SophiaTrainState as SophiaTrainState
+else:  # Hidden, as for a type checker it would have names of all kinds.
 
-def __getattr__(name: str) -> Any:
-  """Imports what needs Flax on its first use, so that all else needs none."""
-  if name != 'SophiaTrainState':
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module = importlib.import_module('sophia_optax._train_state')
-  return module.SophiaTrainState
+  def __getattr__(name):
+    """Imports what needs Flax on its first use, so that all else needs none."""
+    if name != 'SophiaTrainState':
+      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from sophia_optax import _train_state
+
+    return _train_state.SophiaTrainState
 
 
 def __dir__() -> list[str]:
-  # Without Flax it is not there, as help() wants every name it is told.
+  # Not without Flax: help() wants a value for each of these names.
   flax = importlib.util.find_spec('flax')
   return sorted({*globals(), *(['SophiaTrainState'] if flax else [])})

@@ -156,6 +156,16 @@ def assert_close(x, y):
   np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+def test_population_under_vmap(row):
+  tx = row.factory(0.1)
+  members = [optax.tree.scale(x, PARAMS) for x in (1.0, 0.5, -1.0)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
+  trained = jax.vmap(lambda p: train(tx, row.extra_args, params=p))(stacked)
+  for i, member in enumerate(members):
+    alone = train(tx, row.extra_args, params=member)
+    jax.tree.map(assert_close, jax.tree.map(lambda x: x[i], trained), alone)
+
+
 def test_second_call_does_not_recompile(row):
   tx = row.factory(optax.linear_schedule(0.1, 0.0, 10))
   traces = []

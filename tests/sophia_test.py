@@ -354,3 +354,35 @@ def test_integer_parameters_do_not_decay():
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates['w'], -0.05)
     chex.assert_trees_all_equal(updates['steps'], jnp.array(0))
+
+
+@pytest.mark.parametrize('name', ['sophia', 'sophia_g'])
+def test_gamma_may_be_a_schedule_of_the_step(name):
+  # The curvature is 2, m is 2 x, so the update is x / gamma.
+  loss_fn = lambda x: jnp.sum(x**2)
+  x = jnp.array([0.3])
+  factory = {
+      'sophia': lambda gamma: sophia_optax.sophia(
+          1.0,
+          b1=0.0,
+          b2=0.0,
+          weight_decay=0.0,
+          gamma=gamma,
+          refresh_before_update=True,
+      ),
+      'sophia_g': lambda rho: sophia_optax.sophia_g(
+          1.0,
+          b1=0.0,
+          b2=0.0,
+          rho=rho,
+          weight_decay=0.0,
+          refresh_before_update=True,
+          hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(),
+      ),
+  }[name]
+  gammas = jnp.array([1.0, 2.0, 4.0])
+  tx = factory(lambda step: gammas[step])
+  state = tx.init(x)
+  for gamma in gammas:
+    updates, state = tx.update(jax.grad(loss_fn)(x), state, x, obj_fn=loss_fn)
+    np.testing.assert_allclose(updates, -x / gamma, rtol=1e-6)

@@ -1,0 +1,136 @@
+"""Optimizer states that are written, read and gone on with."""
+
+import chex
+from flax import serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import sophia_optax
+
+P = jax.sharding.PartitionSpec
+KEYS = {'raw': jax.random.PRNGKey, 'typed': jax.random.key}
+PARAMS = {'w': jnp.linspace(-1.0, 1.0, 16).reshape(8, 2), 'b': jnp.ones(2)}
+
+
+def loss_fn(params):
+  x = jnp.cosh(params['w'])
+  return jnp.sum(x @ x.T) * 1e-2 + jnp.sum((params['b'] - 2) ** 4)
+
+
+def make_tx(key_type):
+  return sophia_optax.sophia(
+      optax.linear_schedule(0.1, 0.0, 100),
+      update_interval=2,
+      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+          KEYS[key_type](3)
+      ),
+  )
+
+
+def train(tx, params, state, num_steps):
+  with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
+
+    @jax.jit
+    def step(params, state):
+      updates, state = tx.update(
+          jax.grad(loss_fn)(params), state, params, obj_fn=loss_fn
+      )
+      return optax.apply_updates(params, updates), state
+
+    for _ in range(num_steps):
+      params, state = step(params, state)
+  return params, state
+
+
+def assert_same_bits(x, y):
+  assert jax.tree.structure(x) == jax.tree.structure(y)
+  for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
+    assert a.dtype == b.dtype
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(a, b)
+
+
+def through_orbax(tmp_path, tree, like):
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'checkpoint', tree)
+    checkpointer.wait_until_finished()
+    return checkpointer.restore(tmp_path / 'checkpoint', like)
+
+
+def through_bytes(tmp_path, tree, like):
+  del tmp_path
+  return serialization.from_bytes(like, serialization.to_bytes(tree))
+
+
+@pytest.mark.parametrize(
+    ('trip', 'key_type'),
+    [
+        (through_orbax, 'raw'),
+        (through_orbax, 'typed'),
+        (through_bytes, 'raw'),
+    ],
+    ids=['orbax-raw', 'orbax-typed', 'flax-raw'],
+)
+def test_round_trip_goes_on_with_the_same_bits(tmp_path, trip, key_type):
+  tx = make_tx(key_type)
+  half = train(tx, PARAMS, tx.init(PARAMS), 3)
+  like = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS)))
+  if trip is through_bytes:
+    like = (PARAMS, tx.init(PARAMS))
+  restored = trip(tmp_path, half, like)
+  assert_same_bits(restored, half)
+  assert_same_bits(train(tx, *restored, 3), train(tx, *half, 3))
+
+
+@pytest.mark.parametrize('key_type', KEYS)
+def test_sharded_state(tmp_path, key_type):
+  mesh = jax.make_mesh(
+      (8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  shardings = {
+      'w': jax.sharding.NamedSharding(mesh, P('fsdp')),
+      'b': jax.sharding.NamedSharding(mesh, P()),
+  }
+  tx = make_tx(key_type)
+  with jax.set_mesh(mesh):
+    params = jax.device_put(PARAMS, shardings)
+    half = train(tx, params, tx.init(params), 3)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        half,
+    )
+    restored = through_orbax(tmp_path, half, like)
+    assert_same_bits(restored, half)
+    for a, b in zip(*map(jax.tree.leaves, (restored, half)), strict=True):
+      assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert len(restored[1][0].nu['w'].sharding.device_set) == 8
+    assert_same_bits(train(tx, *restored, 3), train(tx, *half, 3))
+
+
+def test_checkpoint_of_optax_contrib(tmp_path):
+  schedule = optax.linear_schedule(0.1, 0.0, 100)
+  old_tx = optax.contrib.sophia(schedule, update_interval=2)
+  new_tx = sophia_optax.sophia(schedule, update_interval=2)
+  params, old = train(old_tx, PARAMS, old_tx.init(PARAMS), 5)
+  old = through_orbax(tmp_path, old, jax.eval_shape(old_tx.init, PARAMS))
+
+  # As docs/migrating.md has it.
+  scale = old[0]
+  state = optax.tree.set(
+      new_tx.init(params),
+      count=scale.count,
+      mu=scale.mu,
+      nu=scale.nu,
+      key=scale.hessian_fn_state.key,
+  )
+  expected, _ = train(old_tx, params, old, 5)
+  got, _ = train(new_tx, params, state, 5)
+  chex.assert_trees_all_close(got, expected, rtol=1e-6)
+  assert not np.allclose(
+      train(new_tx, params, new_tx.init(params), 5)[0]['w'], expected['w']
+  )

@@ -1,0 +1,170 @@
+"""Flax NNX and Equinox: the numbers of the same problem as a plain tree."""
+
+import chex
+import equinox as eqx
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+
+STEPS = 3
+X = jax.random.normal(jax.random.key(1), (16, 4))
+LABELS = jnp.argmax(X[:, :3], axis=-1)
+
+OPTIMIZERS = {
+    'sophia': sophia_optax.sophia(0.05, update_interval=2),
+    'sophia_g': sophia_optax.sophia_g(0.05, update_interval=2),
+}
+
+
+@pytest.fixture(name='tx', params=OPTIMIZERS)
+def _tx(request):
+  return OPTIMIZERS[request.param]
+
+
+def cross_entropy(logits):
+  return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+  )
+
+
+def extra_args(predict_fn):
+  """What either optimizer needs, given parameters -> logits."""
+  return {
+      'obj_fn': lambda params: cross_entropy(predict_fn(params)),
+      'predict_fn': predict_fn,
+  }
+
+
+def train_plain(tx, predict_fn, params):
+  """Parameters and optimizer state after some steps, with a plain tree."""
+
+  @jax.jit
+  def step(params, state):
+    extra = extra_args(predict_fn)
+    grads = jax.grad(extra['obj_fn'])(params)
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(STEPS):
+    params, state = step(params, state)
+  return params, state
+
+
+def assert_close(trees, others):
+  """The same numbers in the same order; containers may differ."""
+  for x, y in zip(*map(jax.tree.leaves, (trees, others)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+  assert max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(others)) > 0
+
+
+class NNXModel(nnx.Module):
+
+  def __init__(self, dropout_rate):
+    rngs = nnx.Rngs(0)
+    # A bias in front of the normalization has a gradient of rounding errors.
+    self.hidden = nnx.Linear(4, 5, use_bias=False, rngs=rngs)
+    self.norm = nnx.BatchNorm(5, rngs=rngs)
+    self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+    self.logits = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.norm(self.hidden(x)))
+    return self.logits(self.dropout(x))
+
+
+def predict_with_plain_tree(params):
+  x = X @ params['hidden']['kernel']
+  x = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
+  x = jax.nn.relu(x * params['norm']['scale'] + params['norm']['bias'])
+  return x @ params['logits']['kernel'] + params['logits']['bias']
+
+
+@nnx.jit
+def nnx_step(model, optimizer):
+  grads = nnx.grad(lambda model: cross_entropy(model(X)))(model)
+
+  def predict_fn(params):
+    copy = nnx.clone(model)
+    nnx.update(copy, params)
+    return copy(X)
+
+  optimizer.update(model, grads, **extra_args(predict_fn))
+
+
+def test_nnx(tx):
+  model = NNXModel(dropout_rate=0.0)
+  plain = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  for _ in range(STEPS):
+    nnx_step(model, optimizer)
+
+  params, state = train_plain(tx, predict_with_plain_tree, plain)
+  assert_close(nnx.state(model, nnx.Param), params)
+  moments = optimizer.opt_state[0]
+  assert_close((moments.mu, moments.nu), (state[0].mu, state[0].nu))
+
+
+def test_nnx_curvature_leaves_the_model_alone(tx):
+  """Sophia's forward passes move neither statistics nor random numbers."""
+  model = NNXModel(dropout_rate=0.5)
+  other = nnx.clone(model)
+  nnx_step(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
+  other(X)
+  for kind in (nnx.BatchStat, nnx.RngCount):
+    got, expected = nnx.state(model, kind), nnx.state(other, kind)
+    assert jax.tree.leaves(got)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+class EquinoxModel(eqx.Module):
+  layers: list[eqx.nn.Linear]
+  num_calls: jax.Array  # An integer, which has no gradient.
+  activation: str = eqx.field(static=True)
+
+  def __call__(self, x):  # (4,)
+    x = getattr(jax.nn, self.activation)(self.layers[0](x))
+    return self.layers[1](x)  # (3,)
+
+
+def test_equinox(tx):
+  keys = jax.random.split(jax.random.key(0))
+  model = EquinoxModel(
+      layers=[
+          eqx.nn.Linear(4, 5, key=keys[0]),
+          eqx.nn.Linear(5, 3, use_bias=False, key=keys[1]),
+      ],
+      num_calls=jnp.array(7),
+      activation='gelu',
+  )
+  plain = [model.layers[0].weight, model.layers[0].bias, model.layers[1].weight]
+
+  @eqx.filter_jit
+  def step(model, state):
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    predict_fn = lambda params: jax.vmap(eqx.combine(params, rest))(X)
+    extra = extra_args(predict_fn)
+    grads = eqx.filter_grad(extra['obj_fn'])(params)
+    updates, state = tx.update(grads, state, params, **extra)
+    return eqx.apply_updates(model, updates), state
+
+  state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+  for _ in range(STEPS):
+    model, state = step(model, state)
+
+  def predict_with_plain_list(params):
+    first, bias, second = params
+    return jax.nn.gelu(X @ first.T + bias) @ second.T
+
+  params, expected = train_plain(tx, predict_with_plain_list, plain)
+  assert_close(eqx.filter(model, eqx.is_inexact_array), params)
+  assert_close(
+      (state[0].mu, state[0].nu), (expected[0].mu, expected[0].nu)
+  )
+  assert model.num_calls == 7
+  assert model.layers[1].bias is None
