@@ -163,7 +163,7 @@ def test_population_under_vmap(row):
   trained = jax.vmap(lambda p: train(tx, row.extra_args, params=p))(stacked)
   for i, member in enumerate(members):
     alone = train(tx, row.extra_args, params=member)
-    jax.tree.map(assert_close, jax.tree.map(lambda x: x[i], trained), alone)
+    jax.tree.map(lambda x, y, i=i: assert_close(x[i], y), trained, alone)
 
 
 def test_second_call_does_not_recompile(row):

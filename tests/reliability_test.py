@@ -1,0 +1,627 @@
+"""Each row of docs/reliability.md: a fault in step n of a training.
+
+A row's test is named after its first cell. Run as a script, this file is a
+training whose disk is full in the end.
+"""
+
+import functools
+import gc
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import checkpoints
+import gpt_configs
+import sharding
+import sophia_optax
+
+TESTS = pathlib.Path(__file__).parent
+PAGE = TESTS.parent / 'docs' / 'reliability.md'
+# Rows that are tested with what they are about.
+ELSEWHERE = {
+    'ctrl_c_in_train_gpt_py':
+        'train_gpt_test::test_interrupt_leaves_checkpoint_table_and_plot',
+    'the_process_is_killed':
+        'train_gpt_test::test_killed_and_resumed_run_ends_with_the_same_bits',
+    'one_of_several_processes_is_killed':
+        'processes_test::test_two_processes_train_as_one_does',
+}
+
+NUM_STEPS, INTERVAL = 40, 5
+FAULT = 20  # The step with the fault: one that refreshes the curvature.
+LEARNING_RATE = 0.02
+INPUTS = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+LABELS = np.argmax(INPUTS[:, :4] + INPUTS[:, 4:8] ** 2, axis=1)
+
+
+def test_every_row_has_a_test_and_every_test_a_row():
+  cells = re.findall(r'^\| (.*?) \|', PAGE.read_text(), re.MULTILINE)
+  rows = {
+      re.sub(r'\W+', '_', cell.lower()).strip('_')
+      for cell in cells if cell != 'fault'
+  }
+  assert len(rows) == len(cells) - cells.count('fault')
+  here = {
+      name.removeprefix('test_') for name in globals()
+      if name.startswith('test_')
+  }
+  here.remove('every_row_has_a_test_and_every_test_a_row')
+  assert rows == here | ELSEWHERE.keys()
+  for test in ELSEWHERE.values():
+    module, name = test.split('::')
+    assert f'\ndef {name}(' in (TESTS / f'{module}.py').read_text()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _compile_fast():
+  # Compilation is most of the time here.
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+# Training.
+
+
+class Faults(NamedTuple):
+  """What is done to each step, each of shape (NUM_STEPS,)."""
+
+  entry: np.ndarray  # added to one entry of the estimate
+  curvature: np.ndarray  # factor of what the estimator differentiates
+  gradient: np.ndarray  # added to one entry of the gradient
+
+
+NO_FAULTS = Faults(
+    *np.float32([[0], [1], [0]]) * np.ones(NUM_STEPS, np.float32))
+
+
+def faults(steps=FAULT, **values):
+  changed = NO_FAULTS._asdict()
+  for name, value in values.items():
+    changed[name] = changed[name].copy()
+    changed[name][steps] = value
+  return Faults(**changed)
+
+
+def init_params():
+  keys = jax.random.split(jax.random.PRNGKey(0))
+  return {
+      'hidden': jax.random.normal(keys[0], (16, 32)) / 4,
+      'output': jax.random.normal(keys[1], (32, 4)) / 6,
+  }
+
+
+def predict(params, inputs):
+  return jnp.tanh(inputs @ params['hidden']) @ params['output']
+
+
+def loss_fn(params, inputs, labels):
+  return optax.softmax_cross_entropy_with_integer_labels(
+      predict(params, inputs), labels).mean()
+
+
+def poisoned(estimator):
+  """Adds `entry_fault`, an extra argument, to one entry of the estimate."""
+
+  def update_fn(updates, state, params=None, *, entry_fault=0.0, **extra_args):
+    estimate, state = estimator.update(updates, state, params, **extra_args)
+    hidden = estimate['hidden'].at[0, 0].add(entry_fault)
+    return estimate | {'hidden': hidden}, state
+
+  return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
+
+
+def make_optimizer(name, axis_name=None):
+  if name == 'sophia_h':
+    estimator = sophia_optax.hutchinson_estimator_diag_hessian(
+        axis_name=axis_name)
+    factory = functools.partial(sophia_optax.sophia, gamma=0.1)
+  else:
+    estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+        axis_name=axis_name)
+    factory = functools.partial(sophia_optax.sophia_g, rho=0.1)
+  return factory(
+      LEARNING_RATE, weight_decay=0.0, update_interval=INTERVAL,
+      hessian_diagonal_fn=poisoned(estimator))
+
+
+class Steps(NamedTuple):
+  """What a training leaves after each step: (NUM_STEPS, ...)."""
+
+  params: chex.ArrayTree
+  state: optax.OptState
+  loss: chex.Array  # before the step
+
+
+def training(tx, axis_name=None):
+  """Returns the function (faults, inputs, labels) -> Steps."""
+
+  def run(faults, inputs, labels):
+    def step(carry, fault):
+      params, state = carry
+      loss, grads = jax.value_and_grad(loss_fn)(params, inputs, labels)
+      grads['hidden'] = grads['hidden'].at[0, 0].add(fault.gradient)
+      if axis_name is not None:
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+      updates, state = tx.update(
+          grads, state, params, entry_fault=fault.entry,
+          obj_fn=lambda p: fault.curvature * loss_fn(p, inputs, labels),
+          predict_fn=lambda p: fault.curvature * predict(p, inputs))
+      params = optax.apply_updates(params, updates)
+      return (params, state), Steps(params, state, loss)
+
+    params = init_params()
+    return jax.lax.scan(step, (params, tx.init(params)), faults)[1]
+
+  return run
+
+
+@functools.cache
+def compiled(name, guarded):
+  tx = make_optimizer(name)
+  if guarded:
+    tx = optax.apply_if_finite(tx, max_consecutive_errors=3)
+  return jax.jit(training(tx))
+
+
+@functools.cache
+def undisturbed(name, guarded=False):
+  return train(name, NO_FAULTS, guarded)
+
+
+def train(name, faults, guarded=False):
+  return jax.device_get(compiled(name, guarded)(faults, INPUTS, LABELS))
+
+
+def get(steps, name):
+  return optax.tree.get(steps.state, name)
+
+
+def at(steps, index):
+  return jax.tree.map(lambda x: x[index], steps)
+
+
+def assert_trains_on(steps, name):
+  chex.assert_tree_all_finite(steps)
+  usual = undisturbed(name).loss
+  assert usual[-1] < usual[0] / 10
+  assert steps.loss[-1] < usual[-1] + usual[0] / 100
+
+
+both = pytest.mark.parametrize('name', ['sophia_h', 'sophia_g'])
+
+
+@both
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_an_entry_of_an_estimate_is_nan_or_infinite(name, value):
+  steps, usual = train(name, faults(entry=value)), undisturbed(name)
+  chex.assert_trees_all_equal(
+      at(steps, slice(FAULT)), at(usual, slice(FAULT)))
+  # This entry keeps its value, and the others get theirs.
+  nu, usual_nu = get(steps, 'nu')['hidden'], get(usual, 'nu')['hidden']
+  kept = nu[FAULT] == nu[FAULT - 1]
+  assert kept[0, 0]
+  assert kept.sum() == 1
+  np.testing.assert_array_equal(nu[FAULT][~kept], usual_nu[FAULT][~kept])
+  assert nu[FAULT + INTERVAL, 0, 0] != nu[FAULT, 0, 0]
+  np.testing.assert_array_equal(
+      get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT)
+  assert_trains_on(steps, name)
+
+
+@both
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_whole_estimate_is_nan_or_infinite(name, value):
+  steps = train(name, faults(curvature=value))
+  nu = get(steps, 'nu')
+  chex.assert_trees_all_equal(at(nu, FAULT), at(nu, FAULT - 1))
+  assert (nu['hidden'][FAULT + INTERVAL] != nu['hidden'][FAULT]).all()
+  np.testing.assert_array_equal(
+      get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT)
+  assert_trains_on(steps, name)
+
+
+@both
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_gradient_is_nan_or_infinite_in_apply_if_finite(name, value):
+  steps = train(name, faults(gradient=value), guarded=True)
+  usual = undisturbed(name, guarded=True)
+  # The step is as if it had not been: count, mu, nu, the key of the probes.
+  kept = lambda steps: (steps.params, steps.state.inner_state)
+  chex.assert_trees_all_equal(
+      at(kept(steps), slice(FAULT)), at(kept(usual), slice(FAULT)))
+  chex.assert_trees_all_equal(
+      at(kept(steps), slice(FAULT, None)),
+      at(kept(usual), slice(FAULT - 1, -1)))
+  np.testing.assert_array_equal(
+      steps.state.total_notfinite, np.arange(NUM_STEPS) >= FAULT)
+  assert_trains_on(steps, name)
+
+
+@both
+def test_more_such_gradients_in_a_row_than_apply_if_finite_skips(name):
+  bad = slice(FAULT, FAULT + 4)  # And it skips three.
+  steps = train(name, faults(bad, gradient=np.nan), guarded=True)
+  chex.assert_tree_all_finite(at(steps.params, bad.stop - 2))
+  assert np.isnan(get(steps, 'mu')['hidden'][bad.stop - 1, 0, 0])
+
+
+@both
+def test_a_gradient_is_nan_and_nothing_is_done_about_it(name):
+  steps = train(name, faults(gradient=np.nan))
+  for tree in steps.params, get(steps, 'mu'):
+    assert np.isfinite(tree['hidden'][FAULT - 1]).all()
+    assert np.isnan(tree['hidden'][FAULT:, 0, 0]).all()
+  assert np.isnan(steps.loss[FAULT + 1:]).all()
+  chex.assert_tree_all_finite(get(steps, 'nu'))
+
+
+@both
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_a_gradient_is_infinite_and_nothing_is_done_about_it(name, sign):
+  steps = train(name, faults(gradient=sign * np.inf))
+  chex.assert_tree_all_finite((steps.params, steps.loss, get(steps, 'nu')))
+  assert (get(steps, 'mu')['hidden'][FAULT:, 0, 0] == sign * np.inf).all()
+  moves = np.diff(steps.params['hidden'][FAULT - 1:, 0, 0])
+  np.testing.assert_allclose(moves, -sign * LEARNING_RATE, rtol=1e-3)
+
+
+@functools.cache
+def mapped(name):
+  tx = optax.apply_if_finite(make_optimizer(name, 'data'), 3)
+  return jax.pmap(training(tx, 'data'), 'data')
+
+
+def train_replicas(name, **values):
+  """Trains on all devices, with the fault on the last one only."""
+  num_devices = jax.device_count()
+  each = [NO_FAULTS] * (num_devices - 1) + [faults(**values)]
+  shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])
+  replicas = jax.device_get(mapped(name)(
+      jax.tree.map(lambda *x: np.stack(x), *each), shard(INPUTS),
+      shard(LABELS)))
+  for i in range(num_devices):
+    chex.assert_trees_all_equal(at(replicas, i), at(replicas, 0))
+  return at(replicas, 0)
+
+
+@both
+def test_the_estimate_of_one_replica_is_nan(name):
+  steps = train_replicas(name, curvature=np.nan)
+  nu = get(steps, 'nu')
+  chex.assert_trees_all_equal(at(nu, FAULT), at(nu, FAULT - 1))
+  np.testing.assert_array_equal(
+      get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT)
+  assert_trains_on(steps, name)
+
+
+@both
+def test_the_gradient_of_one_replica_is_nan_in_apply_if_finite(name):
+  steps, usual = train_replicas(name, gradient=np.nan), train_replicas(name)
+  kept = lambda steps: (steps.params, steps.state.inner_state)
+  chex.assert_trees_all_equal(
+      at(kept(steps), slice(FAULT, None)),
+      at(kept(usual), slice(FAULT - 1, -1)))
+  np.testing.assert_array_equal(
+      steps.state.total_notfinite, np.arange(NUM_STEPS) >= FAULT)
+  assert_trains_on(steps, name)
+
+
+# A Python loop, interrupted.
+
+
+class UsersError(Exception):
+  """What is raised in obj_fn."""
+
+
+@functools.cache
+def python_step(donate):
+  """Returns the jitted step (carry, batch, fails) -> carry."""
+  tx = sophia_optax.sophia(LEARNING_RATE, update_interval=INTERVAL)
+
+  def check(fails):
+    if fails:
+      raise UsersError('raised in a callback')
+    return np.float32(1)
+
+  def step(carry, batch, fails):
+    params, state = carry
+
+    def obj_fn(params):
+      if len(batch[0]) != len(INPUTS):
+        raise UsersError(f'a batch of {len(batch[0])}')
+      one = jax.pure_callback(
+          check, jax.ShapeDtypeStruct((), np.float32), fails)
+      return one * loss_fn(params, *batch)
+
+    grads = jax.grad(loss_fn)(params, *batch)
+    updates, state = tx.update(grads, state, params, obj_fn=obj_fn)
+    return optax.apply_updates(params, updates), state
+
+  def begin():
+    params = init_params()
+    return params, tx.init(params)
+
+  return jax.jit(begin), jax.jit(step, donate_argnums=0 if donate else ())
+
+
+def loop(donate, fault=lambda step, carry: None):
+  """Trains; calls fault before step FAULT, and goes on with its carry."""
+  begin, step = python_step(donate)
+  carry = begin()
+  for i in range(FAULT + INTERVAL):
+    if i == FAULT:
+      fault(step, carry)
+    previous = carry
+    carry = jax.block_until_ready(step(carry, (INPUTS, LABELS), False))
+    assert all(x.is_deleted() == donate for x in jax.tree.leaves(previous))
+  return jax.device_get(carry)
+
+
+donating = pytest.mark.parametrize('donate', [False, True])
+
+
+@donating
+def test_obj_fn_raises_while_it_is_traced(donate):
+  def fault(step, carry):
+    with pytest.raises(UsersError, match='a batch of 3'):
+      step(carry, (INPUTS[:3], LABELS[:3]), False)
+
+  chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
+
+
+@donating
+def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
+  def fault(step, carry):
+    # JAX's error has the user's text.
+    with pytest.raises(
+        (RuntimeError, ValueError), match='UsersError: raised in a callback'):
+      jax.block_until_ready(step(carry, (INPUTS, LABELS), True))
+
+  if donate:
+    with pytest.raises((RuntimeError, ValueError), match='deleted'):
+      loop(donate, fault)
+  else:
+    chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
+
+
+@donating
+def test_an_interrupt_during_a_step(donate):
+  def interrupted(step, carry):
+    carry = step(carry, (INPUTS, LABELS), False)
+    signal.raise_signal(signal.SIGINT)
+    return carry
+
+  def fault(step, carry):
+    with pytest.raises(KeyboardInterrupt):
+      carry = interrupted(step, carry)
+
+  if donate:
+    with pytest.raises((RuntimeError, ValueError), match='deleted'):
+      loop(donate, fault)
+  else:
+    chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
+
+
+# Checkpoints.
+
+
+def train_with_checkpoints(out_dir, num_steps, fault=lambda step, state: state):
+  """Trains or goes on; calls fault before it saves. Returns state, record."""
+  config = gpt_configs.get_config('demo', 'sophia_h', out_dir=str(out_dir))
+  saver = checkpoints.Checkpoints(config)
+  begin, step_fn = python_step(donate=True)
+  step, state, record = saver.restore(abstract(begin)) or (
+      0, begin(), {'first': [], 'run': 0})
+  record['run'] += 1
+  while step < num_steps:
+    state = step_fn(state, (INPUTS, LABELS), False)
+    step += 1
+    record['first'].append(float(state[0]['hidden'][0, 0]))
+    saver.save(step, fault(step, state), record)
+  saver.close()
+  return jax.device_get(state), record
+
+
+def abstract(begin):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      jax.eval_shape(begin))
+
+
+@functools.cache
+def trained_at_once():
+  return train_with_checkpoints('', 4)
+
+
+def assert_goes_on(out_dir, runs=2):
+  """Trains to step 4, as if nothing had been."""
+  state, record = train_with_checkpoints(out_dir, 4)
+  chex.assert_trees_all_equal(state, trained_at_once()[0])
+  assert record == trained_at_once()[1] | {'run': runs}
+  assert sorted(os.listdir(out_dir)) == ['3', '4']
+
+
+@pytest.fixture(scope='module')
+def three_steps(tmp_path_factory):
+  """A run with the checkpoints of steps 2 and 3."""
+  out_dir = tmp_path_factory.mktemp('run') / 'out'
+  train_with_checkpoints(out_dir, 3)
+  return out_dir
+
+
+def files(checkpoint):
+  return sorted(path for path in checkpoint.rglob('*') if path.is_file())
+
+
+@pytest.fixture
+def orbax_fails():
+  """Collects the coroutines that orbax leaves behind when it fails."""
+  yield
+  gc.collect()
+
+
+orbax_leaves_coroutines = pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+def check_each_file(three_steps, out_dir, damage):
+  """Damages one file after the other: the state is whole, or there is none."""
+  begin, _ = python_step(donate=True)
+  _, whole, _ = restore(three_steps, abstract(begin))
+  errors = []
+  for original in files(three_steps / '3'):
+    shutil.copytree(three_steps, out_dir, dirs_exist_ok=True)
+    damage(out_dir / original.relative_to(three_steps))
+    try:
+      step, state, _ = restore(out_dir, abstract(begin))
+    except RuntimeError as error:
+      errors.append(str(error))
+    else:
+      assert step == 3
+      chex.assert_trees_all_equal(state, whole)
+  assert set(errors) == {
+      f'{out_dir / "3"} could not be restored, for the reason above. If its '
+      'files are damaged, delete that folder: the same command then goes on '
+      'from step 2.'}
+  shutil.rmtree(out_dir / '3')
+  assert_goes_on(out_dir)
+
+
+@orbax_leaves_coroutines
+@pytest.mark.usefixtures('orbax_fails')
+def test_the_newest_checkpoint_is_truncated(three_steps, tmp_path):
+  def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+  check_each_file(three_steps, tmp_path / 'out', truncate)
+
+
+@orbax_leaves_coroutines
+@pytest.mark.usefixtures('orbax_fails')
+def test_a_file_of_the_newest_checkpoint_is_missing(three_steps, tmp_path):
+  check_each_file(three_steps, tmp_path / 'out', pathlib.Path.unlink)
+
+
+def test_a_killed_save_left_its_temporary_folder(three_steps, tmp_path):
+  out_dir = shutil.copytree(three_steps, tmp_path / 'out')
+  shutil.copytree(out_dir / '3', out_dir / '7.orbax-checkpoint-tmp')
+  shutil.rmtree(out_dir / '7.orbax-checkpoint-tmp' / 'state')
+  assert_goes_on(out_dir)
+
+
+def _process():
+  """Trains until files may have no more than that many bytes."""
+  out_dir, num_bytes = sys.argv[1:]
+
+  def fault(step, state):
+    jax.block_until_ready(state)
+    if step == 3:
+      _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (int(num_bytes), hard))
+    return state
+
+  train_with_checkpoints(out_dir, 4, fault)
+
+
+@pytest.mark.parametrize('num_bytes', [0, 1500])
+def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
+  # A limit of the size of files is a full disk that needs no privileges. At 0
+  # no record can be written, at 1500 no parameters.
+  out_dir = tmp_path / 'out'
+  process = subprocess.run(
+      [sys.executable, __file__, str(out_dir), str(num_bytes)],
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path),
+                        'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8',
+                        'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'},
+      stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+  assert process.returncode == 1, process.stderr[-4000:]
+  error = process.stderr[process.stderr.index('\nRuntimeError: '):]
+  assert f'step 3 could not be written to {out_dir}' in error
+  assert 'the same command goes on from step 2.' in error
+  assert 'File too large' in process.stderr
+  left = set(os.listdir(out_dir))
+  assert left >= {'1', '2'}
+  assert '3' not in left
+  assert_goes_on(out_dir)
+
+
+def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
+  def fault(step, state):
+    if step < 3:
+      return state
+    return optax.tree.set(
+        state, mu=jax.tree.map(lambda x: x * jnp.inf, state[0]))
+
+  with pytest.raises(
+      FloatingPointError, match=r'3 steps must be .* goes on from step 2;'):
+    train_with_checkpoints(tmp_path, 4, fault)
+  assert sorted(os.listdir(tmp_path)) == ['1', '2']
+  assert_goes_on(tmp_path)
+
+
+def restore(out_dir, tree, **settings):
+  config = gpt_configs.get_config(
+      'demo', 'sophia_h', out_dir=str(out_dir), **settings)
+  return checkpoints.Checkpoints(config).restore(tree)
+
+
+def test_restored_with_other_settings(three_steps):
+  begin, _ = python_step(donate=True)
+  with pytest.raises(ValueError, match=r'\(width: 64 then, 32 now\)'):
+    restore(three_steps, abstract(begin), width=32)
+
+
+@orbax_leaves_coroutines
+@pytest.mark.usefixtures('orbax_fails')
+def test_restored_into_other_shapes(three_steps):
+  begin, _ = python_step(donate=True)
+  tree = abstract(begin)
+  hidden = jax.ShapeDtypeStruct(
+      (16, 8), np.float32, sharding=tree[0]['hidden'].sharding)
+  tree = (tree[0] | {'hidden': hidden}, tree[1])
+  message = r'\(16, 8\) is not compatible with the stored shape: \(16, 32\)'
+  with pytest.raises(RuntimeError, match='could not be restored') as info:
+    restore(three_steps, tree)
+  assert re.search(message, str(info.value.__cause__))
+  with (
+      ocp.StandardCheckpointer() as checkpointer,
+      pytest.raises(ValueError, match=message),
+  ):
+    checkpointer.restore(three_steps / '3' / 'state', tree)
+
+
+@pytest.mark.parametrize('num_devices', [2, 8])
+def test_restored_on_another_number_of_devices(three_steps, num_devices):
+  spec = f'fsdp:{num_devices}'
+  begin, _ = python_step(donate=True)
+  one = abstract(begin)
+  several = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      one, sharding.state_sharding(sharding.make_mesh(spec), one))
+  _, expected, _ = restore(three_steps, one)
+  step, state, _ = restore(three_steps, several, mesh=spec)
+  assert step == 3
+  chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+  hidden = state[0]['hidden'].sharding
+  assert hidden.shard_shape((16, 32)) == (16, 32 // num_devices)
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_numpy_dtype_promotion', 'strict')
+  _process()
