@@ -35,6 +35,7 @@ def sophia(
     nu_dtype: Any | None = None,
     bias_correction: bool = True,
     refresh_before_update: bool = False,
+    target_win_rate: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia optimizer: clipped steps, preconditioned by the curvature.
 
@@ -80,6 +81,8 @@ def sophia(
     bias_correction: Whether m is corrected for its start at zero.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
+    target_win_rate: Win rate, in (0, 1), that ``gamma`` is steered to, from the
+      ``gamma`` given. None means that it stays as it is.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -125,6 +128,7 @@ def sophia(
           nu_dtype=nu_dtype,
           bias_correction=bias_correction,
           refresh_before_update=refresh_before_update,
+          target_win_rate=target_win_rate,
       ),
       _step(learning_rate, weight_decay, weight_decay_mask),
   )
@@ -146,6 +150,7 @@ def sophia_g(
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
     refresh_before_update: bool = False,
+    target_win_rate: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia-G optimizer, with the arguments of PyTorch's ``SophiaG``.
 
@@ -185,6 +190,8 @@ def sophia_g(
       parameter if it is wider.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
+    target_win_rate: Win rate, in (0, 1), that ``rho`` is steered to, from the
+      ``rho`` given. None means that it stays as it is.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -246,6 +253,7 @@ def sophia_g(
           nu_dtype=nu_dtype,
           bias_correction=False,
           refresh_before_update=refresh_before_update,
+          target_win_rate=target_win_rate,
       ),
       _step(learning_rate, weight_decay, weight_decay_mask, maximize),
   )

@@ -49,6 +49,24 @@ def not_negative(name: str, value: Any):
   _number(name, value, lambda x: x >= 0, 'of at least 0')
 
 
+def fraction(name: str, value: Any):
+  _number(name, value, lambda x: 0 < x < 1, 'in (0, 1)')
+
+
+def steerable(gamma: Any, clip_threshold: Any):
+  """Raises unless `target_win_rate` has something to steer."""
+  if callable(gamma) or (_is_static(gamma) and gamma == 0):
+    raise ValueError(
+        'gamma must be a number greater than 0, to begin with, where'
+        f' target_win_rate steers it, got {gamma!r}.'
+    )
+  if clip_threshold is None:
+    raise ValueError(
+        'target_win_rate needs a clip_threshold, got None: without clipping'
+        ' every coordinate wins.'
+    )
+
+
 def whole_number(name: str, value: Any, at_least: int) -> Any:
   """Returns the number as an int, an array as it is."""
   _number(

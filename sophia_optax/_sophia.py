@@ -20,6 +20,7 @@ import optax
 from sophia_optax import _checks
 from sophia_optax import _collectives
 from sophia_optax import _coordinates
+from sophia_optax import _gamma
 from sophia_optax import _hutchinson
 
 
@@ -37,6 +38,8 @@ class SophiaState(NamedTuple):
       did not clip, shape (), float32.
     nonfinite_count: Number of refreshes whose estimate had an entry that was
       not finite and so was left out, shape (), int32.
+    gamma: Scale of the curvature where ``target_win_rate`` steers it, shape (),
+      float32. None where it is fixed.
   """
 
   count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
@@ -45,6 +48,7 @@ class SophiaState(NamedTuple):
   hessian_fn_state: Any
   win_rate: jax.Array
   nonfinite_count: jax.Array
+  gamma: jax.Array | None = None
 
 
 def scale_by_sophia(
@@ -64,6 +68,7 @@ def scale_by_sophia(
     nu_dtype: Any | None = None,
     bias_correction: bool = True,
     refresh_before_update: bool = False,
+    target_win_rate: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales gradients to Sophia's updates, without learning rate and decay.
 
@@ -84,7 +89,9 @@ def scale_by_sophia(
   inside the refresh, for the update of that very step: a step that does not
   refresh pays nothing for it. Read it with
   ``optax.tree.get(state, 'win_rate')``. The paper's authors tune ``gamma``
-  until it lies between 0.1 and 0.5; a larger ``gamma`` raises it.
+  until it lies between 0.1 and 0.5; a larger ``gamma`` raises it. With
+  ``target_win_rate`` every refresh steers ``gamma`` to it, by at most a factor
+  of 4, from wherever it begins: ``optax.tree.get(state, 'gamma')``.
 
   With ``update(..., loss_scale=s)`` gradients and ``obj_fn`` are those of s
   times the loss, which keeps them from underflow in half precision. They are
@@ -117,6 +124,8 @@ def scale_by_sophia(
     bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
+    target_win_rate: Win rate, in (0, 1), that ``gamma`` is steered to, from the
+      ``gamma`` given. None means that it stays as it is.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -160,19 +169,20 @@ def scale_by_sophia(
       'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
   )
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
+  if target_win_rate is not None:
+    _checks.fraction('target_win_rate', target_win_rate)
+    _checks.steerable(gamma, clip_threshold)
   estimator = optax.with_extra_args_support(hessian_diagonal_fn)
 
-  def precondition(mu, nu, count):
+  def precondition(mu, nu, gamma, count):
     """The update before it is clipped; all trees are coordinates."""
-    # Schedules count the steps before this one, as optax's do.
-    gamma_now = gamma(count - 1) if callable(gamma) else gamma
     if bias_correction:
       decay = jnp.asarray(b1, float)
       mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
 
     def ratio(m, h):
       h = h.astype(m.dtype)
-      return m / jnp.maximum(_cast(gamma_now, h) * h, _cast(eps, h))
+      return m / jnp.maximum(_cast(gamma, h) * h, _cast(eps, h))
 
     return jax.tree.map(ratio, mu, nu)
 
@@ -184,14 +194,29 @@ def scale_by_sophia(
   def count_wins(ratio):
     if clip_threshold is None:
       return jnp.full_like(ratio, ratio.size, jnp.float32, ())
-    wins = jnp.atleast_1d(jnp.abs(ratio) < _cast(clip_threshold, ratio))
-    # Exact within a row, and no int32 to overflow over all rows.
-    within_row = tuple(range(min(1, wins.ndim - 1), wins.ndim))
-    return jnp.sum(jnp.sum(wins, axis=within_row), dtype=jnp.float32)
+    return _count(jnp.abs(ratio) < _cast(clip_threshold, ratio))
 
   def measure_win_rate(ratios, like):
     won, size = _collectives.sum_over_shards(count_wins, ratios, like)
     return won / max(size, 1)
+
+  def steer(mu, nu, gamma, count, like):
+    """The next γ, and all counts that it needs in one sum over shards."""
+    ratios = precondition(mu, nu, gamma, count)
+
+    def outcome(r, h):  # 1 for positive curvature, 2 for a win, 3 for both.
+      won = jnp.abs(r) < _cast(clip_threshold, r)
+      return (h > 0).astype(jnp.int8) + 2 * won.astype(jnp.int8)
+
+    def count_outcomes(x):
+      return jnp.stack([_count(x % 2 == 1), _count(x == 3), _count(x > 1)])
+
+    counts, size = _collectives.sum_over_shards(
+        count_outcomes, jax.tree.map(outcome, ratios, nu), like
+    )
+    fractions = jnp.broadcast_to(counts / max(size, 1), 3)  # 0 of no leaves.
+    target = jnp.asarray(target_win_rate, jnp.float32)
+    return _gamma.steer(gamma, target, *fractions)
 
   def init_fn(params):
     mu = optax.tree.zeros_like(params)
@@ -204,6 +229,9 @@ def scale_by_sophia(
         hessian_fn_state=estimator.init(params),
         win_rate=jnp.zeros([], jnp.float32),
         nonfinite_count=jnp.zeros([], jnp.int32),
+        gamma=None
+        if target_win_rate is None
+        else jnp.asarray(gamma, jnp.float32),
     )
 
   def update_fn(
@@ -228,7 +256,13 @@ def scale_by_sophia(
         _coordinates.split(params, state.mu),
     )
 
-    def refresh(hessian_fn_state, nu, win_rate, nonfinite_count):
+    # Schedules count the steps before this one, as optax's do.
+    scheduled = gamma(state.count) if callable(gamma) else gamma
+
+    def scale(steered):
+      return scheduled if target_win_rate is None else steered
+
+    def refresh(hessian_fn_state, nu, win_rate, nonfinite_count, steered):
       estimate, hessian_fn_state = estimator.update(
           grads,
           hessian_fn_state,
@@ -242,19 +276,25 @@ def scale_by_sophia(
       new, num_nonfinite = _average_finite(
           b2, _coordinates.split(params, estimate), old, nonfinite_count
       )
-      used = new if refresh_before_update else old
+      used = (old, steered)
+      if target_win_rate is not None:
+        steered = steer(mu, new, steered, count, win_rate)
+      if refresh_before_update:
+        used = (new, steered)
+      ratios = precondition(mu, used[0], scale(used[1]), count)
       return (
           hessian_fn_state,
           _coordinates.join(nu, new),
-          measure_win_rate(precondition(mu, used, count), win_rate),
+          measure_win_rate(ratios, win_rate),
           jnp.where(
               num_nonfinite == 0,
               nonfinite_count,
               optax.safe_increment(nonfinite_count),
           ),
+          steered,
       )
 
-    hessian_fn_state, nu, win_rate, nonfinite_count = jax.lax.cond(
+    hessian_fn_state, nu, win_rate, nonfinite_count, steered = jax.lax.cond(
         (state.count % update_interval == 0) & may_refresh,
         refresh,
         lambda *unchanged: unchanged,
@@ -262,10 +302,13 @@ def scale_by_sophia(
         state.nu,
         state.win_rate,
         state.nonfinite_count,
+        state.gamma,
     )
 
-    used = _coordinates.split(params, nu if refresh_before_update else state.nu)
-    ratios = precondition(mu, used, count)
+    used = (nu, steered) if refresh_before_update else (state.nu, state.gamma)
+    ratios = precondition(
+        mu, _coordinates.split(params, used[0]), scale(used[1]), count
+    )
     if verbose:
       _print_every(
           print_win_rate_every_n_steps, count, measure_win_rate, ratios
@@ -277,9 +320,17 @@ def scale_by_sophia(
         hessian_fn_state=hessian_fn_state,
         win_rate=win_rate,
         nonfinite_count=nonfinite_count,
+        gamma=steered,
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _count(condition):
+  """How often it is true: exact in a row, without overflow over all rows."""
+  condition = jnp.atleast_1d(condition)
+  within_row = tuple(range(min(1, condition.ndim - 1), condition.ndim))
+  return jnp.sum(jnp.sum(condition, axis=within_row), dtype=jnp.float32)
 
 
 def _cast(value, like):

@@ -71,7 +71,7 @@ def cases(draw):
         params,
     )
 
-  name = draw(st.sampled_from(['hutchinson', 'gauss_newton', 'squared']))
+  name = draw(st.sampled_from(list(ESTIMATORS)))
   return Case(
       params,
       jax.tree.map(lambda h: not h, hidden),
@@ -83,12 +83,13 @@ def cases(draw):
           'b2': draw(DECAYS),
           'eps': draw(st.sampled_from([1e-12, 1e-8, 0.1])),
           'weight_decay': draw(st.sampled_from([0.0, 0.1])),
-          'gamma': draw(st.sampled_from([0.0, 1e-3, 1.0, 1e3])),
+          'gamma': draw(st.sampled_from([1e-12, 1e-3, 1.0, 1e3])),
           'clip_threshold': draw(st.sampled_from([0.5, 1.0, 3.0])),
           'update_interval': draw(st.integers(1, 3)),
           'bias_correction': draw(st.booleans()),
           'refresh_before_update': draw(st.booleans()),
           'mu_dtype': draw(st.sampled_from([None, 'float32'])),
+          'target_win_rate': draw(st.sampled_from([None, None, 0.3])),
       },
   )
 
@@ -108,7 +109,24 @@ EXTRA = {
     'obj_fn': lambda p: jnp.sum(jnp.sin(real(p))),
     'predict_fn': real,
 }
+
+
+def hostile(updates, state, params=None):
+  """An estimate of nothing but NaN and infinities."""
+  del updates
+  values = {0: jnp.nan, 1: jnp.inf, 2: -jnp.inf}
+
+  def estimate(p):
+    inexact = jnp.issubdtype(p.dtype, jnp.inexact)
+    return jnp.full(p.shape, values[p.ndim] if inexact else 0, p.dtype)
+
+  return jax.tree.map(estimate, params), state
+
+
 ESTIMATORS = {
+    'hostile': optax.GradientTransformation(
+        lambda params: optax.EmptyState(), hostile
+    ),
     'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
     'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
         likelihood='gaussian'

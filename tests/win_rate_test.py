@@ -1,0 +1,281 @@
+"""γ that is steered to a win rate."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+from sophia_optax import _gamma
+
+P = jax.sharding.PartitionSpec
+TARGET = 0.3
+
+
+def history(tx, params, loss_fn, num_steps, predict_fn=None):
+  """Trains on batches of their own; returns what every step leaves."""
+
+  def step(carry, key):
+    params, state = carry
+    batch = loss_fn.sample(key)
+    obj_fn = lambda params: loss_fn(params, batch)
+    updates, state = tx.update(
+        jax.grad(obj_fn)(params),
+        state,
+        params,
+        obj_fn=obj_fn,
+        predict_fn=predict_fn and (lambda params: predict_fn(params, batch)),
+    )
+    observed = {
+        'gamma': optax.tree.get(state, 'gamma'),
+        'win_rate': optax.tree.get(state, 'win_rate'),
+        'norm': optax.tree.norm(updates),
+    }
+    return (optax.apply_updates(params, updates), state), observed
+
+  keys = jax.random.split(jax.random.PRNGKey(1), num_steps)
+  with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
+    return jax.jit(
+        lambda p: jax.lax.scan(step, (p, tx.init(p)), keys)[1]
+    )(params)
+
+
+class Quadratic:
+  """Curvatures over four orders of magnitude, and noise in the gradient."""
+
+  curvatures = 10 ** jnp.linspace(-2, 2, 200)
+  params = 3 * jax.random.normal(jax.random.PRNGKey(0), (200,))
+
+  def sample(self, key):
+    return jax.random.normal(key, (200,)) * jnp.sqrt(self.curvatures)
+
+  def __call__(self, x, noise):
+    return jnp.sum(self.curvatures * x**2) / 2 + jnp.sum(noise * x)
+
+
+class LanguageModel:
+  """Predicts a character from the three before it; `scale` is the loss's."""
+
+  text = np.frombuffer((_gamma.__doc__ * 2).encode(), np.uint8) % 64
+  tokens = jnp.asarray(text.astype(np.int32))
+
+  def __init__(self, scale=1.0):
+    self.scale = scale
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    self.params = {
+        'embedding': jax.random.normal(keys[0], (64, 8)) / 3,
+        'hidden': jax.random.normal(keys[1], (24, 32)) / 8,
+        'output': jax.random.normal(keys[2], (32, 64)) / 8,
+    }
+
+  def sample(self, key):  # (B, 4)
+    starts = jax.random.randint(key, (64, 1), 0, len(self.tokens) - 4)
+    return self.tokens[starts + jnp.arange(4)]
+
+  def predict(self, params, batch):
+    x = params['embedding'][batch[:, :3]].reshape(-1, 24)
+    return jnp.tanh(x @ params['hidden']) @ params['output']
+
+  def __call__(self, params, batch):
+    return self.scale * optax.softmax_cross_entropy_with_integer_labels(
+        self.predict(params, batch), batch[:, 3]
+    ).mean()
+
+
+def sophia(gamma, **kwargs):
+  rate = optax.cosine_decay_schedule(3e-3, 400)
+  return sophia_optax.sophia(
+      rate, b1=0.9, gamma=gamma, target_win_rate=TARGET, **kwargs
+  )
+
+
+def sophia_g(gamma):
+  rate = optax.cosine_decay_schedule(3e-3, 400)
+  return sophia_optax.sophia_g(
+      rate, b1=0.9, rho=gamma, target_win_rate=TARGET
+  )
+
+
+# γ is right near 0.3 in all of these.
+@pytest.mark.parametrize('gamma', [3e-7, 0.3, 3e5])
+def test_quadratic_from_anywhere(gamma):
+  problem = Quadratic()
+  tx = sophia(gamma, update_interval=5)
+  got = history(tx, problem.params, problem, 400)
+  np.testing.assert_allclose(got['win_rate'][300:], TARGET, atol=0.1)
+
+
+@pytest.mark.parametrize('gamma', [3e-7, 0.3, 3e5])
+@pytest.mark.parametrize('factory', [sophia, sophia_g])
+def test_language_model_from_anywhere(factory, gamma):
+  problem = LanguageModel()
+  got = history(
+      factory(gamma), problem.params, problem, 400, problem.predict
+  )
+  np.testing.assert_allclose(got['win_rate'][300:], TARGET, atol=0.1)
+
+
+@pytest.mark.parametrize('factory', [sophia, sophia_g])
+def test_scale_of_the_loss_makes_no_difference(factory):
+  settled = []
+  for scale in (1.0, 1000.0):
+    problem = LanguageModel(scale)
+    got = history(
+        factory(0.3), problem.params, problem, 400, problem.predict
+    )
+    settled.append(jax.tree.map(lambda x: jnp.mean(x[300:]), got))
+  np.testing.assert_allclose(
+      settled[0]['win_rate'], settled[1]['win_rate'], atol=0.02
+  )
+  np.testing.assert_allclose(
+      settled[0]['norm'], settled[1]['norm'], rtol=0.02
+  )
+
+
+def steer(*numbers):  # gamma, target, positive, positive and won, won
+  return float(_gamma.steer(*map(jnp.float32, numbers)))
+
+
+def test_law():
+  # At the target nothing changes; far away it is a factor of 4.
+  assert steer(0.02, 0.3, 1.0, 0.3, 0.3) == pytest.approx(0.02)
+  assert steer(0.02, 0.3, 1.0, 0.0, 0.0) == pytest.approx(0.08)
+  assert steer(0.02, 0.3, 1.0, 1.0, 1.0) == pytest.approx(0.005)
+  # Of a logistic distribution with scale 1/2 the target is the next value.
+  win_rate = lambda gamma: 1 / (1 + (gamma / 0.05) ** -2)
+  gamma = steer(0.03, 0.4, 1.0, win_rate(0.03), win_rate(0.03))
+  assert win_rate(gamma) == pytest.approx(0.4, rel=1e-5)
+  # Half of the coordinates have no positive curvature, and of them half win:
+  # the others' share of a win rate of 0.4 is 0.15 / 0.5.
+  assert steer(0.02, 0.4, 0.5, 0.15, 0.4) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ('positive', 'always'), [(0.2, 0.0), (0.2, 0.8), (0.0, 0.5), (0.0, 0.0)]
+)
+def test_target_out_of_reach_does_not_drive_gamma_away(positive, always):
+  gamma = 0.02
+  for _ in range(200):
+    won = positive / (1 + (gamma / 0.05) ** -1)
+    gamma = steer(gamma, TARGET, positive, won, won + always)
+  assert 1e-3 < gamma < 1.0
+
+
+def test_fixed_gamma_is_not_in_the_state():
+  state = sophia_optax.scale_by_sophia().init(jnp.ones(3))
+  assert state.gamma is None
+  state = sophia_optax.scale_by_sophia(target_win_rate=0.2).init(jnp.ones(3))
+  assert state.gamma == jnp.float32(0.01)
+
+
+@pytest.mark.parametrize('refresh_before_update', [False, True])
+def test_gamma_is_used_with_the_curvature_that_it_was_found_for(
+    refresh_before_update,
+):
+  loss_fn = lambda x: jnp.sum(jnp.array([1.0, 2.0, 4.0]) * x**2)
+  x = jnp.array([0.3, 0.4, -0.45])
+  tx = sophia_optax.scale_by_sophia(
+      b1=0.0,
+      b2=0.0,
+      gamma=0.5,
+      update_interval=2,
+      target_win_rate=TARGET,
+      refresh_before_update=refresh_before_update,
+  )
+  grads = jax.grad(loss_fn)(x)
+  first, state = tx.update(grads, tx.init(x), x, obj_fn=loss_fn)
+  # m̂ / h is x, and all three win: γ is divided by 4.
+  assert state.gamma == 0.125
+  newton = jnp.clip(x / 0.125, -1, 1)
+  expected = newton if refresh_before_update else jnp.sign(x)
+  np.testing.assert_allclose(first, expected, rtol=1e-6)
+  second, state = tx.update(grads, state, x, obj_fn=loss_fn)
+  np.testing.assert_allclose(second, newton, rtol=1e-6)
+  assert state.gamma == 0.125  # Not a step that refreshes.
+
+
+@pytest.mark.parametrize('check_vma', [True, False])
+def test_replicas_have_one_gamma(check_vma):
+  mesh = jax.make_mesh(
+      (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  tx = sophia_optax.scale_by_sophia(
+      update_interval=1,
+      target_win_rate=TARGET,
+      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+          axis_name='data'
+      ),
+  )
+
+  def train(x, data):
+    loss_fn = lambda x: jnp.sum(jnp.cosh(x * data[0]))
+
+    def step(state, _):
+      grads = jax.grad(loss_fn)(jax.lax.pcast(x, 'data', to='varying'))
+      grads = jax.lax.pmean(grads, 'data')
+      return tx.update(grads, state, x, obj_fn=loss_fn)[1], None
+
+    return jax.lax.scan(step, tx.init(x), length=5)[0].gamma
+
+  gamma = jax.jit(
+      jax.shard_map(
+          train,
+          mesh=mesh,
+          in_specs=(P(), P('data')),
+          out_specs=P(),
+          check_vma=check_vma,
+      )
+  )(jnp.linspace(0.1, 1.0, 16), jnp.arange(8.0))
+  shards = [np.asarray(s.data) for s in gamma.addressable_shards]
+  assert len(shards) == 8
+  assert len(set(map(float, shards))) == 1
+  assert float(gamma) != pytest.approx(0.01)
+
+
+def test_divided_parameters_are_counted_as_one():
+  mesh = jax.make_mesh(
+      (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  tx = sophia_optax.scale_by_sophia(
+      b1=0.5, update_interval=1, target_win_rate=TARGET
+  )
+
+  def train(add, x, curvature):
+    loss_fn = lambda x: add(jnp.sum(curvature * x**2))
+
+    def step(state, _):
+      return tx.update(x, state, x, obj_fn=loss_fn)[1], None
+
+    return jax.lax.scan(step, tx.init(x), length=20)[0].gamma
+
+  x, curvature = jnp.linspace(0.1, 1.0, 16), 10 ** jnp.linspace(-3, 3, 16)
+  got = jax.jit(
+      jax.shard_map(
+          functools.partial(train, lambda loss: jax.lax.psum(loss, 'model')),
+          mesh=mesh,
+          in_specs=(P('model'), P('model')),
+          out_specs=P(),
+      )
+  )(x, curvature)
+  expected = train(lambda loss: loss, x, curvature)
+  chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'match'),
+    [
+        ({'target_win_rate': 1.0}, ValueError, r'in \(0, 1\), got 1\.0'),
+        ({'target_win_rate': 0}, ValueError, r'in \(0, 1\), got 0'),
+        ({'target_win_rate': 'half'}, TypeError, 'must be a number'),
+        ({'gamma': 0.0}, ValueError, 'greater than 0, to begin with'),
+        ({'gamma': lambda step: 0.1}, ValueError, 'gamma must be a number'),
+        ({'clip_threshold': None}, ValueError, 'needs a clip_threshold'),
+    ],
+)
+def test_errors(kwargs, error, match):
+  with pytest.raises(error, match=match):
+    sophia_optax.sophia(0.1, **({'target_win_rate': TARGET} | kwargs))
