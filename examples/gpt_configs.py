@@ -46,6 +46,7 @@ class Config:
   weight_decay: float = 0.1  # of matrices only
   clip_norm: float = 1.0  # largest global norm of a gradient
   gamma: float = 0.01  # Sophia: scale of the curvature; rho of Sophia-G
+  target_win_rate: float = 0.0  # Sophia: gamma is steered to it; 0: it is not
   update_interval: int = 10  # Sophia: steps between curvature estimates
   curvature_batch_size: int = 32  # Sophia: sequences used for an estimate
   curvature_parts: int = 1  # Sophia: estimates that these are divided among

@@ -85,6 +85,7 @@ def make_optimizer(config):
     optimizer = sophia_optax.sophia(
         learning_rate, config.b1, config.b2, config.eps, config.weight_decay,
         gpt.decay_mask, config.gamma, update_interval=config.update_interval,
+        target_win_rate=config.target_win_rate or None,
         hessian_diagonal_fn=part(
             sophia_optax.hutchinson_estimator_diag_hessian(config.seed)))
   elif config.optimizer == 'sophia_g':
@@ -92,6 +93,7 @@ def make_optimizer(config):
         learning_rate, config.b1, config.b2, config.gamma, config.weight_decay,
         weight_decay_mask=gpt.decay_mask,
         update_interval=config.update_interval,
+        target_win_rate=config.target_win_rate or None,
         hessian_diagonal_fn=part(
             sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
                 config.seed)))
@@ -149,9 +151,10 @@ def make_step(predict_fn, optimizer):
     params = optax.apply_updates(params, updates)
 
     metrics = {'loss': loss}
-    win_rate = optax.tree.get(opt_state, 'win_rate')
-    if win_rate is not None:
-      metrics['win_rate'] = win_rate
+    for name in ('win_rate', 'gamma'):
+      value = optax.tree.get(opt_state, name)
+      if value is not None:
+        metrics[name] = value
     return State(params, opt_state), metrics
 
   return step

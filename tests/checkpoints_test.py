@@ -11,6 +11,8 @@ import pytest
 
 import sophia_optax
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 P = jax.sharding.PartitionSpec
 KEYS = {'raw': jax.random.PRNGKey, 'typed': jax.random.key}
 PARAMS = {'w': jnp.linspace(-1.0, 1.0, 16).reshape(8, 2), 'b': jnp.ones(2)}
@@ -25,6 +27,7 @@ def make_tx(key_type):
   return sophia_optax.sophia(
       optax.linear_schedule(0.1, 0.0, 100),
       update_interval=2,
+      target_win_rate=0.3,
       hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
           KEYS[key_type](3)
       ),

@@ -127,6 +127,31 @@ def test_is_the_mean_of_the_replicas_estimates(name, map_name, num_samples):
   )
 
 
+@pytest.mark.parametrize('check_vma', [True, False])
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_several_axes(name, check_vma):
+  estimator = ESTIMATORS[name](axis_name=('data', 'model'))
+  state = estimator.init(PARAMS)
+  got = map_grid(
+      lambda state, shard: estimator.update(
+          None, state, PARAMS, **extra_args(shard[0])
+      )[0],
+      state,
+      INPUTS,
+      specs=(P(), P(('data', 'model'))),
+      out_specs=P(),
+      check_vma=check_vma,
+  )
+  _, subkey = jax.random.split(state.key)
+  draws = []
+  for row in range(2):
+    for column in range(4):
+      key = jax.random.fold_in(jax.random.fold_in(subkey, row), column)
+      draws.append(one_draw(name, key, PARAMS, INPUTS[4 * row + column]))
+  expected = jax.tree.map(lambda *x: sum(x) / 8, *draws)
+  chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('map_name', MAPS)
 def test_mean_is_the_dense_diagonal(map_name):
   # The diagonal Hessian of this loss makes each Rademacher estimate exact, so a

@@ -3,8 +3,11 @@
 import chex
 import jax
 import numpy as np
+import pytest
 
 import data_parallel
+
+pytestmark = pytest.mark.usefixtures('compile_fast')
 
 
 def test_pmap_and_shard_map_are_the_same_training():

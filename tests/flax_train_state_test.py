@@ -8,6 +8,8 @@ import pytest
 import digits
 import flax_train_state
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 
 @pytest.fixture(autouse=True)
 def _promote_as_flax_does():

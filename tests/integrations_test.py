@@ -11,6 +11,8 @@ import pytest
 
 import sophia_optax
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 STEPS = 3
 X = jax.random.normal(jax.random.key(1), (16, 4))
 LABELS = jnp.argmax(X[:, :3], axis=-1)

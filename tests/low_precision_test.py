@@ -160,15 +160,18 @@ def cross_entropy(logits):
   ).mean()
 
 
-def train(estimator, params, cast=lambda params: params, num_steps=300):
+def train(
+    estimator, params, cast=lambda params: params, num_steps=300, scale=1.0
+):
   """Returns the loss, in float32, of what 300 steps end with."""
   tx = sophia_optax.sophia(
       optax.cosine_decay_schedule(0.01, 300),
       gamma=0.05,
+      mu_dtype=jnp.float32,
       hessian_diagonal_fn=estimator,
   )
   predict_fn = lambda params: logits(cast(params))
-  obj_fn = lambda params: cross_entropy(predict_fn(params))
+  obj_fn = lambda params: scale * cross_entropy(predict_fn(params))
 
   def step(carry, _):
     params, state = carry
@@ -178,6 +181,7 @@ def train(estimator, params, cast=lambda params: params, num_steps=300):
         params,
         obj_fn=obj_fn,
         predict_fn=predict_fn,
+        loss_scale=scale,
     )
     return (optax.apply_updates(params, updates), state), None
 
@@ -198,12 +202,15 @@ def train(estimator, params, cast=lambda params: params, num_steps=300):
     ],
     ids=['hutchinson', 'gauss_newton', 'squared'],
 )
-def test_bfloat16_ends_near_float32(estimator):
+def test_half_precision_ends_near_float32(estimator):
   full = train(estimator, LINEAR)
   assert full < 0.9 * train(estimator, LINEAR, num_steps=10)
   coarse = train(estimator, half(LINEAR, jnp.bfloat16))
   assert coarse != full
   assert abs(coarse / full - 1) < 0.002
+  scaled = train(estimator, half(LINEAR), scale=2.0**10)
+  assert scaled != full
+  assert abs(scaled / full - 1) < 0.002
 
   # A network goes on improving, and weights of eight bits fall behind, by about
   # a tenth. With float32 copies of them it is the model alone that is coarse.

@@ -8,6 +8,8 @@ import pytest
 
 import sophia_optax
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 PARAMS = jnp.array([0.5, -0.3])
 BATCHES = jax.random.normal(jax.random.PRNGKey(0), (12, 4, 2))
 

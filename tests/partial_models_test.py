@@ -9,6 +9,8 @@ import pytest
 
 import sophia_optax
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 INPUTS = jax.random.normal(jax.random.PRNGKey(0), (32, 3))
 PARAMS = {
     'embedding': jax.random.normal(jax.random.PRNGKey(1), (3, 4)),

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import sophia_optax
+
+pytestmark = pytest.mark.usefixtures('compile_fast')
 
 # Operations run one by one, uncompiled: few shapes, so that all are soon known.
 SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]

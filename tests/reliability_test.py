@@ -5,7 +5,6 @@ training whose disk is full in the end.
 """
 
 import functools
-import gc
 import os
 import pathlib
 import re
@@ -68,7 +67,7 @@ def test_every_row_has_a_test_and_every_test_a_row():
 
 @pytest.fixture(autouse=True, scope='module')
 def _compile_fast():
-  # Compilation is most of the time here.
+  # For the whole module, as three_steps below is compared bit for bit.
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -399,6 +398,15 @@ def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
     chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
 
 
+@pytest.fixture
+def heed_interrupts():
+  """A shell's background job would ignore them."""
+  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures('heed_interrupts')
 @donating
 def test_an_interrupt_during_a_step(donate):
   def interrupted(step, carry):
@@ -469,17 +477,6 @@ def files(checkpoint):
   return sorted(path for path in checkpoint.rglob('*') if path.is_file())
 
 
-@pytest.fixture
-def orbax_fails():
-  """Collects the coroutines that orbax leaves behind when it fails."""
-  yield
-  gc.collect()
-
-
-orbax_leaves_coroutines = pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnraisableExceptionWarning')
-
-
 def check_each_file(three_steps, out_dir, damage):
   """Damages one file after the other: the state is whole, or there is none."""
   begin, _ = python_step(donate=True)
@@ -503,8 +500,6 @@ def check_each_file(three_steps, out_dir, damage):
   assert_goes_on(out_dir)
 
 
-@orbax_leaves_coroutines
-@pytest.mark.usefixtures('orbax_fails')
 def test_the_newest_checkpoint_is_truncated(three_steps, tmp_path):
   def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
@@ -512,8 +507,6 @@ def test_the_newest_checkpoint_is_truncated(three_steps, tmp_path):
   check_each_file(three_steps, tmp_path / 'out', truncate)
 
 
-@orbax_leaves_coroutines
-@pytest.mark.usefixtures('orbax_fails')
 def test_a_file_of_the_newest_checkpoint_is_missing(three_steps, tmp_path):
   check_each_file(three_steps, tmp_path / 'out', pathlib.Path.unlink)
 
@@ -587,8 +580,6 @@ def test_restored_with_other_settings(three_steps):
     restore(three_steps, abstract(begin), width=32)
 
 
-@orbax_leaves_coroutines
-@pytest.mark.usefixtures('orbax_fails')
 def test_restored_into_other_shapes(three_steps):
   begin, _ = python_step(donate=True)
   tree = abstract(begin)

@@ -115,6 +115,7 @@ def comparable(tree):
   )
 
 
+@pytest.mark.usefixtures('compile_fast')
 @pytest.mark.parametrize('axis_types', AXIS_TYPES)
 @pytest.mark.parametrize(
     ('layout', 'estimator'),

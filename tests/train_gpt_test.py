@@ -28,6 +28,8 @@ import sweep
 import text
 import train_gpt
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 _TINY = {
     'num_layers': 2, 'num_heads': 2, 'width': 16, 'block_size': 8,
     'vocab_size': 64, 'batch_size': 8, 'micro_batch_size': 4,
@@ -56,14 +58,6 @@ def _optax_may_promote(monkeypatch):
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
   monkeypatch.setattr(train_gpt, 'make_optimizer', lenient)
-
-
-@pytest.fixture(autouse=True)
-def _compile_fast():
-  # Compilation is nearly all of the time here, and runs take milliseconds.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture

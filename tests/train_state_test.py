@@ -17,6 +17,8 @@ import pytest
 
 import sophia_optax
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 # Where Flax's 8-bit layers keep scales, whose gradient is their new value.
 OVERWRITTEN = '_overwrite_with_gradient'
 
