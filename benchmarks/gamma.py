@@ -6,7 +6,7 @@
 Each run is one of examples/train_gpt.py with the settings of its demo, but for
 γ and target_win_rate. Columns: validation loss and win rate at the end, the γ
 that was found, and the first validation from which on the win rate is within
-0.1 of the target. Losses are exact; nothing is timed.
+0.1 of the target. Nothing is timed.
 """
 
 import json
