@@ -1,8 +1,9 @@
-"""What holds for every test and doctest: eight CPU devices, strict dtypes."""
+"""For every test and doctest eight CPU devices, strict dtypes; fixtures."""
 
 import os
 
 import jax
+import numpy as np
 import pytest
 
 # Set JAX_PLATFORMS to run the tests on an accelerator.
@@ -17,3 +18,12 @@ def compile_fast():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  """A folder of random tokens to train on, and to validate."""
+  rng = np.random.default_rng(0)
+  for name in ('train.bin', 'val.bin'):
+    rng.integers(0, 64, 5000).astype(np.uint16).tofile(tmp_path / name)
+  return str(tmp_path)

@@ -148,14 +148,6 @@ def _whole(shards):
   return whole
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-  rng = np.random.default_rng(0)
-  for name in ('train.bin', 'val.bin'):
-    rng.integers(0, 64, 5000).astype(np.uint16).tofile(tmp_path / name)
-  return str(tmp_path)
-
-
 def _train_in_one_process(config):
   jax.config.update('jax_disable_most_optimizations', True)
   try:

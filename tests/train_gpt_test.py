@@ -60,14 +60,6 @@ def _optax_may_promote(monkeypatch):
   monkeypatch.setattr(train_gpt, 'make_optimizer', lenient)
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-  rng = np.random.default_rng(0)
-  for name in ('train.bin', 'val.bin'):
-    rng.integers(0, 64, 5000).astype(np.uint16).tofile(tmp_path / name)
-  return str(tmp_path)
-
-
 def _config(name='demo', optimizer='sophia_h', **overrides):
   return gpt_configs.get_config(name, optimizer, **(_TINY | overrides))
 
