@@ -19,7 +19,7 @@ import text
 import train_gpt
 
 # Okabe and Ito's colours, and a line style each for those who print in grey.
-_STYLES = {
+STYLES = {
     'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
     'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
     'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-.'},
@@ -30,7 +30,7 @@ _BASELINE = 'adamw'  # runs first
 def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
   """Trains with one optimizer after another, until one is interrupted."""
   results = {}
-  for optimizer in _STYLES:
+  for optimizer in STYLES:
     results[optimizer] = train_gpt.train(gpt_configs.get_config(
         'demo', optimizer, out_dir=os.path.join(out_dir, optimizer),
         **overrides))
@@ -53,7 +53,7 @@ def table(results: dict[str, train_gpt.Result]) -> str:
       row('optimizer', 'steps', 'loss', 'target', 'to target', 'ms', 's'),
   ]
   for optimizer, result in results.items():
-    name = _STYLES[optimizer]['label']
+    name = STYLES[optimizer]['label']
     if not result.history:
       lines.append(row(name, *['-'] * 6))
       continue
@@ -66,15 +66,13 @@ def table(results: dict[str, train_gpt.Result]) -> str:
         f'{1e3 * last["seconds"] / last["step"]:.0f}',
         f'{result.compile_seconds:.1f}'))
   lines.append(
-      f'Target: {_STYLES[_BASELINE]["label"]}\'s last validation loss. Seconds '
+      f'Target: {STYLES[_BASELINE]["label"]}\'s last validation loss. Seconds '
       'are of training, without\ncompilation, validation and checkpoints.')
   return '\n'.join(lines)
 
 
-def plot(results: dict[str, train_gpt.Result], path: str) -> None:
+def _plot_losses(axes, results):
   """Draws validation loss over steps and over seconds of training."""
-  fig = figure.Figure(figsize=(10, 4.5), layout='constrained')
-  axes = fig.subplots(1, 2, sharey=True)
   losses = []
   for ax, key, unit in zip(axes, ('step', 'seconds'),
                            ('Steps', 'Seconds of training'), strict=True):
@@ -83,18 +81,44 @@ def plot(results: dict[str, train_gpt.Result], path: str) -> None:
       # The steep start would press what matters into a corner.
       losses += values[len(values) // 6:]
       ax.plot([entry[key] for entry in result.history], values, linewidth=2,
-              **_STYLES[optimizer])
+              **STYLES[optimizer])
     if losses:
       ax.axhline(_target(results), color='#999999', linewidth=1, zorder=0)
     ax.set_xlabel(unit)
-    ax.grid(alpha=0.25)
-    ax.set_xlim(left=0)
-    ax.spines[['top', 'right']].set_visible(False)
   if losses:
     margin = 0.05 * (max(losses) - min(losses)) + 1e-3
     axes[0].set_ylim(min(losses) - margin, max(losses) + margin)
   axes[0].set_ylabel('Validation loss (nats per byte)')
   axes[0].legend(frameon=False)
+
+
+def _plot_inside(axes, results):
+  """Draws Sophia's win rate and γ over steps."""
+  for optimizer, result in results.items():
+    entries = [entry for entry in result.history if 'win_rate' in entry]
+    steps = [entry['step'] for entry in entries]
+    fixed = gpt_configs.get_config('demo', optimizer).gamma
+    style = STYLES[optimizer] | {'linewidth': 2}
+    axes[0].plot(steps, [e['win_rate'] for e in entries], **style)
+    axes[1].plot(steps, [e.get('gamma', fixed) for e in entries], **style)
+  axes[0].axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
+  axes[0].text(0.99, 0.49, 'tune γ for this range', fontsize='small',
+               ha='right', va='top', transform=axes[0].get_yaxis_transform())
+  axes[0].set(xlabel='Steps', ylabel='Win rate (not clipped)', ylim=(0, 1))
+  axes[1].set(xlabel='Steps', ylabel='γ', yscale='log', ylim=(1e-3, 1))
+
+
+def plot(results: dict[str, train_gpt.Result], path: str) -> None:
+  """Draws the losses of all, and what Sophia looks like inside."""
+  fig = figure.Figure(figsize=(10, 7), layout='constrained')
+  axes = fig.subplots(2, 2, height_ratios=(3, 2))
+  axes[0, 0].sharey(axes[0, 1])
+  _plot_losses(axes[0], results)
+  _plot_inside(axes[1], results)
+  for ax in axes.flat:
+    ax.grid(alpha=0.25)
+    ax.set_xlim(left=0)
+    ax.spines[['top', 'right']].set_visible(False)
   fig.suptitle('Byte-level GPT on the text of the standard library')
   fig.savefig(path, dpi=150)
 

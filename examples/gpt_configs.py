@@ -5,7 +5,7 @@ import math
 
 import sharding
 
-OPTIMIZERS = ('adamw', 'sophia_h', 'sophia_g')
+OPTIMIZERS = ('adamw', 'lion', 'sophia_h', 'sophia_g')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Config:
     axes = sharding.parse(self.mesh)
     num_devices = math.prod(axes.values())
     sizes = {'micro_batch_size': self.micro_batch_size}
-    if self.optimizer != 'adamw':
+    if self.optimizer.startswith('sophia'):
       sizes['curvature_batch_size / curvature_parts'] = (
           self.curvature_batch_size // self.curvature_parts)
     for name, size in sizes.items():

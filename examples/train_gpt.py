@@ -1,4 +1,4 @@
-"""Trains a GPT with Sophia or AdamW, on a laptop or with GPT-2's settings.
+"""Trains a GPT with Sophia and others, on a laptop or with GPT-2's settings.
 
   python examples/train_gpt.py --optimizer=sophia_h
   python examples/train_gpt.py --config=gpt2_124m --data_dir=... --dry_run
@@ -97,6 +97,10 @@ def make_optimizer(config):
         hessian_diagonal_fn=part(
             sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
                 config.seed)))
+  elif config.optimizer == 'lion':
+    optimizer = optax.lion(
+        learning_rate, config.b1, config.b2,
+        weight_decay=config.weight_decay, mask=gpt.decay_mask)
   else:
     optimizer = optax.adamw(
         learning_rate, config.b1, config.b2, config.eps,
@@ -144,7 +148,7 @@ def make_step(predict_fn, optimizer):
     loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
     # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn, on a part
-    # of this batch at a time, when it refreshes; AdamW calls neither.
+    # of this batch at a time, when it refreshes; the others call neither.
     updates, opt_state = optimizer.update(
         grads, opt_state, params, obj_fn=loss_fn, predict_fn=predict_fn,
         batch=batch)

@@ -9,6 +9,8 @@ from sophia_optax._alias import sophia_g as sophia_g
 from sophia_optax._collectives import (
     average_over_replicas as average_over_replicas,
 )
+from sophia_optax._diagnose import diagnose as diagnose
+from sophia_optax._diagnose import ModuleDiagnosis as ModuleDiagnosis
 from sophia_optax._gauss_newton_bartlett import (
     gauss_newton_bartlett_estimator_diag_hessian as gauss_newton_bartlett_estimator_diag_hessian,  # noqa: E501
 )

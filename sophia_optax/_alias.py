@@ -36,6 +36,7 @@ def sophia(
     bias_correction: bool = True,
     refresh_before_update: bool = False,
     target_win_rate: jax.typing.ArrayLike | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia optimizer: clipped steps, preconditioned by the curvature.
 
@@ -83,6 +84,8 @@ def sophia(
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), that ``gamma`` is steered to, from the
       ``gamma`` given. None means that it stays as it is.
+    diagnostics: Whether each refresh measures ``negative_fraction``, too, see
+      :class:`SophiaState`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -129,6 +132,7 @@ def sophia(
           bias_correction=bias_correction,
           refresh_before_update=refresh_before_update,
           target_win_rate=target_win_rate,
+          diagnostics=diagnostics,
       ),
       _step(learning_rate, weight_decay, weight_decay_mask),
   )
@@ -151,6 +155,7 @@ def sophia_g(
     nu_dtype: Any | None = None,
     refresh_before_update: bool = False,
     target_win_rate: jax.typing.ArrayLike | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia-G optimizer, with the arguments of PyTorch's ``SophiaG``.
 
@@ -192,6 +197,8 @@ def sophia_g(
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), that ``rho`` is steered to, from the
       ``rho`` given. None means that it stays as it is.
+    diagnostics: Whether each refresh measures ``negative_fraction``, too, see
+      :class:`SophiaState`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -254,6 +261,7 @@ def sophia_g(
           bias_correction=False,
           refresh_before_update=refresh_before_update,
           target_win_rate=target_win_rate,
+          diagnostics=diagnostics,
       ),
       _step(learning_rate, weight_decay, weight_decay_mask, maximize),
   )

@@ -120,7 +120,7 @@ def total(x: Any, axis_names: Iterable[str]) -> Any:
 
 def sum_over_shards(
     fn: Callable[[jax.Array], jax.Array], tree: Any, like: jax.Array
-) -> tuple[jax.Array, int]:
+) -> tuple[jax.Array, float]:
   """Sums a number over the leaves of a tree and all parts that they have.
 
   Args:
@@ -129,14 +129,15 @@ def sum_over_shards(
     like: Varies over axes over which there is to be no sum.
 
   Returns:
-    The sum, which varies like `like`, and the number of entries of the tree.
+    The sum, which varies like `like`, and the number of entries of the tree, a
+    float as it may be too large for int32.
   """
   sums: dict[tuple[str, ...], Any] = {}
-  size = 0
+  size = 0.0
   for x in jax.tree.leaves(tree):
     axes = other_axes(x, tuple(varying(like)))
     sums[axes] = sums.get(axes, 0.0) + fn(x)
-    size += total(x.size, axes)
+    size += float(x.size) * total(1, axes)
   sums = {axes: total(x, axes) for axes, x in sums.items()}
   summed = sum(sums.values(), jnp.zeros([], jnp.float32))
   return vary(summed, tuple(varying(like))), size

@@ -11,6 +11,7 @@ Symbols, all shaped like the parameters θ:
 The way of the data: g -> m -> (every k steps: estimator -> ĥ -> h) -> u.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +39,11 @@ class SophiaState(NamedTuple):
       did not clip, shape (), float32.
     nonfinite_count: Number of refreshes whose estimate had an entry that was
       not finite and so was left out, shape (), int32.
+    refresh_count: Number of refreshes, shape (), int32.
     gamma: Scale of the curvature where ``target_win_rate`` steers it, shape (),
       float32. None where it is fixed.
+    negative_fraction: Fraction of coordinates whose entry of h was negative
+      after the last refresh, shape (), float32. None without ``diagnostics``.
   """
 
   count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
@@ -48,7 +52,9 @@ class SophiaState(NamedTuple):
   hessian_fn_state: Any
   win_rate: jax.Array
   nonfinite_count: jax.Array
+  refresh_count: jax.Array
   gamma: jax.Array | None = None
+  negative_fraction: jax.Array | None = None
 
 
 def scale_by_sophia(
@@ -69,6 +75,7 @@ def scale_by_sophia(
     bias_correction: bool = True,
     refresh_before_update: bool = False,
     target_win_rate: jax.typing.ArrayLike | None = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales gradients to Sophia's updates, without learning rate and decay.
 
@@ -126,6 +133,7 @@ def scale_by_sophia(
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), that ``gamma`` is steered to, from the
       ``gamma`` given. None means that it stays as it is.
+    diagnostics: Whether each refresh measures ``negative_fraction``, too.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -174,38 +182,24 @@ def scale_by_sophia(
     _checks.steerable(gamma, clip_threshold)
   estimator = optax.with_extra_args_support(hessian_diagonal_fn)
 
-  def precondition(mu, nu, gamma, count):
-    """The update before it is clipped; all trees are coordinates."""
-    if bias_correction:
-      decay = jnp.asarray(b1, float)
-      mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
-
-    def ratio(m, h):
-      h = h.astype(m.dtype)
-      return m / jnp.maximum(_cast(gamma, h) * h, _cast(eps, h))
-
-    return jax.tree.map(ratio, mu, nu)
+  def ratios_of(mu, nu, gamma, count):
+    decay = b1 if bias_correction else None
+    return precondition(mu, nu, gamma, eps, decay, count)
 
   def clip(u):
     if clip_threshold is None:
       return u
     return jnp.clip(u, -_cast(clip_threshold, u), _cast(clip_threshold, u))
 
-  def count_wins(ratio):
-    if clip_threshold is None:
-      return jnp.full_like(ratio, ratio.size, jnp.float32, ())
-    return _count(jnp.abs(ratio) < _cast(clip_threshold, ratio))
-
   def measure_win_rate(ratios, like):
-    won, size = _collectives.sum_over_shards(count_wins, ratios, like)
-    return won / max(size, 1)
+    return fraction(lambda ratio: wins(ratio, clip_threshold), ratios, like)
 
   def steer(mu, nu, gamma, count, like):
     """The next γ, and all counts that it needs in one sum over shards."""
-    ratios = precondition(mu, nu, gamma, count)
+    ratios = ratios_of(mu, nu, gamma, count)
 
     def outcome(r, h):  # 1 for positive curvature, 2 for a win, 3 for both.
-      won = jnp.abs(r) < _cast(clip_threshold, r)
+      won = wins(r, clip_threshold)
       return (h > 0).astype(jnp.int8) + 2 * won.astype(jnp.int8)
 
     def count_outcomes(x):
@@ -229,9 +223,11 @@ def scale_by_sophia(
         hessian_fn_state=estimator.init(params),
         win_rate=jnp.zeros([], jnp.float32),
         nonfinite_count=jnp.zeros([], jnp.int32),
+        refresh_count=jnp.zeros([], jnp.int32),
         gamma=None
         if target_win_rate is None
         else jnp.asarray(gamma, jnp.float32),
+        negative_fraction=jnp.zeros([]) if diagnostics else None,
     )
 
   def update_fn(
@@ -262,75 +258,121 @@ def scale_by_sophia(
     def scale(steered):
       return scheduled if target_win_rate is None else steered
 
-    def refresh(hessian_fn_state, nu, win_rate, nonfinite_count, steered):
+    def refresh(old):
       estimate, hessian_fn_state = estimator.update(
           grads,
-          hessian_fn_state,
+          old.hessian_fn_state,
           params=params,
           **({} if loss_scale is None else {'loss_scale': loss_scale}),
           **extra_args,
       )
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
-      old = _coordinates.split(params, nu)
-      _collectives.check_averaged(estimate, nu)
-      new, num_nonfinite = _average_finite(
-          b2, _coordinates.split(params, estimate), old, nonfinite_count
+      _collectives.check_averaged(estimate, old.nu)
+      old_nu = _coordinates.split(params, old.nu)
+      nu, num_nonfinite = _average_finite(
+          b2, _coordinates.split(params, estimate), old_nu, old.win_rate
       )
-      used = (old, steered)
+      steered = old.gamma
       if target_win_rate is not None:
-        steered = steer(mu, new, steered, count, win_rate)
-      if refresh_before_update:
-        used = (new, steered)
-      ratios = precondition(mu, used[0], scale(used[1]), count)
-      return (
-          hessian_fn_state,
-          _coordinates.join(nu, new),
-          measure_win_rate(ratios, win_rate),
-          jnp.where(
+        steered = steer(mu, nu, steered, count, old.win_rate)
+      used = (nu, steered) if refresh_before_update else (old_nu, old.gamma)
+      ratios = ratios_of(mu, used[0], scale(used[1]), count)
+      negative_fraction = old.negative_fraction
+      if diagnostics:
+        negative_fraction = fraction(is_negative, nu, old.win_rate)
+      return old._replace(
+          nu=_coordinates.join(old.nu, nu),
+          hessian_fn_state=hessian_fn_state,
+          win_rate=measure_win_rate(ratios, old.win_rate),
+          nonfinite_count=jnp.where(
               num_nonfinite == 0,
-              nonfinite_count,
-              optax.safe_increment(nonfinite_count),
+              old.nonfinite_count,
+              optax.safe_increment(old.nonfinite_count),
           ),
-          steered,
+          refresh_count=optax.safe_increment(old.refresh_count),
+          gamma=steered,
+          negative_fraction=negative_fraction,
       )
 
-    hessian_fn_state, nu, win_rate, nonfinite_count, steered = jax.lax.cond(
+    new = jax.lax.cond(
         (state.count % update_interval == 0) & may_refresh,
         refresh,
-        lambda *unchanged: unchanged,
-        state.hessian_fn_state,
-        state.nu,
-        state.win_rate,
-        state.nonfinite_count,
-        state.gamma,
+        lambda old: old,
+        state._replace(count=None, mu=None),  # What a refresh has no part in.
     )
 
-    used = (nu, steered) if refresh_before_update else (state.nu, state.gamma)
-    ratios = precondition(
-        mu, _coordinates.split(params, used[0]), scale(used[1]), count
+    used = new if refresh_before_update else state
+    ratios = ratios_of(
+        mu, _coordinates.split(params, used.nu), scale(used.gamma), count
     )
     if verbose:
       _print_every(
           print_win_rate_every_n_steps, count, measure_win_rate, ratios
       )
-    return _coordinates.join(grads, jax.tree.map(clip, ratios)), SophiaState(
-        count=count,
-        mu=_coordinates.join(state.mu, mu),
-        nu=nu,
-        hessian_fn_state=hessian_fn_state,
-        win_rate=win_rate,
-        nonfinite_count=nonfinite_count,
-        gamma=steered,
+    updates = _coordinates.join(grads, jax.tree.map(clip, ratios))
+    return updates, new._replace(
+        count=count, mu=_coordinates.join(state.mu, mu)
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def precondition(mu, nu, gamma, eps, decay, count):
+  """The update before it is clipped; all trees are coordinates.
+
+  Args:
+    mu: m.
+    nu: h.
+    gamma: Scale of the curvature.
+    eps: Smallest denominator.
+    decay: That of m, to correct its bias. None means that it is not corrected.
+    count: Number t of steps taken.
+
+  Returns:
+    The ratios m / max(γ h, ε).
+  """
+  if decay is not None:
+    decay = jnp.asarray(decay, float)
+    mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
+
+  def ratio(m, h):
+    h = h.astype(m.dtype)
+    return m / jnp.maximum(_cast(gamma, h) * h, _cast(eps, h))
+
+  return jax.tree.map(ratio, mu, nu)
+
+
+def wins(ratio, clip_threshold):
+  """Which coordinates are not clipped."""
+  if clip_threshold is None:
+    return jnp.full_like(ratio, True, bool)
+  return jnp.abs(ratio) < _cast(clip_threshold, ratio)
+
+
+def is_negative(h):
+  return h < 0
+
+
+def fraction(condition, tree, like):
+  """Of the coordinates, over all shards, that meet a condition."""
+  met, size = _collectives.sum_over_shards(
+      lambda x: _count(condition(x)), tree, like
+  )
+  return met / max(size, 1.0)
+
+
 def _count(condition):
-  """How often it is true: exact in a row, without overflow over all rows."""
-  condition = jnp.atleast_1d(condition)
-  within_row = tuple(range(min(1, condition.ndim - 1), condition.ndim))
-  return jnp.sum(jnp.sum(condition, axis=within_row), dtype=jnp.float32)
+  """How often it is true, of any number of entries.
+
+  Exact over the last axes, as many as uint32 can count, and in float32 over the
+  others: float32 alone stops at 2^24, int32 at 2^31.
+  """
+  shape = condition.shape
+  axis = next(
+      i for i in range(len(shape) + 1) if math.prod(shape[i:]) < 2**32
+  )
+  rows = jnp.sum(condition, tuple(range(axis, len(shape))), jnp.uint32)
+  return jnp.sum(rows, dtype=jnp.float32)
 
 
 def _cast(value, like):
