@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types package clean
+.PHONY: demo test lint types completeness package clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed-examples
@@ -24,6 +24,13 @@ lint: $(VENV)/installed-dev
 
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
+
+# Of the public names, at least 95 % must have a known type.
+completeness: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" pyright --verifytypes sophia_optax \
+	  --ignoreexternal | tee /dev/stderr \
+	  | awk '/^Type completeness score/ { score = $$4 + 0 } \
+	    END { exit !(score >= 95) }'
 
 package: $(VENV)/installed-dev
 	rm -rf dist

@@ -80,7 +80,7 @@ def _score_class(logits, labels):
   return jax.nn.softmax(logits) - classes
 
 
-categorical = Likelihood(_sample_class, _score_class, event_ndim=1)
+categorical: Likelihood = Likelihood(_sample_class, _score_class, event_ndim=1)
 """Classes, from logits over the last axis."""
 
 
@@ -92,7 +92,7 @@ def _score_bit(logits, labels):
   return jax.nn.sigmoid(logits) - labels.astype(logits.dtype)
 
 
-bernoulli = Likelihood(_sample_bit, _score_bit)
+bernoulli: Likelihood = Likelihood(_sample_bit, _score_bit)
 """Zero or one, from a logit for each."""
 
 
