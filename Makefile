@@ -1,6 +1,7 @@
 # make demo    trains a small language model with AdamW and with Sophia
 # make test    runs every test and every example in the documentation
-# make lint, make types, make package    what CI checks beside the tests
+# make docs    builds the documentation site into site/
+# make lint, make types, make package    what CI checks beside these
 #
 # Everything is installed into .venv; `make clean` removes it. Another
 # interpreter than python3: make PYTHON=python3.12 test
@@ -8,8 +9,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+BUILDIFIER ?= npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test lint types completeness package clean
+.PHONY: demo test docs lint buildifier types completeness package clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed-examples
@@ -19,8 +21,17 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 \
 	  --dist=worksteal
 
+docs: $(VENV)/installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --fresh-env --nitpicky docs site
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
+
+# For BUILD and its likes. With one that is there already, not npm's:
+# make BUILDIFIER=buildifier buildifier
+buildifier:
+	$(BUILDIFIER) -mode=check -lint=warn -r \
+	  BUILD MODULE.bazel WORKSPACE tools/bazel
 
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
@@ -47,4 +58,4 @@ $(VENV)/installed-%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) site dist

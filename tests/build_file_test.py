@@ -1,0 +1,250 @@
+"""BUILD has every source, test and program, with all that they import."""
+
+import ast
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import itertools
+import pathlib
+
+import pytest
+import starlark
+
+ROOT = pathlib.Path(__file__).parents[1]
+BUILD = (ROOT / 'BUILD').read_text()
+# Folders of sources, and the entries of sys.path that they are imported from.
+FOLDERS = {
+    'benchmarks': 'benchmarks', 'examples': 'examples', 'sophia_optax': '.',
+    'tests': 'tests',
+}
+# What sophia_optax imports when it is asked for a name.
+LAZY = {'sophia_optax.SophiaTrainState': 'sophia_optax._train_state'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+  """A rule in BUILD. Other attributes than these are errors."""
+
+  rule: str
+  name: str
+  srcs: Sequence[str] = ()
+  data: Sequence[str] = ()
+  deps: Sequence[str] = ()
+  imports: Sequence[str] = ()
+  args: Sequence[str] = ()
+  main: str | None = None
+  testonly: bool = False
+  visibility: Sequence[str] = ()
+
+
+def evaluate(build: str) -> dict[str, Target]:
+  """The targets in the text of a BUILD file, by name."""
+  targets = {}
+
+  def make(rule):
+    def add(**attributes):
+      target = Target(rule=rule, **attributes)
+      assert target.name not in targets, f'two targets {target.name}'
+      targets[target.name] = target
+
+    return add
+
+  def load(label):
+    assert label == '@rules_python//python:defs.bzl', label
+    rules = starlark.Module()
+    for rule in ('py_binary', 'py_library', 'py_test'):
+      rules.add_callable(rule, make(rule))
+    return rules.freeze()
+
+  def glob(include, exclude=()):
+    def match(patterns):
+      paths = itertools.chain.from_iterable(map(ROOT.glob, patterns))
+      return {p.relative_to(ROOT).as_posix() for p in paths if p.is_file()}
+
+    return sorted(match(include) - match(exclude))
+
+  module = starlark.Module()
+  module.add_callable('glob', glob)
+  for name in ('exports_files', 'licenses', 'package'):
+    module.add_callable(name, lambda *args, **kwargs: None)
+  starlark.eval(
+      module, starlark.parse('BUILD', build), starlark.Globals.standard(),
+      starlark.FileLoader(load))
+  return targets
+
+
+@functools.cache
+def imported(source: str) -> set[str]:
+  """Names of modules that a source imports, and of what it takes from them."""
+  names = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, 'imports are absolute here'
+      names |= {node.module}
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+      names |= {f'{node.value.id}.{node.attr}'}
+  return {LAZY.get(name, name) for name in names}
+
+
+def is_program(source: str) -> bool:
+  return any(
+      isinstance(node, ast.If) and '__name__' in ast.unparse(node.test)
+      for node in ast.parse(source).body)
+
+
+def read_sources() -> dict[str, str]:
+  return {
+      path.relative_to(ROOT).as_posix(): path.read_text()
+      for folder in FOLDERS for path in ROOT.glob(f'{folder}/**/*.py')
+  }
+
+
+def import_path(file: str) -> str:
+  return FOLDERS[file.split('/')[0]]
+
+
+def module_name(file: str) -> str:
+  path = pathlib.PurePath(file).relative_to(import_path(file))
+  return '.'.join(path.with_suffix('').parts).removesuffix('.__init__')
+
+
+def closure(target: Target, targets: dict[str, Target]) -> list[Target]:
+  """The target and all that it depends on, as far as it is there."""
+  found, left = {}, [target.name]
+  while left:
+    if (name := left.pop().removeprefix(':')) in targets.keys() - found.keys():
+      found[name] = targets[name]
+      left += targets[name].deps
+  return list(found.values())
+
+
+def missing_targets(targets, sources) -> Iterator[str]:
+  """Sources, tests and programs that BUILD does not have."""
+  known = {file for target in targets.values() for file in target.srcs}
+  for file, source in sources.items():
+    if file not in known:
+      yield f'{file} is in no srcs'
+    if file.endswith('_test.py'):
+      rule, main, args = 'py_test', 'tests/main.py', [file]
+    elif not file.startswith('tests/') and is_program(source):
+      rule, main, args = 'py_binary', file, []
+    else:
+      continue
+    name = pathlib.PurePath(file).stem
+    target = targets.get(name)
+    if target is None or target.rule != rule:
+      yield f'{file} has no {rule}'
+    elif (target.main, list(target.args)) != (main, args):
+      yield f'{name} does not run {file}'
+    elif not {main, file} <= set(target.srcs):
+      yield f'{name} does not have {main} and {file} in srcs'
+
+
+def missing_entries(target, targets, sources) -> Iterator[str]:
+  """What a target names but is not there, and what it needs but lacks."""
+  for file in (*target.srcs, *target.data):
+    if not (ROOT / file).is_file():
+      yield f'{target.name}: there is no file {file}'
+  for dep in target.deps:
+    if dep.removeprefix(':') not in targets:
+      yield f'{target.name}: there is no target {dep}'
+
+  provided = closure(target, targets)
+  srcs = {file for t in provided for file in t.srcs}
+  paths = {path for t in provided for path in t.imports}
+  if target.rule == 'py_test':
+    # Without these a test has one device, and warnings are no errors.
+    files = srcs.union(*(t.data for t in provided))
+    for file in {'pyproject.toml', 'tests/conftest.py'} - files:
+      yield f'{target.name} lacks {file}'
+  modules = {module_name(file): file for file in sources}
+  for src in sources.keys() & set(target.srcs):
+    needed = imported(sources[src]) & modules.keys()
+    if src == 'sophia_optax/__init__.py':
+      needed -= set(LAZY.values())
+    for name in needed:
+      file = modules[name]
+      if file not in srcs or import_path(file) not in paths:
+        yield f'{target.name}: {src} imports {name}, which is not in deps'
+
+
+def mistakes(build: str) -> list[str]:
+  """What the text of a BUILD file lacks, and what it has in vain."""
+  targets, sources = evaluate(build), read_sources()
+  return sorted(itertools.chain(
+      missing_targets(targets, sources),
+      *(missing_entries(t, targets, sources) for t in targets.values())))
+
+
+def test_nothing_is_missing():
+  assert not mistakes(BUILD)
+
+
+@pytest.mark.parametrize(('old', 'new', 'expected'), [
+    ('"examples/text.py",', '', 'examples/text.py is in no srcs'),
+    ('exclude = [', 'exclude = ["sophia_optax/_draws.py", ',
+     'sophia_optax/_draws.py is in no srcs'),
+    ('"errors_test"', '"error_test"', 'tests/errors_test.py has no py_test'),
+    ('args = ["tests/errors_test.py"]', 'args = ["tests/sophia_test.py"]',
+     'errors_test does not run tests/errors_test.py'),
+    ('        "tests/main.py",', '',
+     'errors_test does not have tests/main.py and tests/errors_test.py in'
+     ' srcs'),
+    ('":conftest",', '', 'errors_test lacks tests/conftest.py'),
+    ('data = ["pyproject.toml"],', '', 'errors_test lacks pyproject.toml'),
+    ('name = "step_cost"', 'name = "steps"',
+     'benchmarks/step_cost.py has no py_binary'),
+    ('main = "benchmarks/step_cost.py"', 'main = "examples/demo.py"',
+     'step_cost does not run benchmarks/step_cost.py'),
+    ('"docs/migrating.md"', '"docs/migration.md"',
+     'migrating_test: there is no file docs/migration.md'),
+    ('":digits"', '":digit"', 'digits_test: there is no target :digit'),
+    ('":conformance",', '',
+     'conformance_test: tests/conformance_test.py imports conformance, which'
+     ' is not in deps'),
+    ('imports = ["tests"],', '',
+     'conformance_test: tests/conformance_test.py imports conformance, which'
+     ' is not in deps'),
+    ('":sophia_optax",', '',
+     'errors_test: tests/errors_test.py imports sophia_optax, which is not in'
+     ' deps'),
+    ('":sophia_optax_flax",', '',
+     'train_state_test: tests/train_state_test.py imports'
+     ' sophia_optax._train_state, which is not in deps'),
+])  # fmt: skip
+def test_mistakes_are_found(old, new, expected):
+  assert old in BUILD
+  assert expected in mistakes(BUILD.replace(old, new))
+
+
+@pytest.mark.parametrize(('build', 'match'), [
+    ('py_test(name = "a_test")', 'py_test. not found'),
+    ('load("@rules_python//python:defs.bzl", "py_tests")', 'no symbol'),
+    ('load("@rules_python//python:defs.bzl", "py_test")\n'
+     'py_test(name = "a_test", dep = [])', "unexpected keyword .*'dep'"),
+])
+def test_what_bazel_would_not_evaluate(build, match):
+  with pytest.raises(starlark.StarlarkError, match=match):
+    evaluate(build)
+
+
+def test_all_kinds_of_imports():
+  assert imported("""
+import digits as d
+if True:
+  from sophia_optax import _gamma
+def later():
+  import gpt, sophia_optax.likelihoods
+""") == {
+      'digits', 'gpt', 'sophia_optax', 'sophia_optax._gamma',
+      'sophia_optax.likelihoods',
+  }
+  for source in (
+      'sophia_optax.SophiaTrainState.create()',
+      'from sophia_optax import SophiaTrainState',
+      'import sophia_optax._train_state',
+  ):
+    assert 'sophia_optax._train_state' in imported(source)
