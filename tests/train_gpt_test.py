@@ -234,7 +234,7 @@ def _collectives(hlo):
 
 def test_ordinary_step_communicates_parameters_as_adamw_does():
   counters = {}
-  for optimizer in gpt_configs.OPTIMIZERS:
+  for optimizer in gpt_configs.CONFIGS['demo']:
     config = _config(
         optimizer=optimizer, mesh='data:2,fsdp:4', unroll=1, num_layers=3,
         block_size=5, batch_size=32, micro_batch_size=16,
