@@ -29,13 +29,13 @@ def test_trials_are_drawn_by_their_number_alone():
     assert set(case.settings) == set(
         convergence.RANGES[case.task][case.optimizer])
   rates = [c.settings['learning_rate'] for c in convergence.trials(200)
-           if (c.task, c.optimizer) == ('gpt_2k', 'adamw')]
+           if (c.task, c.optimizer) == ('gpt_1m_2k', 'adamw')]
   assert 1e-3 <= min(rates) < 1.2e-3 < 1.7e-2 < max(rates) <= 2e-2
   assert np.median(rates) == pytest.approx(math.sqrt(1e-3 * 2e-2), rel=0.3)
 
 
 def test_steered_case_differs_in_gamma_alone():
-  case = Case('gpt_2k', 'sophia_g', 3)
+  case = Case('gpt_1m_2k', 'sophia_g', 3)
   steered = dataclasses.replace(case, steered=True).settings
   assert steered.pop('target_win_rate') == 0.3
   assert steered.pop('gamma') == 0.04
