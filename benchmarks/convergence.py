@@ -264,14 +264,15 @@ def _by_row(results, task):
 
 
 def render(results: list[dict]) -> str:
-  """Lays out a Markdown table for each task."""
+  """Lays out a Markdown table and the best settings for each task."""
   lines = []
   for task in TASKS:
     lines += [
         f'{TITLES[task]}:', '',
         '| | validation loss | steps to AdamW\'s | ms a step |'
-        ' seconds to AdamW\'s | trials: best, median | settings |',
-        '|---' * 7 + '|']
+        ' seconds to AdamW\'s | trials: best, median |',
+        '|---' * 6 + '|']
+    settings = []
     for row in summary(results, task):
       reached = [s for s in row['steps'] if s is not None]
       steps = seconds = 'never'
@@ -280,14 +281,14 @@ def render(results: list[dict]) -> str:
         seconds = f'{statistics.mean(reached) * row["seconds_a_step"]:.1f}'
       if 0 < len(reached) < _SEEDS:
         steps += f' ({len(reached)} of {_SEEDS} seeds)'
-      settings = ', '.join(
-          f'{name} {x:g}' for name, x in row['runs'][0]['settings'].items())
+      if not row['runs'][0]['steered']:
+        settings.append(f'* {row["label"]}: ' + ', '.join(
+            f'{name} {x:g}' for name, x in row['runs'][0]['settings'].items()))
       lines.append(
           f'| {row["label"]} | {row["mean"]:.3f} ± {row["deviation"]:.3f} '
           f'| {steps} | {1e3 * row["seconds_a_step"]:.0f} | {seconds} '
-          f'| {row["trials"][0]:.3f}, {statistics.median(row["trials"]):.3f} '
-          f'| {settings} |')
-    lines.append('')
+          f'| {row["trials"][0]:.3f}, {statistics.median(row["trials"]):.3f} |')
+    lines += ['', 'Settings of the best trials:', '', *settings, '']
   return '\n'.join(lines)
 
 
