@@ -53,12 +53,6 @@ from sweep import uniform
 import text
 import train_gpt
 
-_OUTPUT = flags.DEFINE_string('output', None, 'JSON file of the runs.')
-_SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
-_PLOTS = flags.DEFINE_string('plots', None, 'Folder to draw the plots into.')
-_TRIALS = flags.DEFINE_integer('trials', 12, 'Trials for each optimizer.')
-_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs side by side, a core each.')
-
 _SEEDS = 3
 _TARGET_WIN_RATE = 0.3
 _DEFAULT_GAMMA = {'sophia_h': 0.01, 'sophia_g': 0.04}
@@ -417,4 +411,9 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _OUTPUT = flags.DEFINE_string('output', None, 'JSON file of the runs.')
+  _SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
+  _PLOTS = flags.DEFINE_string('plots', None, 'Folder to draw the plots into.')
+  _TRIALS = flags.DEFINE_integer('trials', 12, 'Trials for each optimizer.')
+  _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs side by side, a core each.')
   app.run(main)

@@ -39,11 +39,6 @@ import sophia_optax
 import text
 import train_gpt
 
-_OUTPUT = flags.DEFINE_string('output', None, 'JSON file of the runs.')
-_SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
-_PLOT = flags.DEFINE_string('plot', None, 'PNG file to draw into.')
-_SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs of each case.')
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -216,4 +211,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _OUTPUT = flags.DEFINE_string('output', None, 'JSON file of the runs.')
+  _SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
+  _PLOT = flags.DEFINE_string('plot', None, 'PNG file to draw into.')
+  _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs of each case.')
   app.run(main)
