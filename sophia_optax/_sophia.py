@@ -227,7 +227,9 @@ def scale_by_sophia(
         gamma=None
         if target_win_rate is None
         else jnp.asarray(gamma, jnp.float32),
-        negative_fraction=jnp.zeros([]) if diagnostics else None,
+        negative_fraction=(
+            jnp.zeros([], jnp.float32) if diagnostics else None
+        ),
     )
 
   def update_fn(

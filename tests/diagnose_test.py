@@ -257,3 +257,12 @@ def test_errors():
     sophia_optax.diagnose(optax.chain(sophia, sophia).init(params))
   with pytest.raises(ValueError, match=r'depth must be .* at least 1, got 0'):
     sophia_optax.diagnose(sophia.init(params), depth=0)
+
+
+def test_fraction_is_float32_in_double_precision_too():
+  with jax.enable_x64(True):
+    x = jnp.ones(3, jnp.float64)
+    tx = sophia_optax.scale_by_sophia(diagnostics=True)
+    _, state = tx.update(x, tx.init(x), x, obj_fn=lambda x: -jnp.sum(x**2))
+  assert state.negative_fraction == 1
+  assert state.negative_fraction.dtype == jnp.float32
