@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 BUILDIFIER ?= npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test docs lint buildifier types completeness package clean
+.PHONY: demo test docs format lint buildifier types completeness package clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed-examples
@@ -24,8 +24,14 @@ test: $(VENV)/installed-test
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --fresh-env --nitpicky docs site
 
+# `make format` writes what lint asks for.
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 # For BUILD and its likes. With one that is there already, not npm's:
 # make BUILDIFIER=buildifier buildifier

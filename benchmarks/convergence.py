@@ -58,51 +58,87 @@ _TARGET_WIN_RATE = 0.3
 _DEFAULT_GAMMA = {'sophia_h': 0.01, 'sophia_g': 0.04}
 
 _GPT = gpt_configs.Config(
-    num_layers=2, unroll=2, micro_batch_size=16, eval_interval=20,
-    eval_batches=16, curvature_parts=4)
+  num_layers=2,
+  unroll=2,
+  micro_batch_size=16,
+  eval_interval=20,
+  eval_batches=16,
+  curvature_parts=4,
+)
 TASKS = {
-    'gpt_1m_2k': dataclasses.replace(
-        _GPT, width=192, num_heads=4, batch_size=32, num_steps=260,
-        warmup_steps=80, curvature_batch_size=32),
-    'gpt_16k': dataclasses.replace(
-        _GPT, width=96, num_heads=3, batch_size=256, num_steps=120,
-        warmup_steps=40, curvature_batch_size=64),
-    'digits': {'steps': 300, 'warmup_steps': 30},
+  'gpt_1m_2k': dataclasses.replace(
+    _GPT,
+    width=192,
+    num_heads=4,
+    batch_size=32,
+    num_steps=260,
+    warmup_steps=80,
+    curvature_batch_size=32,
+  ),
+  'gpt_16k': dataclasses.replace(
+    _GPT,
+    width=96,
+    num_heads=3,
+    batch_size=256,
+    num_steps=120,
+    warmup_steps=40,
+    curvature_batch_size=64,
+  ),
+  'digits': {'steps': 300, 'warmup_steps': 30},
 }
 TITLES = {
-    'gpt_1m_2k': 'GPT, 0.95 M parameters, 2,048 tokens a step',
-    'gpt_16k': 'GPT, 0.25 M parameters, 16,384 tokens a step',
-    'digits': 'Digits, 128 images a step',
+  'gpt_1m_2k': 'GPT, 0.95 M parameters, 2,048 tokens a step',
+  'gpt_16k': 'GPT, 0.25 M parameters, 16,384 tokens a step',
+  'digits': 'Digits, 128 images a step',
 }
 _TASK_SEEDS = {'gpt_1m_2k': 0, 'gpt_16k': 2, 'digits': 3}  # of the trials
 STYLES = demo.STYLES | {
-    'lion': {'label': 'Lion', 'color': '#009E73', 'linestyle': '--'}}
+  'lion': {'label': 'Lion', 'color': '#009E73', 'linestyle': '--'}
+}
 OPTIMIZERS = gpt_configs.OPTIMIZERS
 
 _SOPHIA = {'update_interval': choice(5, 10)}
 _GPT_RANGES = {
-    'adamw': {
-        'learning_rate': log_uniform(1e-3, 2e-2), 'b1': uniform(0.6, 0.95),
-        'b2': decay(0.9, 0.99), 'weight_decay': log_uniform(0.01, 1.0)},
-    'lion': {
-        'learning_rate': log_uniform(1.5e-4, 3e-3), 'b1': uniform(0.6, 0.95),
-        'b2': decay(0.9, 0.99), 'weight_decay': log_uniform(0.03, 3.0)},
-    'sophia_h': _SOPHIA | {
-        'learning_rate': log_uniform(3e-4, 6e-3), 'b1': uniform(0.6, 0.95),
-        'b2': decay(0.9, 0.99), 'weight_decay': log_uniform(0.01, 1.0),
-        'gamma': log_uniform(3e-3, 3e-1)},
-    'sophia_g': _SOPHIA | {
-        'learning_rate': log_uniform(3e-4, 6e-3), 'b1': uniform(0.6, 0.95),
-        'b2': decay(0.9, 0.99), 'weight_decay': log_uniform(0.01, 1.0),
-        'gamma': log_uniform(1e-2, 1.0)},
+  'adamw': {
+    'learning_rate': log_uniform(1e-3, 2e-2),
+    'b1': uniform(0.6, 0.95),
+    'b2': decay(0.9, 0.99),
+    'weight_decay': log_uniform(0.01, 1.0),
+  },
+  'lion': {
+    'learning_rate': log_uniform(1.5e-4, 3e-3),
+    'b1': uniform(0.6, 0.95),
+    'b2': decay(0.9, 0.99),
+    'weight_decay': log_uniform(0.03, 3.0),
+  },
+  'sophia_h': _SOPHIA
+  | {
+    'learning_rate': log_uniform(3e-4, 6e-3),
+    'b1': uniform(0.6, 0.95),
+    'b2': decay(0.9, 0.99),
+    'weight_decay': log_uniform(0.01, 1.0),
+    'gamma': log_uniform(3e-3, 3e-1),
+  },
+  'sophia_g': _SOPHIA
+  | {
+    'learning_rate': log_uniform(3e-4, 6e-3),
+    'b1': uniform(0.6, 0.95),
+    'b2': decay(0.9, 0.99),
+    'weight_decay': log_uniform(0.01, 1.0),
+    'gamma': log_uniform(1e-2, 1.0),
+  },
 }
 _DIGITS_RATES = {
-    'adamw': log_uniform(2e-3, 1e-1), 'lion': log_uniform(2e-4, 1e-2),
-    'sophia_h': log_uniform(5e-4, 2e-2), 'sophia_g': log_uniform(5e-4, 2e-2)}
+  'adamw': log_uniform(2e-3, 1e-1),
+  'lion': log_uniform(2e-4, 1e-2),
+  'sophia_h': log_uniform(5e-4, 2e-2),
+  'sophia_g': log_uniform(5e-4, 2e-2),
+}
 RANGES = dict.fromkeys(TASKS, _GPT_RANGES) | {
-    'digits': {
-        name: ranges | {'learning_rate': _DIGITS_RATES[name]}
-        for name, ranges in _GPT_RANGES.items()},
+  'digits': {
+    name: ranges | {'learning_rate': _DIGITS_RATES[name]}
+    for name, ranges in _GPT_RANGES.items()
+  },
 }
 
 
@@ -121,22 +157,25 @@ class Case:
     """What the trial draws, rounded to what a table can show."""
     ranges = RANGES[self.task][self.optimizer]
     rng = np.random.default_rng(
-        (_TASK_SEEDS[self.task], OPTIMIZERS.index(self.optimizer),
-         self.trial))
+      (_TASK_SEEDS[self.task], OPTIMIZERS.index(self.optimizer), self.trial)
+    )
     settings = {name: sample(rng) for name, sample in ranges.items()}
     settings = {
-        name: x if isinstance(x, int) else float(f'{x:.3g}')
-        for name, x in settings.items()}
+      name: x if isinstance(x, int) else float(f'{x:.3g}')
+      for name, x in settings.items()
+    }
     if self.steered:
-      settings |= {'gamma': _DEFAULT_GAMMA[self.optimizer],
-                   'target_win_rate': _TARGET_WIN_RATE}
+      settings |= {
+        'gamma': _DEFAULT_GAMMA[self.optimizer],
+        'target_win_rate': _TARGET_WIN_RATE,
+      }
     return settings
 
 
 def _train_gpt(case):
   config = dataclasses.replace(
-      TASKS[case.task], optimizer=case.optimizer, seed=case.seed,
-      **case.settings)
+    TASKS[case.task], optimizer=case.optimizer, seed=case.seed, **case.settings
+  )
   return train_gpt.train(config).history
 
 
@@ -144,13 +183,14 @@ def _train_digits(case):
   task, settings = TASKS[case.task], dict(case.settings)
   rate = settings.pop('learning_rate')
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, rate, task['warmup_steps'], task['steps'], 0.05 * rate)
+    0.0, rate, task['warmup_steps'], task['steps'], 0.05 * rate
+  )
   gamma = settings.pop('gamma', None)
   optimizer = {
-      'adamw': optax.adamw,
-      'lion': optax.lion,
-      'sophia_h': functools.partial(sophia_optax.sophia, gamma=gamma),
-      'sophia_g': functools.partial(sophia_optax.sophia_g, rho=gamma),
+    'adamw': optax.adamw,
+    'lion': optax.lion,
+    'sophia_h': functools.partial(sophia_optax.sophia, gamma=gamma),
+    'sophia_g': functools.partial(sophia_optax.sophia_g, rho=gamma),
   }[case.optimizer](schedule, **settings)
   history = digits.train(optimizer, task['steps'], case.seed)[1]
   return [{'val_loss': h.pop('loss')} | h for h in history]
@@ -160,10 +200,13 @@ def run(case: Case) -> dict:
   """Trains once; returns the case and what every validation saw."""
   train = _train_digits if case.task == 'digits' else _train_gpt
   history = [
-      {name: float(f'{x:.5g}') for name, x in entry.items()}
-      for entry in train(case)]
+    {name: float(f'{x:.5g}') for name, x in entry.items()}
+    for entry in train(case)
+  ]
   return dataclasses.asdict(case) | {
-      'settings': case.settings, 'history': history}
+    'settings': case.settings,
+    'history': history,
+  }
 
 
 def _case(result):
@@ -177,8 +220,13 @@ def final_loss(result: dict) -> float:
 
 
 def _trials_of(results, task, optimizer):
-  return [r for r in results if r['seed'] == 0 and not r['steered']
-          and (r['task'], r['optimizer']) == (task, optimizer)]
+  return [
+    r
+    for r in results
+    if r['seed'] == 0
+    and not r['steered']
+    and (r['task'], r['optimizer']) == (task, optimizer)
+  ]
 
 
 def best_trial(results: list[dict], task: str, optimizer: str) -> int:
@@ -188,17 +236,23 @@ def best_trial(results: list[dict], task: str, optimizer: str) -> int:
 
 def trials(num_trials: int) -> list[Case]:
   """All trials, one of each optimizer before the next of any."""
-  return [Case(task, optimizer, trial) for trial in range(num_trials)
-          for task in TASKS for optimizer in OPTIMIZERS]
+  return [
+    Case(task, optimizer, trial)
+    for trial in range(num_trials)
+    for task in TASKS
+    for optimizer in OPTIMIZERS
+  ]
 
 
 def finals(results: list[dict]) -> list[Case]:
   """The runs that are reported, given the results of all trials."""
   return [
-      Case(task, optimizer, best_trial(results, task, optimizer), seed, steered)
-      for task in TASKS for seed in range(_SEEDS) for optimizer in OPTIMIZERS
-      for steered in ((False, True) if optimizer in _DEFAULT_GAMMA
-                      else (False,))]
+    Case(task, optimizer, best_trial(results, task, optimizer), seed, steered)
+    for task in TASKS
+    for seed in range(_SEEDS)
+    for optimizer in OPTIMIZERS
+    for steered in ((False, True) if optimizer in _DEFAULT_GAMMA else (False,))
+  ]
 
 
 def _steps_to(history, target):
@@ -208,8 +262,10 @@ def _steps_to(history, target):
 def _seconds_a_step(results):
   """Of the fastest stretch between two validations."""
   return min(
-      (b['seconds'] - a['seconds']) / (b['step'] - a['step'])
-      for r in results for a, b in itertools.pairwise(r['history']))
+    (b['seconds'] - a['seconds']) / (b['step'] - a['step'])
+    for r in results
+    for a, b in itertools.pairwise(r['history'])
+  )
 
 
 def _label(result):
@@ -235,16 +291,19 @@ def summary(results: list[dict], task: str) -> list[dict]:
   rows = []
   for runs in chosen:
     losses = [final_loss(r) for r in runs]
-    rows.append({
+    rows.append(
+      {
         'label': _label(runs[0]),
         'runs': runs,
         'mean': statistics.mean(losses),
         'deviation': float(np.std(losses, ddof=1)),
         'steps': [_steps_to(r['history'], target) for r in runs],
         'seconds_a_step': _seconds_a_step(runs),
-        'trials': sorted(map(
-            final_loss, _trials_of(results, task, runs[0]['optimizer']))),
-    })
+        'trials': sorted(
+          map(final_loss, _trials_of(results, task, runs[0]['optimizer']))
+        ),
+      }
+    )
   return rows
 
 
@@ -262,10 +321,12 @@ def render(results: list[dict]) -> str:
   lines = []
   for task in TASKS:
     lines += [
-        f'{TITLES[task]}:', '',
-        '| | validation loss | steps to AdamW\'s | ms a step |'
-        ' seconds to AdamW\'s | trials: best, median |',
-        '|---' * 6 + '|']
+      f'{TITLES[task]}:',
+      '',
+      "| | validation loss | steps to AdamW's | ms a step |"
+      " seconds to AdamW's | trials: best, median |",
+      '|---' * 6 + '|',
+    ]
     settings = []
     for row in summary(results, task):
       reached = [s for s in row['steps'] if s is not None]
@@ -276,12 +337,17 @@ def render(results: list[dict]) -> str:
       if 0 < len(reached) < _SEEDS:
         steps += f' ({len(reached)} of {_SEEDS} seeds)'
       if not row['runs'][0]['steered']:
-        settings.append(f'* {row["label"]}: ' + ', '.join(
-            f'{name} {x:g}' for name, x in row['runs'][0]['settings'].items()))
+        settings.append(
+          f'* {row["label"]}: '
+          + ', '.join(
+            f'{name} {x:g}' for name, x in row['runs'][0]['settings'].items()
+          )
+        )
       lines.append(
-          f'| {row["label"]} | {row["mean"]:.3f} ± {row["deviation"]:.3f} '
-          f'| {steps} | {1e3 * row["seconds_a_step"]:.0f} | {seconds} '
-          f'| {row["trials"][0]:.3f}, {statistics.median(row["trials"]):.3f} |')
+        f'| {row["label"]} | {row["mean"]:.3f} ± {row["deviation"]:.3f} '
+        f'| {steps} | {1e3 * row["seconds_a_step"]:.0f} | {seconds} '
+        f'| {row["trials"][0]:.3f}, {statistics.median(row["trials"]):.3f} |'
+      )
     lines += ['', 'Settings of the best trials:', '', *settings, '']
   return '\n'.join(lines)
 
@@ -294,17 +360,25 @@ def plot_losses(results: list[dict], path: str) -> None:
     shown = []
     for row in rows:
       losses = np.array(
-          [[h['val_loss'] for h in r['history']] for r in row['runs']])
+        [[h['val_loss'] for h in r['history']] for r in row['runs']]
+      )
       steps = [h['step'] for h in row['runs'][0]['history']]
       style = dict(STYLES[row['runs'][0]['optimizer']])
       if row['runs'][0]['steered']:
         style |= {'linestyle': ':', 'alpha': 0.7}
-      ax.plot(steps, losses.mean(0), linewidth=2,
-              **style | {'label': row['label']})
-      ax.fill_between(steps, losses.min(0), losses.max(0), alpha=0.15,
-                      linewidth=0, color=style['color'])
+      ax.plot(
+        steps, losses.mean(0), linewidth=2, **style | {'label': row['label']}
+      )
+      ax.fill_between(
+        steps,
+        losses.min(0),
+        losses.max(0),
+        alpha=0.15,
+        linewidth=0,
+        color=style['color'],
+      )
       # The steep start would press what matters into a corner.
-      shown += list(losses.mean(0)[len(steps) // 4:])
+      shown += list(losses.mean(0)[len(steps) // 4 :])
     ax.axhline(rows[0]['mean'], color='#999999', linewidth=1, zorder=0)
     if task == 'digits':
       ax.set_yscale('log')
@@ -326,8 +400,13 @@ def plot_trials(results: list[dict], path: str) -> None:
   for ax, task in zip(fig.subplots(1, 3), TASKS, strict=True):
     rows = [r for r in summary(results, task) if not r['runs'][0]['steered']]
     for row in rows:
-      ax.plot(range(1, len(row['trials']) + 1), row['trials'], marker='o',
-              markersize=4, **STYLES[row['runs'][0]['optimizer']])
+      ax.plot(
+        range(1, len(row['trials']) + 1),
+        row['trials'],
+        marker='o',
+        markersize=4,
+        **STYLES[row['runs'][0]['optimizer']],
+      )
     best = min(row['trials'][0] for row in rows)
     if task == 'digits':
       ax.set_yscale('log')
@@ -364,11 +443,12 @@ def _run_all(cases, record, path, jobs):
   for core in range(jobs):
     cores.put(core)
   with concurrent.futures.ProcessPoolExecutor(
-      jobs, spawn, _begin_worker, (cores,)) as pool:
-    futures = [
-        pool.submit(run, case) for case in left(cases, record['runs'])]
+    jobs, spawn, _begin_worker, (cores,)
+  ) as pool:
+    futures = [pool.submit(run, case) for case in left(cases, record['runs'])]
     for future in tqdm.tqdm(
-        concurrent.futures.as_completed(futures), total=len(futures)):
+      concurrent.futures.as_completed(futures), total=len(futures)
+    ):
       record['runs'].append(future.result())
       record['runs'].sort(key=lambda r: dataclasses.astuple(_case(r)))
       write(record, path)
@@ -385,14 +465,19 @@ def write(record: dict, path: pathlib.Path) -> None:
 
 def _begin():
   return {
-      'command': ' '.join(['python benchmarks/convergence.py', *sys.argv[1:]]),
-      'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-      'versions': {
-          'python': platform.python_version(), 'jax': jax.__version__,
-          'jaxlib': jaxlib.__version__, 'optax': optax.__version__,
-          'flax': flax.__version__, 'sophia_optax': sophia_optax.__version__},
-      'text_sha256': text.fingerprint(text.standard_library()),
-      'runs': []}
+    'command': ' '.join(['python benchmarks/convergence.py', *sys.argv[1:]]),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'jaxlib': jaxlib.__version__,
+      'optax': optax.__version__,
+      'flax': flax.__version__,
+      'sophia_optax': sophia_optax.__version__,
+    },
+    'text_sha256': text.fingerprint(text.standard_library()),
+    'runs': [],
+  }
 
 
 def main(argv):

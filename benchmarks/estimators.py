@@ -48,20 +48,26 @@ class Row(NamedTuple):
 def rows() -> list[Row]:
   """Hutchinson and Gauss-Newton-Bartlett, divided and repeated."""
   kinds = {
-      'H': sophia_optax.hutchinson_estimator_diag_hessian,
-      'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+    'H': sophia_optax.hutchinson_estimator_diag_hessian,
+    'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
   }
   result = []
   for kind, make in kinds.items():
     base = f'{kind}, whole batch'
     result.append(Row(base, make(), base))
     for parts in (2, 4, 8):
-      result.append(Row(
-          f'{kind}, {parts} parts', sophia_optax.microbatched(make(), parts),
-          base))
+      result.append(
+        Row(
+          f'{kind}, {parts} parts',
+          sophia_optax.microbatched(make(), parts),
+          base,
+        )
+      )
     result.append(Row(f'{kind}, 4 samples', make(num_samples=4), base))
-  result.insert(5, Row(
-      'H, normal probe', kinds['H'](distribution='normal'), 'H, whole batch'))
+  result.insert(
+    5,
+    Row('H, normal probe', kinds['H'](distribution='normal'), 'H, whole batch'),
+  )
   return result
 
 
@@ -78,7 +84,8 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
 
   def loss_fn(params, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(
-        predict_fn(params, tokens), tokens[:, 1:]).mean()
+      predict_fn(params, tokens), tokens[:, 1:]
+    ).mean()
 
   def cost(fn, *args):
     compiled = jax.jit(fn).lower(*args).compile()
@@ -92,8 +99,8 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
 
     def estimate(params, tokens, state, estimator=row.estimator):
       return estimator.update(
-          None, state, params, obj_fn=loss_fn, predict_fn=predict_fn,
-          batch=tokens)
+        None, state, params, obj_fn=loss_fn, predict_fn=predict_fn, batch=tokens
+      )
 
     state = row.estimator.init(params)
     compiled, flops, megabytes = cost(estimate, params, tokens, state)
@@ -108,11 +115,11 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
     base_mean, base_variance = moments[row.base]
     error = np.sqrt((variance + base_variance).sum() / draws)
     table[row.name] = {
-        'FLOPs/gradient': flops / gradient_flops,
-        'MB': megabytes,
-        'scatter': np.sqrt(variance.sum() / (mean**2).sum()),
-        'variance/whole': variance.sum() / base_variance.sum(),
-        'mean, in errors': np.linalg.norm(mean - base_mean) / error,
+      'FLOPs/gradient': flops / gradient_flops,
+      'MB': megabytes,
+      'scatter': np.sqrt(variance.sum() / (mean**2).sum()),
+      'variance/whole': variance.sum() / base_variance.sum(),
+      'mean, in errors': np.linalg.norm(mean - base_mean) / error,
     }
   return table
 
@@ -122,8 +129,12 @@ def render(table: dict[str, dict[str, float]]) -> str:
   columns = list(table['H, whole batch'])
   lines = [f'{"":18}' + ''.join(f'{c:>17}' for c in columns)]
   for name, cells in table.items():
-    lines.append(f'{name:18}' + ''.join(
-        f'{cells[c]:17.3f}' if c in cells else ' ' * 17 for c in columns))
+    lines.append(
+      f'{name:18}'
+      + ''.join(
+        f'{cells[c]:17.3f}' if c in cells else ' ' * 17 for c in columns
+      )
+    )
   return '\n'.join(lines)
 
 
@@ -135,16 +146,23 @@ def main(argv):
   print(render(table))
   if _OUTPUT.value:
     result = {
-        'command': ' '.join(['python benchmarks/estimators.py', *sys.argv[1:]]),
-        'machine': {'cores': os.cpu_count(), 'architecture': platform.machine(),
-                    'backend': jax.default_backend()},
-        'versions': {'python': platform.python_version(),
-                     'jax': jax.__version__, 'optax': optax.__version__,
-                     'sophia_optax': sophia_optax.__version__},
-        'table': table,
+      'command': ' '.join(['python benchmarks/estimators.py', *sys.argv[1:]]),
+      'machine': {
+        'cores': os.cpu_count(),
+        'architecture': platform.machine(),
+        'backend': jax.default_backend(),
+      },
+      'versions': {
+        'python': platform.python_version(),
+        'jax': jax.__version__,
+        'optax': optax.__version__,
+        'sophia_optax': sophia_optax.__version__,
+      },
+      'table': table,
     }
     pathlib.Path(_OUTPUT.value).write_text(
-        json.dumps(result, indent=2, ensure_ascii=False) + '\n')
+      json.dumps(result, indent=2, ensure_ascii=False) + '\n'
+    )
 
 
 if __name__ == '__main__':

@@ -37,36 +37,52 @@ def run(optimizer: str, start: float, target: float) -> dict:
   """Trains once; returns the case and what every validation saw."""
   tuned = gpt_configs.get_config('demo', optimizer)
   config = gpt_configs.get_config(
-      'demo', optimizer, gamma=start * tuned.gamma, target_win_rate=target)
+    'demo', optimizer, gamma=start * tuned.gamma, target_win_rate=target
+  )
   history = train_gpt.train(config).history
   return {
-      'optimizer': optimizer, 'start': start, 'gamma': config.gamma,
-      'target_win_rate': target, 'history': history}
+    'optimizer': optimizer,
+    'start': start,
+    'gamma': config.gamma,
+    'target_win_rate': target,
+    'history': history,
+  }
 
 
 def render(cases: list[dict]) -> str:
   """Lays out one line for each optimizer and start."""
-  lines = [f'{"":24}{"fixed":>24}{f"steered to {_TARGET}":>46}',
-           f'{"":9}{"start / tuned γ":>15}{"loss":>12}{"win rate":>12}'
-           f'{"loss":>12}{"win rate":>12}{"γ / tuned":>12}{"from step":>10}']
-  by_key = {(c['optimizer'], c['start'], c['target_win_rate']): c
-            for c in cases}
+  lines = [
+    f'{"":24}{"fixed":>24}{f"steered to {_TARGET}":>46}',
+    f'{"":9}{"start / tuned γ":>15}{"loss":>12}{"win rate":>12}'
+    f'{"loss":>12}{"win rate":>12}{"γ / tuned":>12}{"from step":>10}',
+  ]
+  by_key = {
+    (c['optimizer'], c['start'], c['target_win_rate']): c for c in cases
+  }
   for optimizer, start, target in by_key:
     if target:
       continue
     fixed = by_key[optimizer, start, 0.0]['history'][-1]
     case = by_key.get((optimizer, start, _TARGET))
-    line = (f'{optimizer:9}{start:15g}{fixed["val_loss"]:12.3f}'
-            f'{fixed["win_rate"]:12.2f}')
+    line = (
+      f'{optimizer:9}{start:15g}{fixed["val_loss"]:12.3f}'
+      f'{fixed["win_rate"]:12.2f}'
+    )
     if case:
       last = case['history'][-1]
-      outside = [h['step'] for h in case['history']
-                 if abs(h['win_rate'] - _TARGET) > 0.1]
-      steps = [h['step'] for h in case['history']
-               if not outside or h['step'] > outside[-1]]
-      line += (f'{last["val_loss"]:12.3f}{last["win_rate"]:12.2f}'
-               f'{last["gamma"] / case["gamma"] * start:12.3g}'
-               f'{steps[0] if steps else "never":>10}')
+      outside = [
+        h['step'] for h in case['history'] if abs(h['win_rate'] - _TARGET) > 0.1
+      ]
+      steps = [
+        h['step']
+        for h in case['history']
+        if not outside or h['step'] > outside[-1]
+      ]
+      line += (
+        f'{last["val_loss"]:12.3f}{last["win_rate"]:12.2f}'
+        f'{last["gamma"] / case["gamma"] * start:12.3g}'
+        f'{steps[0] if steps else "never":>10}'
+      )
     lines.append(line)
   return '\n'.join(lines)
 
@@ -78,15 +94,22 @@ def main(argv):
   if _SHOW.value:
     print(render(json.loads(pathlib.Path(_SHOW.value).read_text())['cases']))
     return
-  cases = [(optimizer, start, target)
-           for optimizer in ('sophia_h', 'sophia_g')
-           for start in _STARTS for target in (0.0, _TARGET)]
+  cases = [
+    (optimizer, start, target)
+    for optimizer in ('sophia_h', 'sophia_g')
+    for start in _STARTS
+    for target in (0.0, _TARGET)
+  ]
   result = {
-      'command': ' '.join(['python benchmarks/gamma.py', *sys.argv[1:]]),
-      'versions': {'python': platform.python_version(),
-                   'jax': jax.__version__, 'optax': optax.__version__,
-                   'sophia_optax': sophia_optax.__version__},
-      'cases': []}
+    'command': ' '.join(['python benchmarks/gamma.py', *sys.argv[1:]]),
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'optax': optax.__version__,
+      'sophia_optax': sophia_optax.__version__,
+    },
+    'cases': [],
+  }
   for case in tqdm.tqdm(cases):
     result['cases'].append(run(*case))
     if _OUTPUT.value:

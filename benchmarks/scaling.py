@@ -55,36 +55,64 @@ import sophia_optax
 import train_gpt
 
 _QUICK = flags.DEFINE_bool(
-    'quick', False, 'A tiny model on 8 devices: only to see that it runs.')
+  'quick', False, 'A tiny model on 8 devices: only to see that it runs.'
+)
 _OUTPUT = flags.DEFINE_string(
-    'output', None, 'JSON file to write, anew after every compilation.')
+  'output', None, 'JSON file to write, anew after every compilation.'
+)
 _SHOW = flags.DEFINE_string(
-    'show', None, 'JSON file whose tables to print; nothing is compiled.')
+  'show', None, 'JSON file whose tables to print; nothing is compiled.'
+)
 
-_MESHES = ('data:8', 'fsdp:8', 'data:2,fsdp:4', 'data:64', 'data:8,fsdp:8',
-           'fsdp:64')
+_MESHES = (
+  'data:8',
+  'fsdp:8',
+  'data:2,fsdp:4',
+  'data:64',
+  'data:8,fsdp:8',
+  'fsdp:64',
+)
 _MODELS = {
-    'GPT-2 124M': {},
-    'GPT-2 1.5B': {'num_layers': 48, 'width': 1600, 'num_heads': 25},
+  'GPT-2 124M': {},
+  'GPT-2 1.5B': {'num_layers': 48, 'width': 1600, 'num_heads': 25},
 }
-_TINY = {'vocab_size': 256, 'block_size': 16, 'num_layers': 3, 'width': 64,
-         'num_heads': 2}
+_TINY = {
+  'vocab_size': 256,
+  'block_size': 16,
+  'num_layers': 3,
+  'width': 64,
+  'num_heads': 2,
+}
 # The paper's 480 sequences, of which 32 (H) or 240 (G) are for the curvature,
 # can't be divided among 64 devices.
 _BATCH_SIZE = 512
 _ROWS = {
-    'adamw': {'optimizer': 'adamw'},
-    'sophia_h': {'optimizer': 'sophia_h', 'curvature_batch_size': 64,
-                 'curvature_parts': 1},
-    'sophia_g': {'optimizer': 'sophia_g', 'curvature_batch_size': 256,
-                 'curvature_parts': 4},
-    'sophia_g, 1 part': {'optimizer': 'sophia_g', 'curvature_batch_size': 256,
-                         'curvature_parts': 1},
+  'adamw': {'optimizer': 'adamw'},
+  'sophia_h': {
+    'optimizer': 'sophia_h',
+    'curvature_batch_size': 64,
+    'curvature_parts': 1,
+  },
+  'sophia_g': {
+    'optimizer': 'sophia_g',
+    'curvature_batch_size': 256,
+    'curvature_parts': 4,
+  },
+  'sophia_g, 1 part': {
+    'optimizer': 'sophia_g',
+    'curvature_batch_size': 256,
+    'curvature_parts': 1,
+  },
 }
 _SEQUENCES = 8  # per device and micro-batch, as in gpt2_124m on one device
 
-_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
-          'collective-permute')
+_KINDS = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
 
 
 class Collective(NamedTuple):
@@ -139,7 +167,8 @@ def _parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
       instructions = computations[head[2]] = {}
       entry = head[2] if head[1] else entry
     elif match := re.match(
-        r'\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)', line):
+      r'\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)', line
+    ):
       instructions[match[1]] = Instruction(*match.groups()[1:])
   return entry, computations
 
@@ -155,7 +184,8 @@ def _group_size(attributes: str) -> int:
   if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
     return int(groups[1])
   if groups := re.search(
-      r'replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}', attributes):
+    r'replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}', attributes
+  ):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
     # An axis, or the part of one: 'a' or 'a':(stride)size.
     axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])
@@ -170,8 +200,9 @@ def sent(collectives: collections.Counter[Collective]) -> float:
   return sum(n * collective.sent for collective, n in collectives.items())
 
 
-def count_collectives(hlo: str) -> tuple[
-    collections.Counter[Collective], collections.Counter[Collective]]:
+def count_collectives(
+  hlo: str,
+) -> tuple[collections.Counter[Collective], collections.Counter[Collective]]:
   """Counts what one run of a compiled program sends.
 
   Args:
@@ -191,15 +222,20 @@ def count_collectives(hlo: str) -> tuple[
     attributes = instruction.attributes
     if instruction.opcode == 'conditional':
       branches = re.search(r'branch_computations=\{([^}]*)\}', attributes)
-      yield 1, _names(branches[1]) if branches else re.findall(
-          r'(?:true|false)_computation=%([\w.-]+)', attributes)
+      yield (
+        1,
+        _names(branches[1])
+        if branches
+        else re.findall(r'(?:true|false)_computation=%([\w.-]+)', attributes),
+      )
       return
     times = 1
     if instruction.opcode == 'while':
       known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
       times = int(known[1]) if known else 0
     for name in re.findall(
-        r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes):
+      r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes
+    ):
       yield times, [name]
 
   @functools.cache
@@ -209,10 +245,12 @@ def count_collectives(hlo: str) -> tuple[
       kind = instruction.opcode.removesuffix('-start')
       if kind in _KINDS:
         shapes = ' '.join(
-            computations[name][operand].shape
-            for operand in _names(instruction.operands))
+          computations[name][operand].shape
+          for operand in _names(instruction.operands)
+        )
         collective = Collective(
-            kind, _arrays(shapes), _group_size(instruction.attributes))
+          kind, _arrays(shapes), _group_size(instruction.attributes)
+        )
         fewest[collective] += 1
         most[collective] += 1
         continue
@@ -222,8 +260,9 @@ def count_collectives(hlo: str) -> tuple[
         high = max((high for _, high in counts), key=sent)
         if high and not times:
           raise ValueError(
-              'XLA does not know how often this loop runs, whose body sends: '
-              f'{instruction}')
+            'XLA does not know how often this loop runs, whose body sends: '
+            f'{instruction}'
+          )
         for collective, n in low.items():
           fewest[collective] += times * n
         for collective, n in high.items():
@@ -236,20 +275,28 @@ def count_collectives(hlo: str) -> tuple[
 def largest_probe(hlo: str) -> int:
   """Returns the number of entries of the largest array of Rademacher draws."""
   _, computations = _parse(hlo)
-  return max((
+  return max(
+    (
       _size(shape)
       for instructions in computations.values()
       for instruction in instructions.values()
       if '(_rademacher)' in instruction.attributes
-      for shape in _arrays(instruction.shape)), default=0)
+      for shape in _arrays(instruction.shape)
+    ),
+    default=0,
+  )
 
 
 def make_config(row: str, mesh: str, **model: Any) -> gpt_configs.Config:
   """Returns GPT-2's settings, with batches that 8 and 64 devices divide."""
   return gpt_configs.get_config(
-      'gpt2_124m', mesh=mesh, batch_size=_BATCH_SIZE,
-      micro_batch_size=_SEQUENCES * math.prod(sharding.parse(mesh).values()),
-      **_ROWS[row], **model)
+    'gpt2_124m',
+    mesh=mesh,
+    batch_size=_BATCH_SIZE,
+    micro_batch_size=_SEQUENCES * math.prod(sharding.parse(mesh).values()),
+    **_ROWS[row],
+    **model,
+  )
 
 
 def compile_step(config: gpt_configs.Config):
@@ -258,8 +305,10 @@ def compile_step(config: gpt_configs.Config):
   program = train_gpt.make_program(config, mesh)
   size = config.micro_batch_size
   batch = jax.ShapeDtypeStruct(
-      (config.batch_size // size, size, config.block_size + 1), jnp.int32,
-      sharding=sharding.batch_sharding(mesh, axis=1))
+    (config.batch_size // size, size, config.block_size + 1),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh, axis=1),
+  )
   with jax.set_mesh(mesh):
     lowered = program.step.lower(program.state, batch)
   # The level is of the machine code, which never runs, and not of the HLO.
@@ -268,8 +317,9 @@ def compile_step(config: gpt_configs.Config):
 
 def _bytes_per_device(tree: Any) -> int:
   return sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(tree))
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def measure(config: gpt_configs.Config):
@@ -288,24 +338,29 @@ def measure(config: gpt_configs.Config):
   hlo = compiled.as_text()
   counts = count_collectives(hlo)
   figures = {
-      'micro_batch_size': config.micro_batch_size,
-      'update_interval': config.update_interval,
-      'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
-      'bytes': {
-          'parameters': _bytes_per_device(state.params),
-          'optimizer state': _bytes_per_device(state.opt_state),
-          'temporaries': compiled.memory_analysis().temp_size_in_bytes},
-      'entries': {
-          'largest parameter': max(
-              math.prod(x.sharding.shard_shape(x.shape))
-              for x in jax.tree.leaves(state.params)),
-          'largest probe': largest_probe(hlo)},
-      'compile seconds': round(seconds, 1)}
+    'micro_batch_size': config.micro_batch_size,
+    'update_interval': config.update_interval,
+    'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
+    'bytes': {
+      'parameters': _bytes_per_device(state.params),
+      'optimizer state': _bytes_per_device(state.opt_state),
+      'temporaries': compiled.memory_analysis().temp_size_in_bytes,
+    },
+    'entries': {
+      'largest parameter': max(
+        math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(state.params)
+      ),
+      'largest probe': largest_probe(hlo),
+    },
+    'compile seconds': round(seconds, 1),
+  }
   for name, collectives in zip(('ordinary', 'refresh'), counts, strict=True):
     by_kind = {}
     for kind in _KINDS:
       of_kind = collections.Counter(
-          {c: n for c, n in collectives.items() if c.kind == kind})
+        {c: n for c, n in collectives.items() if c.kind == kind}
+      )
       if of_kind:
         by_kind[kind] = {'calls': of_kind.total(), 'sent bytes': sent(of_kind)}
     figures[name] = {'sent bytes': sent(collectives), 'by kind': by_kind}
@@ -315,8 +370,9 @@ def measure(config: gpt_configs.Config):
 def describe(collectives: collections.Counter[Collective]) -> list[str]:
   """Returns lines such as '12 all-reduce of f32[8,4] over 8 devices'."""
   return [
-      f'{n} {c.kind} of {" ".join(c.operands)} over {c.devices} devices'
-      for c, n in collectives.items()]
+    f'{n} {c.kind} of {" ".join(c.operands)} over {c.devices} devices'
+    for c, n in collectives.items()
+  ]
 
 
 def render(cases: list[dict[str, Any]]) -> str:
@@ -328,37 +384,64 @@ def render(cases: list[dict[str, Any]]) -> str:
       return ' / '.join(dict.fromkeys(cells))
 
     ordinary, refresh = (
-        case[name]['sent bytes'] for name in ('ordinary', 'refresh'))
+      case[name]['sent bytes'] for name in ('ordinary', 'refresh')
+    )
     mean = ordinary + (refresh - ordinary) / case['update_interval']
     return [
-        f'{case["mesh"]} {case["row"]}',
-        *(f'{size / 1e6:,.1f}' for size in case['bytes'].values()),
-        *(pair(lambda step, kind=kind: str(
-            step['by kind'].get(kind, {'calls': 0})['calls']))
-          for kind in kinds),
-        pair(lambda step: f'{step["sent bytes"] / 1e6:,.1f}'),
-        f'{mean / base:.3f}']
+      f'{case["mesh"]} {case["row"]}',
+      *(f'{size / 1e6:,.1f}' for size in case['bytes'].values()),
+      *(
+        pair(
+          lambda step, kind=kind: str(
+            step['by kind'].get(kind, {'calls': 0})['calls']
+          )
+        )
+        for kind in kinds
+      ),
+      pair(lambda step: f'{step["sent bytes"] / 1e6:,.1f}'),
+      f'{mean / base:.3f}',
+    ]
 
   tables = []
   for model in dict.fromkeys(case['model'] for case in cases):
     of_model = [case for case in cases if case['model'] == model]
-    base = {case['mesh']: case['ordinary']['sent bytes']
-            for case in of_model if case['row'] == 'adamw'}
-    kinds = [kind for kind in _KINDS if any(
-        kind in case['refresh']['by kind'] for case in of_model)]
+    base = {
+      case['mesh']: case['ordinary']['sent bytes']
+      for case in of_model
+      if case['row'] == 'adamw'
+    }
+    kinds = [
+      kind
+      for kind in _KINDS
+      if any(kind in case['refresh']['by kind'] for case in of_model)
+    ]
     lines = [
-        [f'{model}: {of_model[0]["parameters"]:,}', 'parameters MB',
-         'state MB', 'temporaries MB', *kinds, 'sent MB', 'mean/adamw'],
-        *(line(case, kinds, base[case['mesh']]) for case in of_model)]
+      [
+        f'{model}: {of_model[0]["parameters"]:,}',
+        'parameters MB',
+        'state MB',
+        'temporaries MB',
+        *kinds,
+        'sent MB',
+        'mean/adamw',
+      ],
+      *(line(case, kinds, base[case['mesh']]) for case in of_model),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     layout = '  '.join(
-        [f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
+      [f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])]
+    )
     tables.append('\n'.join(layout.format(*cells) for cells in lines))
   beyond = [
-      f'{case["model"]} {case["mesh"]} {case["row"]}: {message}'
-      for case in cases for message in case['ordinary']['beyond AdamW']]
-  tables.append('\n'.join([
-      'Sent on an ordinary step and not by AdamW:', *(beyond or ['nothing'])]))
+    f'{case["model"]} {case["mesh"]} {case["row"]}: {message}'
+    for case in cases
+    for message in case['ordinary']['beyond AdamW']
+  ]
+  tables.append(
+    '\n'.join(
+      ['Sent on an ordinary step and not by AdamW:', *(beyond or ['nothing'])]
+    )
+  )
   return '\n\n'.join(tables)
 
 
@@ -373,22 +456,28 @@ def main(argv):
   if _QUICK.value:
     meshes, models = ('data:2,fsdp:4',), {'tiny': _TINY}
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', max(
-      math.prod(sharding.parse(mesh).values()) for mesh in meshes))
+  jax.config.update(
+    'jax_num_cpu_devices',
+    max(math.prod(sharding.parse(mesh).values()) for mesh in meshes),
+  )
 
   result = {
-      'command': ' '.join(['python benchmarks/scaling.py', *sys.argv[1:]]),
-      'backend': 'cpu, virtual devices',
-      'versions': {'python': platform.python_version(),
-                   'jax': jax.__version__, 'jaxlib': jaxlib.__version__,
-                   'optax': optax.__version__,
-                   'sophia_optax': sophia_optax.__version__},
-      'batch_size': _BATCH_SIZE,
-      'rows': _ROWS,
-      'cases': [],
+    'command': ' '.join(['python benchmarks/scaling.py', *sys.argv[1:]]),
+    'backend': 'cpu, virtual devices',
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'jaxlib': jaxlib.__version__,
+      'optax': optax.__version__,
+      'sophia_optax': sophia_optax.__version__,
+    },
+    'batch_size': _BATCH_SIZE,
+    'rows': _ROWS,
+    'cases': [],
   }
-  cases = [(model, mesh, row)
-           for model in models for mesh in meshes for row in _ROWS]
+  cases = [
+    (model, mesh, row) for model in models for mesh in meshes for row in _ROWS
+  ]
   for model, mesh, row in (bar := tqdm.tqdm(cases)):
     bar.set_description(f'{model} {mesh} {row}')
     figures, (ordinary, _) = measure(make_config(row, mesh, **models[model]))
@@ -397,10 +486,12 @@ def main(argv):
     figures['ordinary']['beyond AdamW'] = describe(ordinary - base)
     figures['ordinary']['AdamW only'] = describe(base - ordinary)
     result['cases'].append(
-        {'model': model, 'mesh': mesh, 'row': row, **figures})
+      {'model': model, 'mesh': mesh, 'row': row, **figures}
+    )
     if _OUTPUT.value:
       pathlib.Path(_OUTPUT.value).write_text(
-          json.dumps(result, indent=2) + '\n')
+        json.dumps(result, indent=2) + '\n'
+      )
   print(render(result['cases']))
 
 

@@ -57,53 +57,65 @@ class Settings:
 
 
 TROUBLES = {
-    'none': {},
-    'learning rate × 4': {'learning_rate': 8e-3},
-    'no warm-up': {'warmup': 0.0},
-    'b1 = 0.965': {'b1': 0.965},
-    '256 tokens a step, 4 times as long': {'sequences': 4, 'num_steps': 960},
-    'ε = 1e-12': {'eps': 1e-12},
+  'none': {},
+  'learning rate × 4': {'learning_rate': 8e-3},
+  'no warm-up': {'warmup': 0.0},
+  'b1 = 0.965': {'b1': 0.965},
+  '256 tokens a step, 4 times as long': {'sequences': 4, 'num_steps': 960},
+  'ε = 1e-12': {'eps': 1e-12},
 }
 REMEDIES = {
-    'nothing': {},
-    'target_win_rate=0.3': {'target_win_rate': 0.3},
-    'microbatched': {'parts': 4},
-    'eps=1e-4': {'eps': 1e-4},
-    'warm-up of 60 %': {'warmup': 0.6},
-    'refresh_before_update': {'refresh_before_update': True},
+  'nothing': {},
+  'target_win_rate=0.3': {'target_win_rate': 0.3},
+  'microbatched': {'parts': 4},
+  'eps=1e-4': {'eps': 1e-4},
+  'warm-up of 60 %': {'warmup': 0.6},
+  'refresh_before_update': {'refresh_before_update': True},
 }
 _SHOWN = 'learning rate × 4'
 _CONFIG = gpt_configs.get_config('demo', 'sophia_h')
 _CHUNK = 10  # steps in a call, and in a point of the plot
 _LABELS = {
-    'loss': 'Training loss (nats)', 'win_rate': 'Win rate',
-    'negative_fraction': 'Fraction of h below zero',
-    'curvature_norm': 'Norm of h'}
+  'loss': 'Training loss (nats)',
+  'win_rate': 'Win rate',
+  'negative_fraction': 'Fraction of h below zero',
+  'curvature_norm': 'Norm of h',
+}
 _LINES = [  # of the plot
-    ('none', 'nothing', 'learning rate × 1', '#999999', '-'),
-    (_SHOWN, 'nothing', '× 4, nothing', '#000000', '--'),
-    (_SHOWN, 'target_win_rate=0.3', '× 4, target_win_rate=0.3', '#0072B2', '-'),
-    (_SHOWN, 'microbatched', '× 4, microbatched', '#D55E00', '-.'),
-    (_SHOWN, 'eps=1e-4', '× 4, eps=1e-4', '#009E73', ':'),
+  ('none', 'nothing', 'learning rate × 1', '#999999', '-'),
+  (_SHOWN, 'nothing', '× 4, nothing', '#000000', '--'),
+  (_SHOWN, 'target_win_rate=0.3', '× 4, target_win_rate=0.3', '#0072B2', '-'),
+  (_SHOWN, 'microbatched', '× 4, microbatched', '#D55E00', '-.'),
+  (_SHOWN, 'eps=1e-4', '× 4, eps=1e-4', '#009E73', ':'),
 ]
 
 
 def make_optimizer(settings: Settings, seed: int):
   """Returns Sophia-H with clipping, warm-up and cosine."""
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, settings.learning_rate, int(settings.warmup * settings.num_steps),
-      settings.num_steps, 0.05 * settings.learning_rate)
+    0.0,
+    settings.learning_rate,
+    int(settings.warmup * settings.num_steps),
+    settings.num_steps,
+    0.05 * settings.learning_rate,
+  )
   return optax.chain(
-      optax.clip_by_global_norm(1.0),
-      sophia_optax.sophia(
-          schedule, settings.b1, settings.b2, settings.eps, weight_decay=0.1,
-          weight_decay_mask=gpt.decay_mask,
-          target_win_rate=settings.target_win_rate,
-          refresh_before_update=settings.refresh_before_update,
-          diagnostics=True,
-          hessian_diagonal_fn=sophia_optax.microbatched(
-              sophia_optax.hutchinson_estimator_diag_hessian(seed),
-              settings.parts)))
+    optax.clip_by_global_norm(1.0),
+    sophia_optax.sophia(
+      schedule,
+      settings.b1,
+      settings.b2,
+      settings.eps,
+      weight_decay=0.1,
+      weight_decay_mask=gpt.decay_mask,
+      target_win_rate=settings.target_win_rate,
+      refresh_before_update=settings.refresh_before_update,
+      diagnostics=True,
+      hessian_diagonal_fn=sophia_optax.microbatched(
+        sophia_optax.hutchinson_estimator_diag_hessian(seed), settings.parts
+      ),
+    ),
+  )
 
 
 def run(settings: Settings, seed: int) -> dict:
@@ -121,31 +133,42 @@ def run(settings: Settings, seed: int) -> dict:
       params, state = carry
       loss, grads = jax.value_and_grad(loss_fn)(params, batch)
       updates, state = optimizer.update(
-          grads, state, params, obj_fn=loss_fn, batch=batch)
+        grads, state, params, obj_fn=loss_fn, batch=batch
+      )
       return (optax.apply_updates(params, updates), state), loss
 
     (params, state), losses = jax.lax.scan(step, carry, batches)
     return (params, state), {
-        'loss': jnp.mean(losses),
-        'win_rate': optax.tree.get(state, 'win_rate'),
-        'negative_fraction': optax.tree.get(state, 'negative_fraction'),
-        'curvature_norm': optax.tree.norm(optax.tree.get(state, 'nu'))}
+      'loss': jnp.mean(losses),
+      'win_rate': optax.tree.get(state, 'win_rate'),
+      'negative_fraction': optax.tree.get(state, 'negative_fraction'),
+      'curvature_norm': optax.tree.norm(optax.tree.get(state, 'nu')),
+    }
 
   params = model.init(
-      jax.random.key(seed), jnp.zeros((1, config.block_size), jnp.int32)
+    jax.random.key(seed), jnp.zeros((1, config.block_size), jnp.int32)
   )['params']
   carry = params, optimizer.init(params)
   history = []
   for start in range(0, settings.num_steps, _CHUNK):
-    carry, seen = train(carry, np.stack([
-        text.sample(tokens, seed, step, settings.sequences, *sizes)
-        for step in range(start, start + _CHUNK)]))
-    history.append({'step': start + _CHUNK} | {
-        name: float(f'{x:.4g}') for name, x in seen.items()})
+    carry, seen = train(
+      carry,
+      np.stack(
+        [
+          text.sample(tokens, seed, step, settings.sequences, *sizes)
+          for step in range(start, start + _CHUNK)
+        ]
+      ),
+    )
+    history.append(
+      {'step': start + _CHUNK}
+      | {name: float(f'{x:.4g}') for name, x in seen.items()}
+    )
   validation = text.validation(held_out, 16, 32, *sizes)
-  return {'history': history,
-          'val_loss': float(train_gpt.make_evaluate(loss_fn)(
-              carry[0], validation))}
+  return {
+    'history': history,
+    'val_loss': float(train_gpt.make_evaluate(loss_fn)(carry[0], validation)),
+  }
 
 
 def render(runs: list[dict]) -> str:
@@ -154,8 +177,11 @@ def render(runs: list[dict]) -> str:
   for remedy in REMEDIES:
     cells = []
     for trouble in TROUBLES:
-      losses = [r['val_loss'] for r in runs
-                if (r['trouble'], r['remedy']) == (trouble, remedy)]
+      losses = [
+        r['val_loss']
+        for r in runs
+        if (r['trouble'], r['remedy']) == (trouble, remedy)
+      ]
       cells.append(f'{statistics.mean(losses):.3f}' if losses else '')
     lines.append(f'| {remedy} | {" | ".join(cells)} |')
   return '\n'.join(lines)
@@ -167,10 +193,18 @@ def plot(runs: list[dict], path: str) -> None:
   for ax, name in zip(fig.subplots(2, 2).flat, _LABELS, strict=True):
     for trouble, remedy, label, color, style in _LINES:
       history = next(
-          r['history'] for r in runs if r['seed'] == 0
-          and (r['trouble'], r['remedy']) == (trouble, remedy))
-      ax.plot([h['step'] for h in history], [h[name] for h in history],
-              color=color, linestyle=style, linewidth=2, label=label)
+        r['history']
+        for r in runs
+        if r['seed'] == 0 and (r['trouble'], r['remedy']) == (trouble, remedy)
+      )
+      ax.plot(
+        [h['step'] for h in history],
+        [h[name] for h in history],
+        color=color,
+        linestyle=style,
+        linewidth=2,
+        label=label,
+      )
     ax.set(xlabel='Steps', ylabel=_LABELS[name])
     ax.grid(alpha=0.25)
     ax.spines[['top', 'right']].set_visible(False)
@@ -188,22 +222,35 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --output=f; got {argv[1:]}.')
   path = pathlib.Path(_SHOW.value or _OUTPUT.value or 'stability.json')
-  record = json.loads(path.read_text()) if path.exists() else {
+  record = (
+    json.loads(path.read_text())
+    if path.exists()
+    else {
       'command': ' '.join(['python benchmarks/stability.py', *sys.argv[1:]]),
-      'versions': {'python': platform.python_version(),
-                   'jax': jax.__version__, 'optax': optax.__version__,
-                   'sophia_optax': sophia_optax.__version__},
+      'versions': {
+        'python': platform.python_version(),
+        'jax': jax.__version__,
+        'optax': optax.__version__,
+        'sophia_optax': sophia_optax.__version__,
+      },
       'text_sha256': text.fingerprint(text.standard_library()),
-      'runs': []}
+      'runs': [],
+    }
+  )
   runs = record['runs']
   if not _SHOW.value:
     done = {(r['seed'], r['trouble'], r['remedy']) for r in runs}
-    left = [case for case in itertools.product(
-        range(_SEEDS.value), TROUBLES, REMEDIES) if case not in done]
+    left = [
+      case
+      for case in itertools.product(range(_SEEDS.value), TROUBLES, REMEDIES)
+      if case not in done
+    ]
     for seed, trouble, remedy in tqdm.tqdm(left):
       settings = Settings(**TROUBLES[trouble] | REMEDIES[remedy])
-      runs.append({'trouble': trouble, 'remedy': remedy, 'seed': seed}
-                  | run(settings, seed))
+      runs.append(
+        {'trouble': trouble, 'remedy': remedy, 'seed': seed}
+        | run(settings, seed)
+      )
       path.write_text(json.dumps(record))
   print(render(runs))
   if _PLOT.value:

@@ -50,10 +50,15 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
 import gpt
 
 _ROUNDS = flags.DEFINE_integer(
-    'rounds', 20, 'Rounds of the update alone. The train step has a quarter as '
-    'many, each of k = 10 steps.', lower_bound=1)
+  'rounds',
+  20,
+  'Rounds of the update alone. The train step has a quarter as '
+  'many, each of k = 10 steps.',
+  lower_bound=1,
+)
 _QUICK = flags.DEFINE_bool(
-    'quick', False, 'Small sizes and few rounds: only to see that it runs.')
+  'quick', False, 'Small sizes and few rounds: only to see that it runs.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 _K = 10  # steps from one refresh to the next
@@ -73,22 +78,36 @@ class Row(NamedTuple):
 
 def update_rows() -> list[Row]:
   """Rows of the update alone: no refresh in the steps that are timed."""
-  free = {'hessian_diagonal_fn': optax.stateless(
-      lambda grads, _: jax.tree.map(jnp.square, grads))}
+  free = {
+    'hessian_diagonal_fn': optax.stateless(
+      lambda grads, _: jax.tree.map(jnp.square, grads)
+    )
+  }
   contrib, ours = optax.contrib.sophia, sophia_optax.sophia
   every = {'update_interval': _NEVER}
   return [
-      Row('optax.adamw', optax.adamw(1e-3)),
-      Row('optax.lion', optax.lion(1e-3)),
-      Row('optax.contrib.sophia, g²', contrib(1e-3, **free, **every)),
-      Row('sophia, g²', ours(1e-3, **free, **every),
-          over='optax.contrib.sophia, g²',
-          goals={'time/adamw': 1.0, 'time/contrib': 0.95,
-                 'time/adamw, kept': 1.0, 'time/contrib, kept': 0.95,
-                 'MB/adamw': 1.02}),
-      Row('optax.contrib.sophia, H', contrib(1e-3, **every)),
-      Row('sophia, H', ours(1e-3, **every), over='optax.contrib.sophia, H',
-          goals={'MB/contrib': 1.0}),
+    Row('optax.adamw', optax.adamw(1e-3)),
+    Row('optax.lion', optax.lion(1e-3)),
+    Row('optax.contrib.sophia, g²', contrib(1e-3, **free, **every)),
+    Row(
+      'sophia, g²',
+      ours(1e-3, **free, **every),
+      over='optax.contrib.sophia, g²',
+      goals={
+        'time/adamw': 1.0,
+        'time/contrib': 0.95,
+        'time/adamw, kept': 1.0,
+        'time/contrib, kept': 0.95,
+        'MB/adamw': 1.02,
+      },
+    ),
+    Row('optax.contrib.sophia, H', contrib(1e-3, **every)),
+    Row(
+      'sophia, H',
+      ours(1e-3, **every),
+      over='optax.contrib.sophia, H',
+      goals={'MB/contrib': 1.0},
+    ),
   ]
 
 
@@ -97,21 +116,24 @@ def step_rows() -> list[Row]:
   contrib = optax.contrib.sophia(1e-3, update_interval=_K)
   h = sophia_optax.sophia(1e-3, update_interval=_K)
   g = sophia_optax.sophia(
-      1e-3, update_interval=_K, hessian_diagonal_fn=(
-          sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()))
+    1e-3,
+    update_interval=_K,
+    hessian_diagonal_fn=(
+      sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()
+    ),
+  )
   return [
-      Row('optax.adamw', optax.adamw(1e-3)),
-      Row('optax.lion', optax.lion(1e-3)),
-      Row('optax.contrib.sophia', contrib),
-      Row('sophia, H', h),
-      Row('sophia, H, 1/8', h, 8),
-      Row('sophia, H, 1/16', h, 16,
-          goals={'FLOPs/adamw': 1.02, 'MB/adamw': 1.01}),
-      Row('sophia, G', g, goals={'refresh/gradient': 1.01}),
-      Row('sophia, G, 1/2', g, 2,
-          goals={'FLOPs/adamw': 1.055, 'MB/adamw': 1.01}),
-      Row('sophia, G, 1/8', g, 8,
-          goals={'FLOPs/adamw': 1.015, 'MB/adamw': 1.01}),
+    Row('optax.adamw', optax.adamw(1e-3)),
+    Row('optax.lion', optax.lion(1e-3)),
+    Row('optax.contrib.sophia', contrib),
+    Row('sophia, H', h),
+    Row('sophia, H, 1/8', h, 8),
+    Row(
+      'sophia, H, 1/16', h, 16, goals={'FLOPs/adamw': 1.02, 'MB/adamw': 1.01}
+    ),
+    Row('sophia, G', g, goals={'refresh/gradient': 1.01}),
+    Row('sophia, G, 1/2', g, 2, goals={'FLOPs/adamw': 1.055, 'MB/adamw': 1.01}),
+    Row('sophia, G, 1/8', g, 8, goals={'FLOPs/adamw': 1.015, 'MB/adamw': 1.01}),
   ]
 
 
@@ -125,7 +147,7 @@ class Program(NamedTuple):
 
 
 def compile_program(
-    fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (0, 1)
+  fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (0, 1)
 ) -> Program:
   """Compiles `fn(*args)`, the arguments at the indices `donate` donated."""
   jax.clear_caches()  # What another row traced would be free here.
@@ -133,15 +155,24 @@ def compile_program(
   compiled = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
   seconds = time.process_time() - start
   memory = compiled.memory_analysis()
-  size = (memory.temp_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes)
+  size = (
+    memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
   return Program(
-      compiled, compiled.cost_analysis()['flops'], size / 1e6, seconds)
+    compiled, compiled.cost_analysis()['flops'], size / 1e6, seconds
+  )
 
 
 def take_turns(
-    programs: dict[str, Program], carries: dict[str, Any], arg: Any,
-    rounds: int, calls: int, bar: tqdm.tqdm) -> list[dict[str, float]]:
+  programs: dict[str, Program],
+  carries: dict[str, Any],
+  arg: Any,
+  rounds: int,
+  calls: int,
+  bar: tqdm.tqdm,
+) -> list[dict[str, float]]:
   """Returns the mean milliseconds of a call, by name, for each round.
 
   Args:
@@ -160,7 +191,8 @@ def take_turns(
       for name in names:
         start = time.perf_counter()
         carries[name] = jax.block_until_ready(
-            programs[name].call(*carries[name], arg))
+          programs[name].call(*carries[name], arg)
+        )
         spent[name] += time.perf_counter() - start
     times.append({name: 1e3 * s / calls for name, s in spent.items()})
     bar.update()
@@ -173,7 +205,8 @@ def median_ratio(times: list[dict[str, float]], name: str, base: str) -> float:
 
 
 def measure_update(
-    size: int, rounds: int, bar: tqdm.tqdm) -> dict[str, dict[str, float]]:
+  size: int, rounds: int, bar: tqdm.tqdm
+) -> dict[str, dict[str, float]]:
   """Returns the columns of the update alone, by row."""
   rows = update_rows()
   grads = list(jax.random.normal(jax.random.key(0), (32, size, size)))
@@ -193,15 +226,17 @@ def measure_update(
       params = [x + 1 for x in grads]
       # Of these counts none is one at which curvature is refreshed.
       return params, optax.tree.set(
-          tx.init(params), count=jnp.ones([], jnp.int32))
+        tx.init(params), count=jnp.ones([], jnp.int32)
+      )
 
     args = *jax.eval_shape(start), grads
     programs[row.name] = compile_program(update, *args)
     kept[row.name] = compile_program(update, *args, donate=())
     megabytes[row.name] = compile_program(
-        lambda grads, state, params, update=update: update(
-            params, state, grads),
-        *reversed(args), donate=(1, 2)).megabytes
+      lambda grads, state, params, update=update: update(params, state, grads),
+      *reversed(args),
+      donate=(1, 2),
+    ).megabytes
     first[row.name] = start
     bar.update()
 
@@ -213,23 +248,24 @@ def measure_update(
   table = {}
   for row in rows:
     table[row.name] = columns = {
-        'ms': statistics.median(t[row.name] for t in times),
-        'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
-        'time/adamw, kept': median_ratio(
-            times_kept, row.name, 'optax.adamw'),
-        'MB': megabytes[row.name],
-        'MB/adamw': megabytes[row.name] / megabytes['optax.adamw'],
-        'MB in order': programs[row.name].megabytes}
+      'ms': statistics.median(t[row.name] for t in times),
+      'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
+      'time/adamw, kept': median_ratio(times_kept, row.name, 'optax.adamw'),
+      'MB': megabytes[row.name],
+      'MB/adamw': megabytes[row.name] / megabytes['optax.adamw'],
+      'MB in order': programs[row.name].megabytes,
+    }
     if row.over:
       columns['time/contrib'] = median_ratio(times, row.name, row.over)
       columns['time/contrib, kept'] = median_ratio(
-          times_kept, row.name, row.over)
+        times_kept, row.name, row.over
+      )
       columns['MB/contrib'] = megabytes[row.name] / megabytes[row.over]
   return table
 
 
 def measure_step(
-    num_layers: int, rounds: int, bar: tqdm.tqdm
+  num_layers: int, rounds: int, bar: tqdm.tqdm
 ) -> dict[str, dict[str, float]]:
   """Returns the columns of the train step, by row."""
   rows = step_rows()
@@ -240,7 +276,8 @@ def measure_step(
   def loss_fn(params, tokens):
     logits = model.apply({'params': params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(
-        logits, tokens[:, 1:]).mean()
+      logits, tokens[:, 1:]
+    ).mean()
 
   def gradient(params, _, tokens):
     return jax.grad(loss_fn)(params, tokens)
@@ -253,10 +290,12 @@ def measure_step(
     def step(params, state, tokens, tx=tx, size=_BATCH // row.fraction):
       grads = jax.grad(loss_fn)(params, tokens)
       updates, state = tx.update(
-          grads, state, params,
-          obj_fn=lambda p: loss_fn(p, tokens[:size]),
-          predict_fn=lambda p: model.apply(
-              {'params': p}, tokens[:size, :-1]))
+        grads,
+        state,
+        params,
+        obj_fn=lambda p: loss_fn(p, tokens[:size]),
+        predict_fn=lambda p: model.apply({'params': p}, tokens[:size, :-1]),
+      )
       return optax.apply_updates(params, updates), state
 
     def ordinary_step(params, state, tokens, step=step):
@@ -264,7 +303,8 @@ def measure_step(
       return step(params, state, tokens)
 
     carries[row.name] = carry = jax.tree.map(
-        jnp.copy, (params, tx.init(params)))
+      jnp.copy, (params, tx.init(params))
+    )
     program = compile_program(step, *carry, tokens)
     if row.tx not in ordinary:  # It is the same whatever curvature is of.
       ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
@@ -279,20 +319,25 @@ def measure_step(
     refresh = program.flops - ordinary[row.tx]
     mean = ordinary[row.tx] + refresh / _K
     table[row.name] = {
-        'GFLOPs': mean / 1e9,
-        'FLOPs/adamw': mean / base.flops,
-        'refresh/gradient': refresh / gradient_flops,
-        'MB': program.megabytes,
-        'MB/adamw': program.megabytes / base.megabytes,
-        'ms': statistics.median(t[row.name] for t in times),
-        'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
-        'compile s': program.compile_seconds,
-        'compile/adamw': program.compile_seconds / base.compile_seconds}
+      'GFLOPs': mean / 1e9,
+      'FLOPs/adamw': mean / base.flops,
+      'refresh/gradient': refresh / gradient_flops,
+      'MB': program.megabytes,
+      'MB/adamw': program.megabytes / base.megabytes,
+      'ms': statistics.median(t[row.name] for t in times),
+      'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
+      'compile s': program.compile_seconds,
+      'compile/adamw': program.compile_seconds / base.compile_seconds,
+    }
   return table
 
 
-def render(title: str, rows: list[Row], table: dict[str, dict[str, float]],
-           names: list[str]) -> str:
+def render(
+  title: str,
+  rows: list[Row],
+  table: dict[str, dict[str, float]],
+  names: list[str],
+) -> str:
   """Lays out a table, goals beside the figures; `!` marks a missed one."""
   lines = [[title, *names]]
   for row in rows:
@@ -318,35 +363,57 @@ def main(argv):
   if _QUICK.value:
     size, num_layers, rounds = 64, 1, 2
   step_rounds = max(rounds // 4, 1)
-  calls = (
-      len(update_rows()) + len(step_rows()) + 2 * rounds + step_rounds + 3)
+  calls = len(update_rows()) + len(step_rows()) + 2 * rounds + step_rounds + 3
   with tqdm.tqdm(total=calls, desc='compile and time') as bar:
     update = measure_update(size, rounds, bar)
     step = measure_step(num_layers, step_rounds, bar)
 
-  print(render(
-      f'update, {32 * size**2:,} parameters', update_rows(), update,
-      ['ms', 'time/adamw', 'time/contrib', 'time/adamw, kept',
-       'time/contrib, kept', 'MB', 'MB/adamw', 'MB/contrib', 'MB in order']))
+  print(
+    render(
+      f'update, {32 * size**2:,} parameters',
+      update_rows(),
+      update,
+      [
+        'ms',
+        'time/adamw',
+        'time/contrib',
+        'time/adamw, kept',
+        'time/contrib, kept',
+        'MB',
+        'MB/adamw',
+        'MB/contrib',
+        'MB in order',
+      ],
+    )
+  )
   print()
   print(render('train step, GPT', step_rows(), step, list(step['sophia, H'])))
-  print('\nIn brackets the goals; ! marks a missed one. Names: g² squared '
-        'gradient, H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of '
-        'the batch for curvature. k = 10.')
+  print(
+    '\nIn brackets the goals; ! marks a missed one. Names: g² squared '
+    'gradient, H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of '
+    'the batch for curvature. k = 10.'
+  )
 
   if _OUTPUT.value:
     result = {
-        'command': ' '.join(['python benchmarks/step_cost.py', *sys.argv[1:]]),
-        'machine': {'cores': os.cpu_count(), 'architecture': platform.machine(),
-                    'backend': jax.default_backend()},
-        'versions': {'python': platform.python_version(),
-                     'jax': jax.__version__, 'optax': optax.__version__,
-                     'sophia_optax': sophia_optax.__version__},
-        'update': update,
-        'step': step,
+      'command': ' '.join(['python benchmarks/step_cost.py', *sys.argv[1:]]),
+      'machine': {
+        'cores': os.cpu_count(),
+        'architecture': platform.machine(),
+        'backend': jax.default_backend(),
+      },
+      'versions': {
+        'python': platform.python_version(),
+        'jax': jax.__version__,
+        'optax': optax.__version__,
+        'sophia_optax': sophia_optax.__version__,
+      },
+      'update': update,
+      'step': step,
     }
     pathlib.Path(_OUTPUT.value).write_text(
-        json.dumps(result, indent=2, ensure_ascii=False) + '\n')
+      json.dumps(result, indent=2, ensure_ascii=False) + '\n'
+    )
 
 
 if __name__ == '__main__':

@@ -10,11 +10,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 project = 'sophia-optax'
 version = release = sophia_optax.__version__
 extensions = [
-    'myst_parser',
-    'sphinx.ext.autodoc',
-    'sphinx.ext.mathjax',
-    'sphinx.ext.napoleon',
-    'sphinx-mathjax-offline',  # So that a page asks no other host for anything.
+  'myst_parser',
+  'sphinx.ext.autodoc',
+  'sphinx.ext.mathjax',
+  'sphinx.ext.napoleon',
+  'sphinx-mathjax-offline',  # So that a page asks no other host for anything.
 ]
 
 myst_enable_extensions = ['dollarmath']
@@ -41,7 +41,8 @@ def read_page(app, docname, source):
     text = (ROOT / docname / 'README.md').read_text(encoding='utf-8')
     source[0] = re.sub(r'\]\((?!\w+:)', f'](../{docname}/', text)
   source[0] = re.sub(
-      r'\]\(\.\./(benchmarks|examples)/README\.md', r'](\1.md', source[0])
+    r'\]\(\.\./(benchmarks|examples)/README\.md', r'](\1.md', source[0]
+  )
   # The empty line at the end of a snippet is for doctest.
   source[0] = source[0].replace('\n\n```\n', '\n```\n')
 

@@ -1,7 +1,7 @@
 """Draws the picture of docs/getting-started.md, by running that page.
 
-  python docs/plots.py
-  python docs/plots.py --rates  # prints the losses at other learning rates
+python docs/plots.py
+python docs/plots.py --rates  # prints the losses at other learning rates
 """
 
 import doctest

@@ -13,10 +13,13 @@ _FREE = ('out_dir', 'data_dir', 'checkpoint_interval', 'mesh')
 
 @jax.jit
 def _all_finite(tree):
-  return jnp.array([
-      jnp.isfinite(x).all() for x in jax.tree.leaves(tree)
+  return jnp.array(
+    [
+      jnp.isfinite(x).all()
+      for x in jax.tree.leaves(tree)
       if jnp.issubdtype(x.dtype, jnp.inexact)
-  ]).all()
+    ]
+  ).all()
 
 
 class Checkpoints:
@@ -35,10 +38,13 @@ class Checkpoints:
       # The next step reuses the memory of this state (it is donated), so the
       # write is not left to a thread.
       self._manager = ocp.CheckpointManager(
-          os.path.abspath(config.out_dir),
-          options=ocp.CheckpointManagerOptions(
-              max_to_keep=2, enable_async_checkpointing=False,
-              cleanup_tmp_directories=True))
+        os.path.abspath(config.out_dir),
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=2,
+          enable_async_checkpointing=False,
+          cleanup_tmp_directories=True,
+        ),
+      )
 
   def save(self, step, state, record):
     """Saves the state after `step` steps, unless that was done already.
@@ -57,21 +63,27 @@ class Checkpoints:
       return
     if not _all_finite(state):
       raise FloatingPointError(
-          f'The state after {step} steps must be finite to be saved, and is '
-          f'not: training diverged. The same command goes on {self._from()}; '
-          'if it ends here again, pass a smaller learning rate and another '
-          '--out_dir.')
+        f'The state after {step} steps must be finite to be saved, and is '
+        f'not: training diverged. The same command goes on {self._from()}; '
+        'if it ends here again, pass a smaller learning rate and another '
+        '--out_dir.'
+      )
     try:
-      self._manager.save(step, args=ocp.args.Composite(
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
           record=ocp.args.JsonSave(record),
-          settings=ocp.args.JsonSave(self._settings)))
+          settings=ocp.args.JsonSave(self._settings),
+        ),
+      )
     except Exception as error:
       raise RuntimeError(
-          f'The checkpoint of step {step} could not be written to '
-          f'{self._manager.directory}, for the reason above. Once it can, as '
-          'with space on the disk again, the same command goes on '
-          f'{self._from()}.') from error
+        f'The checkpoint of step {step} could not be written to '
+        f'{self._manager.directory}, for the reason above. Once it can, as '
+        'with space on the disk again, the same command goes on '
+        f'{self._from()}.'
+      ) from error
 
   def restore(self, abstract_state):
     """Returns (step, state, record) of the newest checkpoint, or None.
@@ -93,18 +105,21 @@ class Checkpoints:
     # Settings first: with another width the state would not even load.
     settings = self._read(step, settings=ocp.args.JsonRestore()).settings
     changed = [
-        f'{name}: {settings.get(name)!r} then, {value!r} now'
-        for name, value in self._settings.items()
-        if settings.get(name) != value
+      f'{name}: {settings.get(name)!r} then, {value!r} now'
+      for name, value in self._settings.items()
+      if settings.get(name) != value
     ]
     if changed:
       raise ValueError(
-          'A run is resumed with the settings that it began with. '
-          f'{self._manager.directory} has other ones ({"; ".join(changed)}). '
-          'Pass those, or another --out_dir.')
+        'A run is resumed with the settings that it began with. '
+        f'{self._manager.directory} has other ones ({"; ".join(changed)}). '
+        'Pass those, or another --out_dir.'
+      )
     saved = self._read(
-        step, state=ocp.args.StandardRestore(abstract_state),
-        record=ocp.args.JsonRestore())
+      step,
+      state=ocp.args.StandardRestore(abstract_state),
+      record=ocp.args.JsonRestore(),
+    )
     return step, saved.state, saved.record
 
   def _read(self, step, **items):
@@ -114,9 +129,10 @@ class Checkpoints:
       # Not passed over in silence: steps would be lost, and perhaps the fault
       # is another one, which the checkpoint outlives.
       raise RuntimeError(
-          f'{self._manager.directory / str(step)} could not be restored, for '
-          'the reason above. If its files are damaged, delete that folder: the '
-          f'same command then goes on {self._from(step)}.') from error
+        f'{self._manager.directory / str(step)} could not be restored, for '
+        'the reason above. If its files are damaged, delete that folder: the '
+        f'same command then goes on {self._from(step)}.'
+      ) from error
 
   def _from(self, damaged=None):
     steps = set(self._manager.all_steps()) - {damaged}

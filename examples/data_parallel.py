@@ -31,8 +31,8 @@ def load():
 def init_params(key):
   keys = jax.random.split(key)
   return {
-      'hidden': jax.random.normal(keys[0], (64, 64)) / 8,
-      'output': jax.random.normal(keys[1], (64, 10)) / 8,
+    'hidden': jax.random.normal(keys[0], (64, 64)) / 8,
+    'output': jax.random.normal(keys[1], (64, 10)) / 8,
   }
 
 
@@ -46,7 +46,8 @@ def loss_fn(params, batch):
 def make_optimizer():
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(axis_name=AXIS)
   return sophia_optax.sophia(
-      3e-3, b1=0.9, gamma=0.1, update_interval=5, hessian_diagonal_fn=estimator)
+    3e-3, b1=0.9, gamma=0.1, update_interval=5, hessian_diagonal_fn=estimator
+  )
 
 
 def train_step(params, state, batch):
@@ -57,7 +58,8 @@ def train_step(params, state, batch):
   loss, grads = jax.value_and_grad(loss_fn)(own, batch)
   loss, grads = jax.lax.pmean((loss, grads), AXIS)
   updates, state = make_optimizer().update(
-      grads, state, params, obj_fn=lambda p: loss_fn(p, batch))
+    grads, state, params, obj_fn=lambda p: loss_fn(p, batch)
+  )
   return optax.apply_updates(params, updates), state, loss
 
 
@@ -71,7 +73,8 @@ def with_pmap():
 
   def shard(batch):  # (B, ...) to (D, B / D, ...)
     return jax.tree.map(
-        lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
+      lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch
+    )
 
   params, state = jax.pmap(init, AXIS)(np.arange(num_devices))
   step = jax.pmap(train_step, AXIS, donate_argnums=(0, 1))
@@ -81,7 +84,8 @@ def with_pmap():
 def with_shard_map():
   """Arrays have the shapes they would have on one device."""
   mesh = jax.make_mesh(
-      (jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    (jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
+  )
   everywhere = jax.sharding.PartitionSpec()
   rows = jax.sharding.PartitionSpec(AXIS)
 
@@ -90,13 +94,18 @@ def with_shard_map():
 
   params = init_params(jax.random.key(0))
   start = jax.device_put(
-      (params, make_optimizer().init(params)),
-      jax.sharding.NamedSharding(mesh, everywhere))
+    (params, make_optimizer().init(params)),
+    jax.sharding.NamedSharding(mesh, everywhere),
+  )
   step = jax.jit(
-      jax.shard_map(
-          train_step, mesh=mesh, in_specs=(everywhere, everywhere, rows),
-          out_specs=everywhere),
-      donate_argnums=(0, 1))
+    jax.shard_map(
+      train_step,
+      mesh=mesh,
+      in_specs=(everywhere, everywhere, rows),
+      out_specs=everywhere,
+    ),
+    donate_argnums=(0, 1),
+  )
   return *start, step, shard
 
 
@@ -112,7 +121,8 @@ def train(map_name, num_steps):
   for _ in tqdm.trange(num_steps, desc=map_name):
     rows = rng.choice(len(labels), _BATCH_SIZE, replace=False)
     params, state, loss = step(
-        params, state, shard((images[rows], labels[rows])))
+      params, state, shard((images[rows], labels[rows]))
+    )
     losses.append(float(np.mean(loss)))  # pmap has one for each device.
   return params, state, losses
 
@@ -122,8 +132,10 @@ def main(argv):
     raise app.UsageError(f'Flags only, such as --steps=9; got {argv[1:]}.')
   jax.config.update('jax_num_cpu_devices', 8)
   _, _, losses = train(_MAP.value, _STEPS.value)
-  print(f'{jax.device_count()} devices: loss from {losses[0]:.3f} to '
-        f'{losses[-1]:.3f}')
+  print(
+    f'{jax.device_count()} devices: loss from {losses[0]:.3f} to '
+    f'{losses[-1]:.3f}'
+  )
 
 
 if __name__ == '__main__':

@@ -20,9 +20,9 @@ import train_gpt
 
 # Okabe and Ito's colours, and a line style each for those who print in grey.
 STYLES = {
-    'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
-    'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
-    'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-.'},
+  'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
+  'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
+  'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-.'},
 }
 _BASELINE = 'adamw'  # runs first
 
@@ -31,9 +31,11 @@ def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
   """Trains with one optimizer after another, until one is interrupted."""
   results = {}
   for optimizer in STYLES:
-    results[optimizer] = train_gpt.train(gpt_configs.get_config(
-        'demo', optimizer, out_dir=os.path.join(out_dir, optimizer),
-        **overrides))
+    results[optimizer] = train_gpt.train(
+      gpt_configs.get_config(
+        'demo', optimizer, out_dir=os.path.join(out_dir, optimizer), **overrides
+      )
+    )
     if not results[optimizer].finished:
       break
   return results
@@ -49,8 +51,8 @@ def table(results: dict[str, train_gpt.Result]) -> str:
   target = _target(results)
   row = '{:10} {:>6} {:>10} {:>8} {:>9} {:>10} {:>9}'.format
   lines = [
-      row('', '', 'validation', 'steps to', 'seconds', 'mean step', 'compile'),
-      row('optimizer', 'steps', 'loss', 'target', 'to target', 'ms', 's'),
+    row('', '', 'validation', 'steps to', 'seconds', 'mean step', 'compile'),
+    row('optimizer', 'steps', 'loss', 'target', 'to target', 'ms', 's'),
   ]
   for optimizer, result in results.items():
     name = STYLES[optimizer]['label']
@@ -59,29 +61,40 @@ def table(results: dict[str, train_gpt.Result]) -> str:
       continue
     last = result.history[-1]
     reached = next((h for h in result.history if h['val_loss'] <= target), None)
-    lines.append(row(
-        name, last['step'], f'{last["val_loss"]:.3f}',
+    lines.append(
+      row(
+        name,
+        last['step'],
+        f'{last["val_loss"]:.3f}',
         reached['step'] if reached else 'never',
         f'{reached["seconds"]:.1f}' if reached else 'never',
         f'{1e3 * last["seconds"] / last["step"]:.0f}',
-        f'{result.compile_seconds:.1f}'))
+        f'{result.compile_seconds:.1f}',
+      )
+    )
   lines.append(
-      f'Target: {STYLES[_BASELINE]["label"]}\'s last validation loss. Seconds '
-      'are of training, without\ncompilation, validation and checkpoints.')
+    f"Target: {STYLES[_BASELINE]['label']}'s last validation loss. Seconds "
+    'are of training, without\ncompilation, validation and checkpoints.'
+  )
   return '\n'.join(lines)
 
 
 def _plot_losses(axes, results):
   """Draws validation loss over steps and over seconds of training."""
   losses = []
-  for ax, key, unit in zip(axes, ('step', 'seconds'),
-                           ('Steps', 'Seconds of training'), strict=True):
+  for ax, key, unit in zip(
+    axes, ('step', 'seconds'), ('Steps', 'Seconds of training'), strict=True
+  ):
     for optimizer, result in results.items():
       values = [entry['val_loss'] for entry in result.history]
       # The steep start would press what matters into a corner.
-      losses += values[len(values) // 6:]
-      ax.plot([entry[key] for entry in result.history], values, linewidth=2,
-              **STYLES[optimizer])
+      losses += values[len(values) // 6 :]
+      ax.plot(
+        [entry[key] for entry in result.history],
+        values,
+        linewidth=2,
+        **STYLES[optimizer],
+      )
     if losses:
       ax.axhline(_target(results), color='#999999', linewidth=1, zorder=0)
     ax.set_xlabel(unit)
@@ -102,8 +115,15 @@ def _plot_inside(axes, results):
     axes[0].plot(steps, [e['win_rate'] for e in entries], **style)
     axes[1].plot(steps, [e.get('gamma', fixed) for e in entries], **style)
   axes[0].axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
-  axes[0].text(0.99, 0.49, 'tune γ for this range', fontsize='small',
-               ha='right', va='top', transform=axes[0].get_yaxis_transform())
+  axes[0].text(
+    0.99,
+    0.49,
+    'tune γ for this range',
+    fontsize='small',
+    ha='right',
+    va='top',
+    transform=axes[0].get_yaxis_transform(),
+  )
   axes[0].set(xlabel='Steps', ylabel='Win rate (not clipped)', ylim=(0, 1))
   axes[1].set(xlabel='Steps', ylabel='γ', yscale='log', ylim=(1e-3, 1))
 
@@ -129,20 +149,24 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
   out_dir = _OUT_DIR.value or time.strftime('runs/demo-%Y%m%d-%H%M%S')
   tokens = text.standard_library()
-  print(f'Text: {len(tokens):,} bytes of the standard library, '
-        f'SHA-256 {text.fingerprint(tokens)}')
+  print(
+    f'Text: {len(tokens):,} bytes of the standard library, '
+    f'SHA-256 {text.fingerprint(tokens)}'
+  )
   results = train_all(out_dir)
   print(table(results))
   path = os.path.abspath(os.path.join(out_dir, 'validation_loss.png'))
   plot(results, path)
   print(f'Plot: {path}')
   if not all(result.finished for result in results.values()):
-    print('Interrupted. To go on: '
-          f'python examples/demo.py --out_dir={out_dir}')
+    print(f'Interrupted. To go on: python examples/demo.py --out_dir={out_dir}')
 
 
 if __name__ == '__main__':
   _OUT_DIR = flags.DEFINE_string(
-      'out_dir', None, 'Of checkpoints and plot; runs that it holds are '
-      'resumed. By default a new folder in runs/.')
+    'out_dir',
+    None,
+    'Of checkpoints and plot; runs that it holds are '
+    'resumed. By default a new folder in runs/.',
+  )
   app.run(main)

@@ -29,13 +29,19 @@ _BATCH_SIZE = 128
 
 def adamw(steps, learning_rate=4e-2, b1=0.9):
   return optax.adamw(
-      optax.cosine_decay_schedule(learning_rate, steps), b1, weight_decay=1e-2)
+    optax.cosine_decay_schedule(learning_rate, steps), b1, weight_decay=1e-2
+  )
 
 
 def sophia_g(steps, learning_rate=5e-3, rho=0.01):
   return sophia_optax.sophia_g(
-      optax.cosine_decay_schedule(learning_rate, steps), b1=0.9, b2=0.9,
-      rho=rho, weight_decay=1e-2, update_interval=5)
+    optax.cosine_decay_schedule(learning_rate, steps),
+    b1=0.9,
+    b2=0.9,
+    rho=rho,
+    weight_decay=1e-2,
+    update_interval=5,
+  )
 
 
 OPTIMIZERS = {'AdamW': adamw, 'Sophia-G': sophia_g}
@@ -43,10 +49,10 @@ OPTIMIZERS = {'AdamW': adamw, 'Sophia-G': sophia_g}
 # the held-out images with one seed.
 _RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 SEARCH = {
-    'AdamW': [
-        {'learning_rate': x, 'b1': y} for x in _RATES for y in (0.9, 0.8)],
-    'Sophia-G': [
-        {'learning_rate': x, 'rho': y} for x in _RATES for y in (0.01, 0.1)],
+  'AdamW': [{'learning_rate': x, 'b1': y} for x in _RATES for y in (0.9, 0.8)],
+  'Sophia-G': [
+    {'learning_rate': x, 'rho': y} for x in _RATES for y in (0.01, 0.1)
+  ],
 }
 
 
@@ -74,8 +80,10 @@ def load() -> tuple[Split, Split]:
   labels = np.int32(digits.target)
   order = np.random.default_rng(0).permutation(len(labels))
   held_out, rest = np.split(order, [len(order) // 4])
-  return (Split(images[rest], labels[rest]),
-          Split(images[held_out], labels[held_out]))
+  return (
+    Split(images[rest], labels[rest]),
+    Split(images[held_out], labels[held_out]),
+  )
 
 
 def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
@@ -98,7 +106,8 @@ def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
 
   def loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(
-        network.apply(params, batch.images), batch.labels).mean()
+      network.apply(params, batch.images), batch.labels
+    ).mean()
 
   @jax.jit
   def step(params, state, batch):
@@ -106,19 +115,24 @@ def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
     # Sophia-H's curvature is that of obj_fn. Sophia-G's comes from the same
     # images, but from labels that the network itself would give them.
     updates, state = optax.with_extra_args_support(optimizer).update(
-        grads, state, params,
-        obj_fn=lambda params: loss_fn(params, batch),
-        predict_fn=lambda params: network.apply(params, batch.images))
+      grads,
+      state,
+      params,
+      obj_fn=lambda params: loss_fn(params, batch),
+      predict_fn=lambda params: network.apply(params, batch.images),
+    )
     return optax.apply_updates(params, updates), state
 
   @jax.jit
   def evaluate(params):
     right = jnp.argmax(network.apply(params, held_out.images), -1)
-    return {'loss': loss_fn(params, held_out),
-            'accuracy': jnp.mean(right == held_out.labels)}
+    return {
+      'loss': loss_fn(params, held_out),
+      'accuracy': jnp.mean(right == held_out.labels),
+    }
 
   step = step.lower(
-      params, state, jax.tree.map(lambda x: x[:_BATCH_SIZE], training)
+    params, state, jax.tree.map(lambda x: x[:_BATCH_SIZE], training)
   ).compile()
   history = []
   seconds = 0.0
@@ -132,8 +146,9 @@ def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
       jax.block_until_ready(params)
       seconds += time.perf_counter() - clock
       history.append(
-          {'step': t + 1, 'seconds': seconds}
-          | {k: float(v) for k, v in evaluate(params).items()})
+        {'step': t + 1, 'seconds': seconds}
+        | {k: float(v) for k, v in evaluate(params).items()}
+      )
       clock = time.perf_counter()
   return params, history
 
@@ -145,8 +160,13 @@ def plot(histories: dict[str, list[dict[str, float]]], path: str) -> None:
   titles = {'loss': 'Loss', 'accuracy': 'Accuracy'}
   for ax, key in zip(fig.subplots(1, 2), titles, strict=True):
     for (name, history), style in zip(histories.items(), styles, strict=True):
-      ax.plot([h['step'] for h in history], [h[key] for h in history],
-              linewidth=2, label=name, **style)
+      ax.plot(
+        [h['step'] for h in history],
+        [h[key] for h in history],
+        linewidth=2,
+        label=name,
+        **style,
+      )
     ax.set(xlabel='Steps', ylabel=f'{titles[key]} on held-out images')
     ax.set_xlim(left=0)
     ax.grid(alpha=0.25)
@@ -168,13 +188,15 @@ def main(argv):
         print(f'| {name} | {setting} | {last["loss"]:.4f} |')
     return
   histories = {
-      name: train(make(_STEPS.value), _STEPS.value, name=name)[1]
-      for name, make in OPTIMIZERS.items()
+    name: train(make(_STEPS.value), _STEPS.value, name=name)[1]
+    for name, make in OPTIMIZERS.items()
   }
   for name, history in histories.items():
     last = history[-1]
-    print(f'{name:10} loss {last["loss"]:.4f}  '
-          f'accuracy {100 * last["accuracy"]:.1f} %')
+    print(
+      f'{name:10} loss {last["loss"]:.4f}  '
+      f'accuracy {100 * last["accuracy"]:.1f} %'
+    )
   os.makedirs(_OUT_DIR.value, exist_ok=True)
   path = os.path.abspath(os.path.join(_OUT_DIR.value, 'digits.png'))
   plot(histories, path)
@@ -183,7 +205,8 @@ def main(argv):
 
 if __name__ == '__main__':
   _SEARCH = flags.DEFINE_bool(
-      'search', False, 'Try the settings that the defaults were chosen from.')
+    'search', False, 'Try the settings that the defaults were chosen from.'
+  )
   _STEPS = flags.DEFINE_integer('steps', 300, 'Batches of 128 images.')
   _OUT_DIR = flags.DEFINE_string('out_dir', 'runs', 'Of the plot.')
   app.run(main)

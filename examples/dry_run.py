@@ -59,8 +59,9 @@ def matmul_flops(fn, *args) -> tuple[int, int]:
 
 def _bytes_per_device(tree):
   return sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(tree))
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def report(config, step, state, batch) -> str:
@@ -80,8 +81,10 @@ def report(config, step, state, batch) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     lines.append(f'  {name:36} {leaf.dtype.name:9} {leaf.shape}')
-  lines.append(f'batch: {batch.dtype.name} {batch.shape}, '
-               f'{config.tokens_per_step:,} predictions a step')
+  lines.append(
+    f'batch: {batch.dtype.name} {batch.shape}, '
+    f'{config.tokens_per_step:,} predictions a step'
+  )
   count = sum(x.size for x in jax.tree.leaves(state.params))
   lines.append(f'parameter count: {count:,}')
 
@@ -90,16 +93,21 @@ def report(config, step, state, batch) -> str:
   if refresh != ordinary:
     mean = ordinary + (refresh - ordinary) / config.update_interval
     lines.append(
-        f'  with a curvature refresh: {refresh:.4e}; on average over '
-        f'{config.update_interval} steps: {mean:.4e} '
-        f'({mean / ordinary:.3f} x)')
+      f'  with a curvature refresh: {refresh:.4e}; on average over '
+      f'{config.update_interval} steps: {mean:.4e} '
+      f'({mean / ordinary:.3f} x)'
+    )
 
   memory = step.lower(state, batch).compile().memory_analysis()
-  lines.append(f'bytes on each of {batch.sharding.num_devices} devices, '
-               f'compiled for {jax.default_backend()}:')
-  for name, size in (('parameters', _bytes_per_device(state.params)),
-                     ('optimizer state', _bytes_per_device(state.opt_state)),
-                     ('batch', _bytes_per_device(batch)),
-                     ('temporaries', memory.temp_size_in_bytes)):
+  lines.append(
+    f'bytes on each of {batch.sharding.num_devices} devices, '
+    f'compiled for {jax.default_backend()}:'
+  )
+  for name, size in (
+    ('parameters', _bytes_per_device(state.params)),
+    ('optimizer state', _bytes_per_device(state.opt_state)),
+    ('batch', _bytes_per_device(batch)),
+    ('temporaries', memory.temp_size_in_bytes),
+  ):
     lines.append(f'  {name:16} {size:16,}')
   return '\n'.join(lines)

@@ -42,7 +42,8 @@ class Network(nn.Module):
     # No axis_name: across replicas a loss would depend on the parameters of
     # all, and Sophia asks for the curvature of the loss of one.
     normalize = functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9)
+      nn.BatchNorm, use_running_average=not train, momentum=0.9
+    )
     for features in (16, 32):
       x = nn.Conv(features, (3, 3), use_bias=False)(x)
       x = nn.relu(normalize()(x))
@@ -57,18 +58,27 @@ def create(seed: int, steps: int, axis_name: str | None = None) -> TrainState:
   network = Network()
   variables = network.init(params_key, jnp.zeros((1, 8, 8, 1)), train=False)
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(
-      has_aux=True,  # The loss below returns statistics too.
-      axis_name=axis_name)
+    has_aux=True,  # The loss below returns statistics too.
+    axis_name=axis_name,
+  )
   optimizer = sophia_optax.sophia(
-      optax.cosine_decay_schedule(_LEARNING_RATE, steps), b1=0.9, b2=0.9,
-      update_interval=5, hessian_diagonal_fn=estimator)
+    optax.cosine_decay_schedule(_LEARNING_RATE, steps),
+    b1=0.9,
+    b2=0.9,
+    update_interval=5,
+    hessian_diagonal_fn=estimator,
+  )
   return TrainState.create(
-      apply_fn=network.apply, params=variables['params'], tx=optimizer,
-      batch_stats=variables['batch_stats'], dropout_key=dropout_key)
+    apply_fn=network.apply,
+    params=variables['params'],
+    tx=optimizer,
+    batch_stats=variables['batch_stats'],
+    dropout_key=dropout_key,
+  )
 
 
 def train_step(
-    state: TrainState, batch: digits.Split, axis_name: str | None = None
+  state: TrainState, batch: digits.Split, axis_name: str | None = None
 ) -> tuple[TrainState, jax.Array]:
   """Returns the next state, and the loss."""
   key = jax.random.fold_in(state.dropout_key, state.step)
@@ -77,36 +87,46 @@ def train_step(
 
   def loss_fn(params):
     logits, updated = state.apply_fn(
-        {'params': params, 'batch_stats': state.batch_stats}, batch.images,
-        train=True, rngs={'dropout': key}, mutable=['batch_stats'])
+      {'params': params, 'batch_stats': state.batch_stats},
+      batch.images,
+      train=True,
+      rngs={'dropout': key},
+      mutable=['batch_stats'],
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, batch.labels)
+      logits, batch.labels
+    )
     return losses.mean(), updated['batch_stats']
 
-  (loss, batch_stats), grads = jax.value_and_grad(
-      loss_fn, has_aux=True)(state.params)
+  (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    state.params
+  )
   if axis_name is not None:  # What is stored is the same on all devices.
     loss, batch_stats, grads = jax.lax.pmean(
-        (loss, batch_stats, grads), axis_name)
+      (loss, batch_stats, grads), axis_name
+    )
 
   # Gradient and curvature are those of one function: the same images, masks
   # and old statistics. That of the curvature is not averaged over devices, as
   # the estimates are; the statistics that it returns once more are left alone.
   state = state.apply_gradients(
-      grads=grads, batch_stats=batch_stats, obj_fn=loss_fn)
+    grads=grads, batch_stats=batch_stats, obj_fn=loss_fn
+  )
   return state, loss
 
 
 @jax.jit
 def count_right(state: TrainState, images: jax.Array, labels: jax.Array):
   logits = state.apply_fn(
-      {'params': state.params, 'batch_stats': state.batch_stats}, images,
-      train=False)
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    images,
+    train=False,
+  )
   return jnp.sum(jnp.argmax(logits, -1) == labels)
 
 
 def train(
-    steps: int, pmap: bool = False, seed: int = 0
+  steps: int, pmap: bool = False, seed: int = 0
 ) -> tuple[TrainState, float]:
   """Trains a network.
 
@@ -122,15 +142,19 @@ def train(
   num_devices = jax.local_device_count() if pmap else 1
   if _BATCH_SIZE % num_devices:
     raise ValueError(
-        f'{num_devices} devices do not divide a batch of {_BATCH_SIZE} images.')
+      f'{num_devices} devices do not divide a batch of {_BATCH_SIZE} images.'
+    )
 
   if pmap:
     # Named as in pmap, or the second step is compiled again.
     state = jax_utils.replicate(
-        create(seed, steps, axis_name='batch'), axis_name='batch')
+      create(seed, steps, axis_name='batch'), axis_name='batch'
+    )
     step = jax.pmap(
-        functools.partial(train_step, axis_name='batch'), axis_name='batch',
-        donate_argnums=0)
+      functools.partial(train_step, axis_name='batch'),
+      axis_name='batch',
+      donate_argnums=0,
+    )
   else:
     state = create(seed, steps)
     step = jax.jit(train_step, donate_argnums=0)
@@ -157,8 +181,10 @@ def main(argv):
     raise app.UsageError(f'Flags only, such as --steps=9; got {argv[1:]}.')
   state, accuracy = train(_STEPS.value, _PMAP.value)
   win_rate = optax.tree.get(state.opt_state, 'win_rate')
-  print(f'Accuracy on held-out images: {100 * accuracy:.1f} %.'
-        f' Coordinates not clipped: {100 * win_rate:.0f} %.')
+  print(
+    f'Accuracy on held-out images: {100 * accuracy:.1f} %.'
+    f' Coordinates not clipped: {100 * win_rate:.0f} %.'
+  )
 
 
 if __name__ == '__main__':

@@ -18,7 +18,8 @@ def norm(name, x):
 def attend(q, k, v):
   """Causal attention by softmax, in float32; all are (B, T, H, C/H)."""
   scores = jnp.einsum(
-      'bthc,bshc->bhts', q, k, preferred_element_type=jnp.float32)
+    'bthc,bshc->bhts', q, k, preferred_element_type=jnp.float32
+  )
   scores *= q.shape[-1] ** -0.5  # (B, H, T, T)
   past = jnp.tril(jnp.ones(scores.shape[-2:], jnp.bool))
   weights = jax.nn.softmax(scores, where=past).astype(v.dtype)
@@ -40,8 +41,11 @@ class Block(nn.Module):
 
     def dense(features, stddev=0.02):
       return nn.Dense(
-          features, use_bias=False, dtype=self.dtype,
-          kernel_init=nn.initializers.normal(stddev))
+        features,
+        use_bias=False,
+        dtype=self.dtype,
+        kernel_init=nn.initializers.normal(stddev),
+      )
 
     # GPT-2 shrinks what is added to the residual stream 2 L times.
     residual = 0.02 / (2 * self.num_layers) ** 0.5
@@ -84,23 +88,30 @@ class GPT(nn.Module):
   def __call__(self, tokens):
     seq_len = tokens.shape[1]
     embed = nn.Embed(
-        self.vocab_size, self.width, dtype=self.dtype, name='tokens',
-        embedding_init=nn.initializers.normal(0.02))
+      self.vocab_size,
+      self.width,
+      dtype=self.dtype,
+      name='tokens',
+      embedding_init=nn.initializers.normal(0.02),
+    )
     positions = self.param(
-        'positions', nn.initializers.normal(0.02),
-        (self.block_size, self.width))[:seq_len].astype(self.dtype)  # (T, C)
+      'positions', nn.initializers.normal(0.02), (self.block_size, self.width)
+    )[:seq_len].astype(self.dtype)  # (T, C)
 
     table = sharding.whole(embed.embedding).astype(self.dtype)  # (V, C)
     x = jnp.take(table, tokens, axis=0) + positions  # (B, T, C)
     # One matrix (B·T, C) instead of (B, T, C): CPUs multiply it twice as fast.
     x = x.reshape(-1, self.width)  # (B·T, C)
     layers = nn.scan(
-        nn.remat(Block, prevent_cse=False) if self.remat else Block,
-        length=self.num_layers, unroll=self.unroll,
-        variable_axes={'params': 0}, split_rngs={'params': True})
+      nn.remat(Block, prevent_cse=False) if self.remat else Block,
+      length=self.num_layers,
+      unroll=self.unroll,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+    )
     x, _ = layers(
-        self.num_heads, self.num_layers, seq_len, self.dtype,
-        name='layers')(x, None)
+      self.num_heads, self.num_layers, seq_len, self.dtype, name='layers'
+    )(x, None)
     x = norm('norm', sharding.divide(x)).astype(self.dtype)  # (B·T, C)
     logits = sharding.divide(x @ table.T).astype(jnp.float32)  # (B·T, V)
     return logits.reshape(*tokens.shape, self.vocab_size)  # (B, T, V)
@@ -118,4 +129,5 @@ def decay_mask(params):
     A tree of bools like `params`: kernels and the token embedding.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in ('kernel', 'embedding'), params)
+    lambda path, _: path[-1].key in ('kernel', 'embedding'), params
+  )

@@ -61,50 +61,68 @@ class Config:
   def __post_init__(self):
     if self.optimizer not in OPTIMIZERS:
       raise ValueError(
-          f'optimizer must be one of {", ".join(OPTIMIZERS)}; '
-          f'got {self.optimizer!r}.')
-    for name in ('num_steps', 'batch_size', 'micro_batch_size', 'block_size',
-                 'eval_interval', 'eval_batches', 'checkpoint_interval'):
+        f'optimizer must be one of {", ".join(OPTIMIZERS)}; '
+        f'got {self.optimizer!r}.'
+      )
+    for name in (
+      'num_steps',
+      'batch_size',
+      'micro_batch_size',
+      'block_size',
+      'eval_interval',
+      'eval_batches',
+      'checkpoint_interval',
+    ):
       if getattr(self, name) < 1:
         raise ValueError(
-            f'{name} must be at least 1; got {getattr(self, name)}.')
+          f'{name} must be at least 1; got {getattr(self, name)}.'
+        )
     if not 0 <= self.warmup_steps < self.num_steps:
       raise ValueError(
-          'warmup_steps must be at least 0 and below num_steps = '
-          f'{self.num_steps}; got {self.warmup_steps}.')
+        'warmup_steps must be at least 0 and below num_steps = '
+        f'{self.num_steps}; got {self.warmup_steps}.'
+      )
     if self.batch_size % self.micro_batch_size:
       raise ValueError(
-          'batch_size must be a multiple of micro_batch_size; got '
-          f'{self.batch_size} and {self.micro_batch_size}.')
+        'batch_size must be a multiple of micro_batch_size; got '
+        f'{self.batch_size} and {self.micro_batch_size}.'
+      )
     if not 1 <= self.curvature_batch_size <= self.batch_size:
       raise ValueError(
-          'curvature_batch_size is a part of the batch, 1 to batch_size = '
-          f'{self.batch_size}; got {self.curvature_batch_size}.')
+        'curvature_batch_size is a part of the batch, 1 to batch_size = '
+        f'{self.batch_size}; got {self.curvature_batch_size}.'
+      )
     if self.curvature_parts < 1 or (
-        self.curvature_batch_size % self.curvature_parts):
+      self.curvature_batch_size % self.curvature_parts
+    ):
       raise ValueError(
-          'curvature_parts must divide curvature_batch_size = '
-          f'{self.curvature_batch_size}; got {self.curvature_parts}.')
+        'curvature_parts must divide curvature_batch_size = '
+        f'{self.curvature_batch_size}; got {self.curvature_parts}.'
+      )
     axes = sharding.parse(self.mesh)
     num_devices = math.prod(axes.values())
     sizes = {'micro_batch_size': self.micro_batch_size}
     if self.optimizer.startswith('sophia'):
       sizes['curvature_batch_size / curvature_parts'] = (
-          self.curvature_batch_size // self.curvature_parts)
+        self.curvature_batch_size // self.curvature_parts
+      )
     for name, size in sizes.items():
       if size % num_devices:
         raise ValueError(
-            f'{name} must be a multiple of the {num_devices} devices of mesh '
-            f'{self.mesh!r}, which its sequences are divided among; '
-            f'got {size}.')
+          f'{name} must be a multiple of the {num_devices} devices of mesh '
+          f'{self.mesh!r}, which its sequences are divided among; '
+          f'got {size}.'
+        )
     if self.width % axes.get('fsdp', 1):
       raise ValueError(
-          'width must be a multiple of the fsdp axis of the mesh; got '
-          f'{self.width} and {self.mesh!r}.')
+        'width must be a multiple of the fsdp axis of the mesh; got '
+        f'{self.width} and {self.mesh!r}.'
+      )
     if self.width % self.num_heads:
       raise ValueError(
-          'width must be a multiple of num_heads; got '
-          f'{self.width} and {self.num_heads}.')
+        'width must be a multiple of num_heads; got '
+        f'{self.width} and {self.num_heads}.'
+      )
 
   @property
   def tokens_per_step(self) -> int:
@@ -120,35 +138,80 @@ _DEMO = Config(unroll=2)
 # authors' code has for Sophia-G of this size, AdamW's settings are nanoGPT's.
 # The paper takes one estimate of the curvature's batch; here it is divided.
 _GPT2_124M = Config(
-    vocab_size=50304, block_size=1024, num_layers=12, num_heads=12, width=768,
-    dtype='bfloat16', remat=True, num_steps=100_000, batch_size=480,
-    micro_batch_size=8, eval_interval=1000, eval_batches=64,
-    checkpoint_interval=1000, learning_rate=6e-4, warmup_steps=2000)
+  vocab_size=50304,
+  block_size=1024,
+  num_layers=12,
+  num_heads=12,
+  width=768,
+  dtype='bfloat16',
+  remat=True,
+  num_steps=100_000,
+  batch_size=480,
+  micro_batch_size=8,
+  eval_interval=1000,
+  eval_batches=64,
+  checkpoint_interval=1000,
+  learning_rate=6e-4,
+  warmup_steps=2000,
+)
 
 CONFIGS = {
-    'demo': {
-        'adamw': dataclasses.replace(
-            _DEMO, optimizer='adamw', b1=0.732, b2=0.984, warmup_steps=100,
-            learning_rate=0.00978),
-        'sophia_h': dataclasses.replace(
-            _DEMO, optimizer='sophia_h', b1=0.816, b2=0.968,
-            warmup_steps=125, learning_rate=0.00399, gamma=0.00487,
-            update_interval=5),
-        'sophia_g': dataclasses.replace(
-            _DEMO, optimizer='sophia_g', b1=0.737, b2=0.975,
-            warmup_steps=125, learning_rate=0.00712, gamma=0.0186,
-            update_interval=2, curvature_batch_size=64, curvature_parts=8),
-    },
-    'gpt2_124m': {
-        'adamw': dataclasses.replace(
-            _GPT2_124M, optimizer='adamw', b1=0.9, b2=0.95),
-        'sophia_h': dataclasses.replace(
-            _GPT2_124M, optimizer='sophia_h', b1=0.96, b2=0.99, eps=1e-12,
-            weight_decay=0.2, curvature_parts=4),
-        'sophia_g': dataclasses.replace(
-            _GPT2_124M, optimizer='sophia_g', b1=0.96, b2=0.99, gamma=0.05,
-            weight_decay=0.2, curvature_batch_size=240, curvature_parts=30),
-    },
+  'demo': {
+    'adamw': dataclasses.replace(
+      _DEMO,
+      optimizer='adamw',
+      b1=0.732,
+      b2=0.984,
+      warmup_steps=100,
+      learning_rate=0.00978,
+    ),
+    'sophia_h': dataclasses.replace(
+      _DEMO,
+      optimizer='sophia_h',
+      b1=0.816,
+      b2=0.968,
+      warmup_steps=125,
+      learning_rate=0.00399,
+      gamma=0.00487,
+      update_interval=5,
+    ),
+    'sophia_g': dataclasses.replace(
+      _DEMO,
+      optimizer='sophia_g',
+      b1=0.737,
+      b2=0.975,
+      warmup_steps=125,
+      learning_rate=0.00712,
+      gamma=0.0186,
+      update_interval=2,
+      curvature_batch_size=64,
+      curvature_parts=8,
+    ),
+  },
+  'gpt2_124m': {
+    'adamw': dataclasses.replace(
+      _GPT2_124M, optimizer='adamw', b1=0.9, b2=0.95
+    ),
+    'sophia_h': dataclasses.replace(
+      _GPT2_124M,
+      optimizer='sophia_h',
+      b1=0.96,
+      b2=0.99,
+      eps=1e-12,
+      weight_decay=0.2,
+      curvature_parts=4,
+    ),
+    'sophia_g': dataclasses.replace(
+      _GPT2_124M,
+      optimizer='sophia_g',
+      b1=0.96,
+      b2=0.99,
+      gamma=0.05,
+      weight_decay=0.2,
+      curvature_batch_size=240,
+      curvature_parts=30,
+    ),
+  },
 }
 
 
@@ -168,9 +231,10 @@ def get_config(name: str, optimizer: str, **overrides) -> Config:
   """
   if name not in CONFIGS:
     raise ValueError(
-        f'config must be one of {", ".join(CONFIGS)}; got {name!r}.')
+      f'config must be one of {", ".join(CONFIGS)}; got {name!r}.'
+    )
   if optimizer not in CONFIGS[name]:
     raise ValueError(
-        f'optimizer must be one of {", ".join(CONFIGS[name])}; '
-        f'got {optimizer!r}.')
+      f'optimizer must be one of {", ".join(CONFIGS[name])}; got {optimizer!r}.'
+    )
   return dataclasses.replace(CONFIGS[name][optimizer], **overrides)

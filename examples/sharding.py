@@ -24,11 +24,15 @@ def parse(spec: str) -> dict[str, int]:
   axes = {}
   for axis in (spec or 'data:1').split(','):
     name, _, size = axis.partition(':')
-    if not name.isidentifier() or name in axes or not (
-        size.isdecimal() and int(size)):
+    if (
+      not name.isidentifier()
+      or name in axes
+      or not (size.isdecimal() and int(size))
+    ):
       raise ValueError(
-          'mesh must be name:size for each axis, with commas between and no '
-          f'name twice, such as data:2,fsdp:4; got {spec!r}.')
+        'mesh must be name:size for each axis, with commas between and no '
+        f'name twice, such as data:2,fsdp:4; got {spec!r}.'
+      )
     axes[name] = int(size)
   return axes
 
@@ -47,24 +51,28 @@ def make_mesh(spec: str) -> jax.sharding.Mesh:
   size, count = math.prod(axes.values()), jax.device_count()
   if size > count:
     raise ValueError(
-        f'mesh {spec!r} needs {size} devices; there are {count} '
-        f'({jax.default_backend()}). Pass a smaller mesh, or simulate devices '
-        'on a CPU with the environment variables JAX_PLATFORMS=cpu '
-        f'JAX_NUM_CPU_DEVICES={size}.')
+      f'mesh {spec!r} needs {size} devices; there are {count} '
+      f'({jax.default_backend()}). Pass a smaller mesh, or simulate devices '
+      'on a CPU with the environment variables JAX_PLATFORMS=cpu '
+      f'JAX_NUM_CPU_DEVICES={size}.'
+    )
   if size < count and jax.process_count() > 1:
     raise ValueError(
-        f'{jax.process_count()} processes need a mesh of all their {count} '
-        f'devices; {spec!r} has {size}. Pass for example --mesh=data:{count}.')
+      f'{jax.process_count()} processes need a mesh of all their {count} '
+      f'devices; {spec!r} has {size}. Pass for example --mesh=data:{count}.'
+    )
   # Auto: XLA derives what the shardings here do not say.
   return jax.make_mesh(
-      tuple(axes.values()), tuple(axes), devices=jax.devices()[:size],
-      axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    tuple(axes.values()),
+    tuple(axes),
+    devices=jax.devices()[:size],
+    axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
+  )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
   """Divides an array's axis of sequences over all devices."""
-  return NamedSharding(
-      mesh, P(*[None] * axis, mesh.axis_names))
+  return NamedSharding(mesh, P(*[None] * axis, mesh.axis_names))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

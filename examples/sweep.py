@@ -37,22 +37,24 @@ def choice(*values):
 
 
 _SHARED = {
-    'b1': uniform(0.5, 0.965),
-    'b2': decay(0.9, 0.99),
-    'warmup_steps': choice(50, 75, 100, 125),
+  'b1': uniform(0.5, 0.965),
+  'b2': decay(0.9, 0.99),
+  'warmup_steps': choice(50, 75, 100, 125),
 }
 RANGES = {
-    'adamw': _SHARED | {'learning_rate': log_uniform(5e-3, 4e-2)},
-    'sophia_h': _SHARED | {
-        'learning_rate': log_uniform(2e-3, 1e-2),
-        'gamma': log_uniform(3e-3, 1e-1),
-        'update_interval': choice(2, 5, 10),
-    },
-    'sophia_g': _SHARED | {
-        'learning_rate': log_uniform(2e-3, 1e-2),
-        'gamma': log_uniform(1e-2, 3e-1),
-        'update_interval': choice(2, 5, 10),
-    },
+  'adamw': _SHARED | {'learning_rate': log_uniform(5e-3, 4e-2)},
+  'sophia_h': _SHARED
+  | {
+    'learning_rate': log_uniform(2e-3, 1e-2),
+    'gamma': log_uniform(3e-3, 1e-1),
+    'update_interval': choice(2, 5, 10),
+  },
+  'sophia_g': _SHARED
+  | {
+    'learning_rate': log_uniform(2e-3, 1e-2),
+    'gamma': log_uniform(1e-2, 3e-1),
+    'update_interval': choice(2, 5, 10),
+  },
 }
 
 
@@ -61,8 +63,8 @@ def draw(optimizer: str, trial: int) -> dict[str, float]:
   rng = np.random.default_rng((list(RANGES).index(optimizer), trial))
   settings = {name: sample(rng) for name, sample in RANGES[optimizer].items()}
   return {
-      name: x if isinstance(x, int) else float(f'{x:.3g}')
-      for name, x in settings.items()
+    name: x if isinstance(x, int) else float(f'{x:.3g}')
+    for name, x in settings.items()
   }
 
 
@@ -71,8 +73,11 @@ def table(results: list[dict]) -> str:
   lines = []
   for optimizer, ranges in RANGES.items():
     rows = [r for r in results if r['optimizer'] == optimizer]
-    lines += ['', f'| {optimizer}: validation loss | {" | ".join(ranges)} |',
-              '|---' * (1 + len(ranges)) + '|']
+    lines += [
+      '',
+      f'| {optimizer}: validation loss | {" | ".join(ranges)} |',
+      '|---' * (1 + len(ranges)) + '|',
+    ]
     # A run that diverged (NaN) sorts last.
     for row in sorted(rows, key=lambda r: np.nan_to_num(r['val_loss'], nan=99)):
       cells = [f'{row["settings"][name]:g}' for name in ranges]
@@ -102,14 +107,20 @@ def sweep(path: str, trials: int, **overrides) -> list[dict]:
       if (optimizer, trial) in done:
         continue
       settings = draw(optimizer, trial)
-      run = train_gpt.train(gpt_configs.get_config(
-          'demo', optimizer, **(overrides | settings)))
+      run = train_gpt.train(
+        gpt_configs.get_config('demo', optimizer, **(overrides | settings))
+      )
       if not run.finished:
         return results
-      results.append({
-          'optimizer': optimizer, 'trial': trial, 'settings': settings,
+      results.append(
+        {
+          'optimizer': optimizer,
+          'trial': trial,
+          'settings': settings,
           'val_loss': run.history[-1]['val_loss'],
-          'seconds': round(run.history[-1]['seconds'], 1)})
+          'seconds': round(run.history[-1]['seconds'], 1),
+        }
+      )
       with open(path + '.part', 'w') as file:
         json.dump(results, file, indent=1)
       os.replace(path + '.part', path)

@@ -13,10 +13,18 @@ import sysconfig
 import numpy as np
 
 # Not text that people wrote to be read: tests, generated or vendored code.
-_SKIPPED_FOLDERS = frozenset({
-    'site-packages', 'dist-packages', '__pycache__', 'test', 'tests',
-    'idle_test', 'lib2to3', 'encodings',
-})
+_SKIPPED_FOLDERS = frozenset(
+  {
+    'site-packages',
+    'dist-packages',
+    '__pycache__',
+    'test',
+    'tests',
+    'idle_test',
+    'lib2to3',
+    'encodings',
+  }
+)
 _BLOCK = 4096
 _VALIDATION_EVERY = 20
 
@@ -36,20 +44,23 @@ def standard_library() -> np.ndarray:
   paths = []
   for folder, subfolders, names in os.walk(root):
     subfolders[:] = [
-        name for name in subfolders
-        if name not in _SKIPPED_FOLDERS and not name.startswith('config-')
+      name
+      for name in subfolders
+      if name not in _SKIPPED_FOLDERS and not name.startswith('config-')
     ]
     paths += [
-        pathlib.Path(folder, name) for name in names
-        if name.endswith('.py') and not name.startswith('_sysconfigdata')
+      pathlib.Path(folder, name)
+      for name in names
+      if name.endswith('.py') and not name.startswith('_sysconfigdata')
     ]
   # English prose first, then code by relative name, whatever the file system.
   paths.sort(key=lambda p: (p != topics, p.relative_to(root).as_posix()))
   if topics not in paths:
     raise FileNotFoundError(
-        f'The demo reads the sources of the standard library, and {root} has '
-        'no pydoc_data/topics.py. Install a Python with its sources, or pass '
-        '--data_dir with a train.bin and a val.bin of your own.')
+      f'The demo reads the sources of the standard library, and {root} has '
+      'no pydoc_data/topics.py. Install a Python with its sources, or pass '
+      '--data_dir with a train.bin and a val.bin of your own.'
+    )
   return np.frombuffer(b'\n'.join(p.read_bytes() for p in paths), np.uint8)
 
 
@@ -69,7 +80,7 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
   """
   if not data_dir:
     tokens = standard_library()
-    blocks = tokens[:len(tokens) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+    blocks = tokens[: len(tokens) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
     # Every 20th block, not the tail: a tail of sorted files is another topic.
     held_out = np.arange(len(blocks)) % _VALIDATION_EVERY == 0
     return blocks[~held_out].reshape(-1), blocks[held_out].reshape(-1)
@@ -78,13 +89,15 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(data_dir, name)
     if not path.is_file():
       raise FileNotFoundError(
-          f'--data_dir needs train.bin and val.bin (raw uint16 tokens, as '
-          f'written by nanoGPT\'s prepare.py); there is no {path}.')
+        f'--data_dir needs train.bin and val.bin (raw uint16 tokens, as '
+        f"written by nanoGPT's prepare.py); there is no {path}."
+      )
     size = path.stat().st_size
     if size == 0 or size % 2:
       raise ValueError(
-          f'{path} must hold uint16 tokens, two bytes each; it has {size} '
-          'bytes. Write it again with tokens.astype(np.uint16).tofile(path).')
+        f'{path} must hold uint16 tokens, two bytes each; it has {size} '
+        'bytes. Write it again with tokens.astype(np.uint16).tofile(path).'
+      )
     return np.memmap(path, np.uint16, mode='r')
 
   return read('train.bin'), read('val.bin')
@@ -96,24 +109,32 @@ def fingerprint(tokens: np.ndarray) -> str:
 
 
 def _windows(tokens, starts, length, vocab_size):
-  batch = np.stack([tokens[i:i + length] for i in starts]).astype(np.int32)
+  batch = np.stack([tokens[i : i + length] for i in starts]).astype(np.int32)
   # An embedding look-up out of range is silent under jit.
   if batch.max() >= vocab_size:
     raise ValueError(
-        f'Tokens must be below vocab_size, {vocab_size}; the data has '
-        f'{batch.max()}. Pass a --vocab_size above the tokenizer\'s largest.')
+      f'Tokens must be below vocab_size, {vocab_size}; the data has '
+      f"{batch.max()}. Pass a --vocab_size above the tokenizer's largest."
+    )
   return batch
 
 
 def _check_length(tokens, length):
   if len(tokens) < length:
     raise ValueError(
-        f'A window of block_size + 1 = {length} tokens is needed; the data '
-        f'has {len(tokens)}. Pass a smaller --block_size or more data.')
+      f'A window of block_size + 1 = {length} tokens is needed; the data '
+      f'has {len(tokens)}. Pass a smaller --block_size or more data.'
+    )
 
 
-def sample(tokens: np.ndarray, seed: int, step: int, batch_size: int,
-           block_size: int, vocab_size: int) -> np.ndarray:
+def sample(
+  tokens: np.ndarray,
+  seed: int,
+  step: int,
+  batch_size: int,
+  block_size: int,
+  vocab_size: int,
+) -> np.ndarray:
   """Draws the training batch of one step, a pure function of (seed, step).
 
   Args:
@@ -137,8 +158,13 @@ def sample(tokens: np.ndarray, seed: int, step: int, batch_size: int,
   return _windows(tokens, starts, length, vocab_size)
 
 
-def validation(tokens: np.ndarray, num_batches: int, batch_size: int,
-               block_size: int, vocab_size: int) -> np.ndarray:
+def validation(
+  tokens: np.ndarray,
+  num_batches: int,
+  batch_size: int,
+  block_size: int,
+  vocab_size: int,
+) -> np.ndarray:
   """Cuts the same, evenly spread windows each time, so that losses compare.
 
   Args:
@@ -157,6 +183,7 @@ def validation(tokens: np.ndarray, num_batches: int, batch_size: int,
   length = block_size + 1
   _check_length(tokens, length)
   starts = np.linspace(
-      0, len(tokens) - length, num_batches * batch_size, dtype=np.int64)
+    0, len(tokens) - length, num_batches * batch_size, dtype=np.int64
+  )
   batch = _windows(tokens, starts, length, vocab_size)
   return batch.reshape(num_batches, batch_size, length)

@@ -52,9 +52,15 @@ class Result(NamedTuple):
 
 def make_model(config):
   return gpt.GPT(
-      config.vocab_size, config.block_size, config.num_layers,
-      config.num_heads, config.width, jnp.dtype(config.dtype), config.unroll,
-      config.remat)
+    config.vocab_size,
+    config.block_size,
+    config.num_layers,
+    config.num_heads,
+    config.width,
+    jnp.dtype(config.dtype),
+    config.unroll,
+    config.remat,
+  )
 
 
 def on_first_sequences(size, num_parts, estimator):
@@ -68,7 +74,8 @@ def on_first_sequences(size, num_parts, estimator):
   def update(updates, state, params=None, *, batch, **extra_args):
     tokens = batch.reshape(-1, batch.shape[-1])[:size]  # (size, T + 1)
     return estimator.update(
-        updates, state, params, batch=sharding.divide(tokens), **extra_args)
+      updates, state, params, batch=sharding.divide(tokens), **extra_args
+    )
 
   return optax.GradientTransformationExtraArgs(estimator.init, update)
 
@@ -76,35 +83,61 @@ def on_first_sequences(size, num_parts, estimator):
 def make_optimizer(config):
   """Returns the optimizer with clipping, warm-up, cosine and masked decay."""
   learning_rate = optax.warmup_cosine_decay_schedule(
-      init_value=0.0, peak_value=config.learning_rate,
-      warmup_steps=config.warmup_steps, decay_steps=config.num_steps,
-      end_value=config.learning_rate * config.final_learning_rate)
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=config.num_steps,
+    end_value=config.learning_rate * config.final_learning_rate,
+  )
   part = functools.partial(
-      on_first_sequences, config.curvature_batch_size, config.curvature_parts)
+    on_first_sequences, config.curvature_batch_size, config.curvature_parts
+  )
   if config.optimizer == 'sophia_h':
     optimizer = sophia_optax.sophia(
-        learning_rate, config.b1, config.b2, config.eps, config.weight_decay,
-        gpt.decay_mask, config.gamma, update_interval=config.update_interval,
-        target_win_rate=config.target_win_rate or None,
-        hessian_diagonal_fn=part(
-            sophia_optax.hutchinson_estimator_diag_hessian(config.seed)))
+      learning_rate,
+      config.b1,
+      config.b2,
+      config.eps,
+      config.weight_decay,
+      gpt.decay_mask,
+      config.gamma,
+      update_interval=config.update_interval,
+      target_win_rate=config.target_win_rate or None,
+      hessian_diagonal_fn=part(
+        sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
+      ),
+    )
   elif config.optimizer == 'sophia_g':
     optimizer = sophia_optax.sophia_g(
-        learning_rate, config.b1, config.b2, config.gamma, config.weight_decay,
-        weight_decay_mask=gpt.decay_mask,
-        update_interval=config.update_interval,
-        target_win_rate=config.target_win_rate or None,
-        hessian_diagonal_fn=part(
-            sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-                config.seed)))
+      learning_rate,
+      config.b1,
+      config.b2,
+      config.gamma,
+      config.weight_decay,
+      weight_decay_mask=gpt.decay_mask,
+      update_interval=config.update_interval,
+      target_win_rate=config.target_win_rate or None,
+      hessian_diagonal_fn=part(
+        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(config.seed)
+      ),
+    )
   elif config.optimizer == 'lion':
     optimizer = optax.lion(
-        learning_rate, config.b1, config.b2,
-        weight_decay=config.weight_decay, mask=gpt.decay_mask)
+      learning_rate,
+      config.b1,
+      config.b2,
+      weight_decay=config.weight_decay,
+      mask=gpt.decay_mask,
+    )
   else:
     optimizer = optax.adamw(
-        learning_rate, config.b1, config.b2, config.eps,
-        weight_decay=config.weight_decay, mask=gpt.decay_mask)
+      learning_rate,
+      config.b1,
+      config.b2,
+      config.eps,
+      weight_decay=config.weight_decay,
+      mask=gpt.decay_mask,
+    )
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
@@ -118,7 +151,8 @@ def make_predict(model):
 def make_loss(predict_fn):
   def loss_fn(params, tokens):  # tokens: (B, T + 1)
     return optax.softmax_cross_entropy_with_integer_labels(
-        predict_fn(params, tokens), tokens[:, 1:]).mean()
+      predict_fn(params, tokens), tokens[:, 1:]
+    ).mean()
 
   return loss_fn
 
@@ -150,8 +184,13 @@ def make_step(predict_fn, optimizer):
     # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn, on a part
     # of this batch at a time, when it refreshes; the others call neither.
     updates, opt_state = optimizer.update(
-        grads, opt_state, params, obj_fn=loss_fn, predict_fn=predict_fn,
-        batch=batch)
+      grads,
+      opt_state,
+      params,
+      obj_fn=loss_fn,
+      predict_fn=predict_fn,
+      batch=batch,
+    )
     params = optax.apply_updates(params, updates)
 
     metrics = {'loss': loss}
@@ -192,14 +231,17 @@ def make_program(config, mesh) -> Program:
   shardings = sharding.state_sharding(mesh, shapes)
   replicated = sharding.replicated(mesh)
   state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
   return Program(
-      state,
-      jax.jit(init, out_shardings=shardings),
-      # Donated: the new state takes the memory of the old one.
-      jax.jit(step, out_shardings=(shardings, replicated), donate_argnums=0),
-      jax.jit(evaluate, out_shardings=replicated))
+    state,
+    jax.jit(init, out_shardings=shardings),
+    # Donated: the new state takes the memory of the old one.
+    jax.jit(step, out_shardings=(shardings, replicated), donate_argnums=0),
+    jax.jit(evaluate, out_shardings=replicated),
+  )
 
 
 @contextlib.contextmanager
@@ -211,8 +253,10 @@ def postponed_interrupt():
   """
   interrupted = threading.Event()
   # Signals only ever reach the main thread.
-  if (threading.current_thread() is not threading.main_thread()
-      or jax.process_count() > 1):
+  if (
+    threading.current_thread() is not threading.main_thread()
+    or jax.process_count() > 1
+  ):
     yield interrupted
     return
 
@@ -246,32 +290,48 @@ def train(config: gpt_configs.Config) -> Result:
   # Every process has all tokens and puts the rows of its devices there. Every
   # micro-batch is divided over all devices, so none is ever moved.
   rows = sharding.batch_sharding(mesh, axis=1)
-  val_batches = sharding.put(text.validation(
-      val_tokens, config.eval_batches, config.micro_batch_size, *sizes), rows)
+  val_batches = sharding.put(
+    text.validation(
+      val_tokens, config.eval_batches, config.micro_batch_size, *sizes
+    ),
+    rows,
+  )
 
   def batch_at(step):  # (B/M, M, T + 1)
     batch = text.sample(
-        train_tokens, config.seed, step, config.batch_size, *sizes)
+      train_tokens, config.seed, step, config.batch_size, *sizes
+    )
     return sharding.put(
-        batch.reshape(-1, config.micro_batch_size, batch.shape[-1]), rows)
+      batch.reshape(-1, config.micro_batch_size, batch.shape[-1]), rows
+    )
 
   program = make_program(config, mesh)
   start = time.perf_counter()
   with jax.set_mesh(mesh):
     step_fn = program.step.lower(program.state, batch_at(0)).compile()
     evaluate = program.evaluate.lower(
-        program.state.params, val_batches).compile()
+      program.state.params, val_batches
+    ).compile()
   compile_seconds = time.perf_counter() - start
 
   saver = checkpoints.Checkpoints(config)
   step, state, record = saver.restore(program.state) or (
-      0, jax.block_until_ready(program.init()), {'seconds': 0.0, 'history': []})
+    0,
+    jax.block_until_ready(program.init()),
+    {'seconds': 0.0, 'history': []},
+  )
 
   # On CPUs steps of several processes that overlap can wait for each other.
   one_by_one = jax.process_count() > 1 and jax.default_backend() == 'cpu'
-  with postponed_interrupt() as interrupted, tqdm.tqdm(
-      total=config.num_steps, initial=step, desc=config.optimizer,
-      disable=jax.process_index() > 0) as bar:
+  with (
+    postponed_interrupt() as interrupted,
+    tqdm.tqdm(
+      total=config.num_steps,
+      initial=step,
+      desc=config.optimizer,
+      disable=jax.process_index() > 0,
+    ) as bar,
+  ):
     metrics = {}
     clock = time.perf_counter()
     while step < config.num_steps and not interrupted.is_set():
@@ -294,10 +354,14 @@ def train(config: gpt_configs.Config) -> Result:
       jax.block_until_ready(state)
       record['seconds'] += time.perf_counter() - clock
       if validate:
-        record['history'].append({
-            'step': step, 'seconds': record['seconds'],
+        record['history'].append(
+          {
+            'step': step,
+            'seconds': record['seconds'],
             'val_loss': float(evaluate(state.params, val_batches)),
-            **{name: float(x) for name, x in metrics.items()}})
+            **{name: float(x) for name, x in metrics.items()},
+          }
+        )
       if save:
         saver.save(step, state, record)
       clock = time.perf_counter()
@@ -306,7 +370,8 @@ def train(config: gpt_configs.Config) -> Result:
     saver.save(step, state, record)
   saver.close()
   return Result(
-      state, record['history'], compile_seconds, step == config.num_steps)
+    state, record['history'], compile_seconds, step == config.num_steps
+  )
 
 
 def describe(config: gpt_configs.Config) -> str:
@@ -314,9 +379,14 @@ def describe(config: gpt_configs.Config) -> str:
   mesh = sharding.make_mesh(config.mesh)
   program = make_program(config, mesh)
   batch = jax.ShapeDtypeStruct(
-      (config.batch_size // config.micro_batch_size, config.micro_batch_size,
-       config.block_size + 1), jnp.int32,
-      sharding=sharding.batch_sharding(mesh, axis=1))
+    (
+      config.batch_size // config.micro_batch_size,
+      config.micro_batch_size,
+      config.block_size + 1,
+    ),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh, axis=1),
+  )
   with jax.set_mesh(mesh):
     return dry_run.report(config, program.step, program.state, batch)
 
@@ -324,25 +394,34 @@ def describe(config: gpt_configs.Config) -> str:
 def define_flags():
   """Defines a flag for every setting; None leaves what --config says."""
   flags.DEFINE_enum(
-      'config', 'demo', list(gpt_configs.CONFIGS), 'Settings to begin with.')
+    'config', 'demo', list(gpt_configs.CONFIGS), 'Settings to begin with.'
+  )
   flags.DEFINE_bool(
-      'dry_run', False, 'Print shapes, parameters, FLOPs and bytes only.')
+    'dry_run', False, 'Print shapes, parameters, FLOPs and bytes only.'
+  )
   flags.DEFINE_string(
-      'coordinator_address', None, 'host:port on which process 0 is reached. '
-      'Given in each of several processes, it joins their devices.')
+    'coordinator_address',
+    None,
+    'host:port on which process 0 is reached. '
+    'Given in each of several processes, it joins their devices.',
+  )
   flags.DEFINE_integer('num_processes', None, 'Number of all processes.')
   flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
-  define = {str: flags.DEFINE_string, int: flags.DEFINE_integer,
-            float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+  define = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+  }
   for field in dataclasses.fields(gpt_configs.Config):
     define[field.type](field.name, None, f'See {gpt_configs.__name__}.py.')
 
 
 def config_from_flags() -> gpt_configs.Config:
   given = {
-      field.name: flags.FLAGS[field.name].value
-      for field in dataclasses.fields(gpt_configs.Config)
-      if flags.FLAGS[field.name].value is not None
+    field.name: flags.FLAGS[field.name].value
+    for field in dataclasses.fields(gpt_configs.Config)
+    if flags.FLAGS[field.name].value is not None
   }
   optimizer = given.pop('optimizer', 'sophia_h')
   given.setdefault('out_dir', f'runs/{flags.FLAGS.config}_{optimizer}')
@@ -360,8 +439,9 @@ def join_processes_from_flags():
     jax.distributed.initialize(**given)
   elif any(value is not None for value in given.values()):
     raise app.UsageError(
-        'Several processes need --coordinator_address, --num_processes and '
-        f'--process_id, each of them all three; got {given}.')
+      'Several processes need --coordinator_address, --num_processes and '
+      f'--process_id, each of them all three; got {given}.'
+    )
 
 
 def main(argv):
@@ -375,11 +455,13 @@ def main(argv):
   else:
     result = train(config)
     lines = [
-        ', '.join(f'{name} {value:.6g}' for name, value in entry.items())
-        for entry in result.history
+      ', '.join(f'{name} {value:.6g}' for name, value in entry.items())
+      for entry in result.history
     ]
-    lines.append(f'compiled in {result.compile_seconds:.1f} s; '
-                 f'checkpoint in {config.out_dir}')
+    lines.append(
+      f'compiled in {result.compile_seconds:.1f} s; '
+      f'checkpoint in {config.out_dir}'
+    )
     if not result.finished:
       lines.append('Interrupted. The same command goes on from here.')
   if jax.process_index() == 0:

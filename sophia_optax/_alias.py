@@ -16,27 +16,27 @@ from sophia_optax import _sophia
 
 
 def sophia(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    gamma: optax.ScalarOrSchedule = 0.01,
-    clip_threshold: jax.typing.ArrayLike | None = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
-    hessian_diagonal_fn: optax.GradientTransformation = (
-        _hutchinson.hutchinson_estimator_diag_hessian()
-    ),
-    mu_dtype: Any | None = None,
-    verbose: bool = False,
-    print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
-    *,
-    nu_dtype: Any | None = None,
-    bias_correction: bool = True,
-    refresh_before_update: bool = False,
-    target_win_rate: jax.typing.ArrayLike | None = None,
-    diagnostics: bool = False,
+  learning_rate: optax.ScalarOrSchedule,
+  b1: jax.typing.ArrayLike = 0.965,
+  b2: jax.typing.ArrayLike = 0.99,
+  eps: jax.typing.ArrayLike = 1e-8,
+  weight_decay: optax.ScalarOrSchedule = 1e-4,
+  weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+  gamma: optax.ScalarOrSchedule = 0.01,
+  clip_threshold: jax.typing.ArrayLike | None = 1.0,
+  update_interval: jax.typing.ArrayLike = 10,
+  hessian_diagonal_fn: optax.GradientTransformation = (
+    _hutchinson.hutchinson_estimator_diag_hessian()
+  ),
+  mu_dtype: Any | None = None,
+  verbose: bool = False,
+  print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
+  *,
+  nu_dtype: Any | None = None,
+  bias_correction: bool = True,
+  refresh_before_update: bool = False,
+  target_win_rate: jax.typing.ArrayLike | None = None,
+  diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia optimizer: clipped steps, preconditioned by the curvature.
 
@@ -117,45 +117,45 @@ def sophia(
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
   """
   return optax.chain(
-      _sophia.scale_by_sophia(
-          b1=b1,
-          b2=b2,
-          eps=eps,
-          gamma=gamma,
-          clip_threshold=clip_threshold,
-          update_interval=update_interval,
-          hessian_diagonal_fn=hessian_diagonal_fn,
-          mu_dtype=mu_dtype,
-          verbose=verbose,
-          print_win_rate_every_n_steps=print_win_rate_every_n_steps,
-          nu_dtype=nu_dtype,
-          bias_correction=bias_correction,
-          refresh_before_update=refresh_before_update,
-          target_win_rate=target_win_rate,
-          diagnostics=diagnostics,
-      ),
-      _step(learning_rate, weight_decay, weight_decay_mask),
+    _sophia.scale_by_sophia(
+      b1=b1,
+      b2=b2,
+      eps=eps,
+      gamma=gamma,
+      clip_threshold=clip_threshold,
+      update_interval=update_interval,
+      hessian_diagonal_fn=hessian_diagonal_fn,
+      mu_dtype=mu_dtype,
+      verbose=verbose,
+      print_win_rate_every_n_steps=print_win_rate_every_n_steps,
+      nu_dtype=nu_dtype,
+      bias_correction=bias_correction,
+      refresh_before_update=refresh_before_update,
+      target_win_rate=target_win_rate,
+      diagnostics=diagnostics,
+    ),
+    _step(learning_rate, weight_decay, weight_decay_mask),
   )
 
 
 def sophia_g(
-    learning_rate: optax.ScalarOrSchedule = 1e-4,
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    rho: optax.ScalarOrSchedule = 0.04,
-    weight_decay: optax.ScalarOrSchedule = 0.1,
-    *,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    update_interval: jax.typing.ArrayLike = 10,
-    maximize: bool = False,
-    hessian_diagonal_fn: optax.GradientTransformation = (
-        _gauss_newton_bartlett.gauss_newton_bartlett_estimator_diag_hessian()
-    ),
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    refresh_before_update: bool = False,
-    target_win_rate: jax.typing.ArrayLike | None = None,
-    diagnostics: bool = False,
+  learning_rate: optax.ScalarOrSchedule = 1e-4,
+  b1: jax.typing.ArrayLike = 0.965,
+  b2: jax.typing.ArrayLike = 0.99,
+  rho: optax.ScalarOrSchedule = 0.04,
+  weight_decay: optax.ScalarOrSchedule = 0.1,
+  *,
+  weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+  update_interval: jax.typing.ArrayLike = 10,
+  maximize: bool = False,
+  hessian_diagonal_fn: optax.GradientTransformation = (
+    _gauss_newton_bartlett.gauss_newton_bartlett_estimator_diag_hessian()
+  ),
+  mu_dtype: Any | None = None,
+  nu_dtype: Any | None = None,
+  refresh_before_update: bool = False,
+  target_win_rate: jax.typing.ArrayLike | None = None,
+  diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia-G optimizer, with the arguments of PyTorch's ``SophiaG``.
 
@@ -237,9 +237,9 @@ def sophia_g(
     `The authors' PyTorch code <https://github.com/Liuhong99/Sophia>`_
   """
   for name, value in [
-      ('learning_rate', learning_rate),
-      ('rho', rho),
-      ('weight_decay', weight_decay),
+    ('learning_rate', learning_rate),
+    ('rho', rho),
+    ('weight_decay', weight_decay),
   ]:
     if not callable(value):
       _checks.not_negative(name, value)
@@ -247,36 +247,36 @@ def sophia_g(
   if maximize:
     hessian_diagonal_fn = _of_negated_objective(hessian_diagonal_fn)
   return optax.chain(
-      _sophia.scale_by_sophia(
-          b1=b1,
-          b2=b2,
-          # Where ρ h is as small as this, all but tiny updates are clipped, and
-          # the largest of the two is as good as their sum.
-          eps=1e-15,
-          gamma=rho,
-          update_interval=update_interval,
-          hessian_diagonal_fn=hessian_diagonal_fn,
-          mu_dtype=mu_dtype,
-          nu_dtype=nu_dtype,
-          bias_correction=False,
-          refresh_before_update=refresh_before_update,
-          target_win_rate=target_win_rate,
-          diagnostics=diagnostics,
-      ),
-      _step(learning_rate, weight_decay, weight_decay_mask, maximize),
+    _sophia.scale_by_sophia(
+      b1=b1,
+      b2=b2,
+      # Where ρ h is as small as this, all but tiny updates are clipped, and
+      # the largest of the two is as good as their sum.
+      eps=1e-15,
+      gamma=rho,
+      update_interval=update_interval,
+      hessian_diagonal_fn=hessian_diagonal_fn,
+      mu_dtype=mu_dtype,
+      nu_dtype=nu_dtype,
+      bias_correction=False,
+      refresh_before_update=refresh_before_update,
+      target_win_rate=target_win_rate,
+      diagnostics=diagnostics,
+    ),
+    _step(learning_rate, weight_decay, weight_decay_mask, maximize),
   )
 
 
 def _step(learning_rate, weight_decay, mask, maximize=False):
   """From Sophia's update to the one that is applied; integers stay as is."""
   return optax.masked(
-      optax.chain(
-          # Sophia is odd in the gradient, so its sign can be turned here.
-          optax.scale(-1.0) if maximize else optax.identity(),
-          optax.add_decayed_weights(weight_decay, mask),
-          optax.scale_by_learning_rate(learning_rate),
-      ),
-      _coordinates.where_differentiable,
+    optax.chain(
+      # Sophia is odd in the gradient, so its sign can be turned here.
+      optax.scale(-1.0) if maximize else optax.identity(),
+      optax.add_decayed_weights(weight_decay, mask),
+      optax.scale_by_learning_rate(learning_rate),
+    ),
+    _coordinates.where_differentiable,
   )
 
 

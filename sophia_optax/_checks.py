@@ -29,9 +29,9 @@ def _number(name: str, value: Any, holds: Callable[[Any], bool], need: str):
     return
   if not _is_static(value):
     raise TypeError(
-        f'{name} must be a number {need}, got {value!r}. Pass a Python number,'
-        ' or wrap the factory in optax.inject_hyperparams to change it over'
-        ' time.'
+      f'{name} must be a number {need}, got {value!r}. Pass a Python number,'
+      ' or wrap the factory in optax.inject_hyperparams to change it over'
+      ' time.'
     )
   if not holds(value):
     raise ValueError(f'{name} must be a number {need}, got {value!r}.')
@@ -57,56 +57,53 @@ def steerable(gamma: Any, clip_threshold: Any):
   """Raises unless `target_win_rate` has something to steer."""
   if callable(gamma) or (_is_static(gamma) and gamma == 0):
     raise ValueError(
-        'gamma must be a number greater than 0, to begin with, where'
-        f' target_win_rate steers it, got {gamma!r}.'
+      'gamma must be a number greater than 0, to begin with, where'
+      f' target_win_rate steers it, got {gamma!r}.'
     )
   if clip_threshold is None:
     raise ValueError(
-        'target_win_rate needs a clip_threshold, got None: without clipping'
-        ' every coordinate wins.'
+      'target_win_rate needs a clip_threshold, got None: without clipping'
+      ' every coordinate wins.'
     )
 
 
 def whole_number(name: str, value: Any, at_least: int) -> Any:
   """Returns the number as an int, an array as it is."""
   _number(
-      name,
-      value,
-      lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
-      f'that is whole and at least {at_least}',
+    name,
+    value,
+    lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
+    f'that is whole and at least {at_least}',
   )
   return value if _is_array(value) else int(value)
 
 
 def one_of(name: str, value: Any, known: Collection[str]):
   if not isinstance(value, str) or value not in known:
-    raise ValueError(
-        f'{name} must be one of {sorted(known)}, got {value!r}.'
-    )
+    raise ValueError(f'{name} must be one of {sorted(known)}, got {value!r}.')
 
 
 _CALLS = {
-    'params': 'update(grads, state, params, ...)',
-    'obj_fn': (
-        'update(grads, state, params, obj_fn=lambda params: loss(params,'
-        ' batch))'
-    ),
-    'predict_fn': (
-        'update(grads, state, params, predict_fn=lambda params: logits(params,'
-        ' batch))'
-    ),
-    'batch': (
-        'update(grads, state, params, batch=batch, ...), and let obj_fn or'
-        ' predict_fn take (params, batch)'
-    ),
+  'params': 'update(grads, state, params, ...)',
+  'obj_fn': (
+    'update(grads, state, params, obj_fn=lambda params: loss(params, batch))'
+  ),
+  'predict_fn': (
+    'update(grads, state, params, predict_fn=lambda params: logits(params,'
+    ' batch))'
+  ),
+  'batch': (
+    'update(grads, state, params, batch=batch, ...), and let obj_fn or'
+    ' predict_fn take (params, batch)'
+  ),
 }
 
 
 def given(
-    name: str,
-    value: Any,
-    user: str,
-    instead_of: tuple[str, Any] | None = None,
+  name: str,
+  value: Any,
+  user: str,
+  instead_of: tuple[str, Any] | None = None,
 ):
   """Raises if `value` is missing; `instead_of` is what may stand there."""
   if value is not None:
@@ -115,25 +112,25 @@ def given(
   if instead_of is not None and instead_of[1] is not None:
     got = f'{instead_of[0]}, which another estimator needs'
   raise ValueError(
-      f'{user} needs {name}, got {got}. Pass it on to update: {_CALLS[name]}.'
+    f'{user} needs {name}, got {got}. Pass it on to update: {_CALLS[name]}.'
   )
 
 
 def complete(name: str, params: Any, full_params: Any):
   """Raises if `name` would be called with a tree that has holes."""
   holes = [
-      jax.tree_util.keystr(path) or 'the root'
-      for path, leaf in jax.tree_util.tree_leaves_with_path(
-          params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-      )
-      if isinstance(leaf, optax.MaskedNode)
+    jax.tree_util.keystr(path) or 'the root'
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+    if isinstance(leaf, optax.MaskedNode)
   ]
   if holes and full_params is None:
     raise ValueError(
-        f'{name} needs all parameters, but optax.masked or optax.partition hid'
-        f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
-        ' them all to update: update(grads, state, params, full_params=params,'
-        ' ...). The curvature is still that of the visible ones alone.'
+      f'{name} needs all parameters, but optax.masked or optax.partition hid'
+      f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
+      ' them all to update: update(grads, state, params, full_params=params,'
+      ' ...). The curvature is still that of the visible ones alone.'
     )
 
 
@@ -141,8 +138,8 @@ def transformation(name: str, value: Any):
   if not (hasattr(value, 'init') and hasattr(value, 'update')):
     mend = 'Call the factory: pass estimator(), not estimator.'
     raise TypeError(
-        f'{name} must be a gradient transformation, with init and update, got'
-        f' {value!r}. {mend if callable(value) else ""}'.rstrip()
+      f'{name} must be a gradient transformation, with init and update, got'
+      f' {value!r}. {mend if callable(value) else ""}'.rstrip()
     )
 
 
@@ -159,9 +156,9 @@ def callable_with(name: str, fn: Any, arguments: Sequence[str]):
     signature.bind(*arguments)
   except TypeError as error:
     raise TypeError(
-        f'{name} must be callable as {call}, got a function with the signature'
-        f' {signature}: {error}. Bind what else it needs, as in'
-        f' {name}=lambda {", ".join(arguments)}: ....'
+      f'{name} must be callable as {call}, got a function with the signature'
+      f' {signature}: {error}. Bind what else it needs, as in'
+      f' {name}=lambda {", ".join(arguments)}: ....'
     ) from None
 
 
@@ -171,8 +168,8 @@ def without_aux(name: str, value: Any, has_aux: bool) -> Any:
     return value
   if not (isinstance(value, tuple) and len(value) == 2):
     raise TypeError(
-        f'{name} must return a pair, as the estimator has has_aux=True, got'
-        f' {value!r}. Return (value, aux), or leave has_aux out.'
+      f'{name} must return a pair, as the estimator has has_aux=True, got'
+      f' {value!r}. Return (value, aux), or leave has_aux out.'
     )
   return value[0]
 
@@ -182,8 +179,8 @@ def real_scalar(name: str, value: Any):
   need = f'{name} must return the loss alone, a real floating point scalar'
   if isinstance(value, (tuple, list, dict)):
     raise TypeError(
-        f'{need}, got a {type(value).__name__} of {len(value)}. If it returns'
-        ' (loss, aux), pass has_aux=True to the estimator.'
+      f'{need}, got a {type(value).__name__} of {len(value)}. If it returns'
+      ' (loss, aux), pass has_aux=True to the estimator.'
     )
   dtype, shape = _dtype(value), np.shape(value)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -191,8 +188,8 @@ def real_scalar(name: str, value: Any):
     raise TypeError(f'{need}, got {got}. Cast it, or return its real part.')
   if shape:
     raise TypeError(
-        f'{need}, got an array of shape {shape}. Reduce it, as in'
-        ' jnp.mean(losses).'
+      f'{need}, got an array of shape {shape}. Reduce it, as in'
+      ' jnp.mean(losses).'
     )
 
 
@@ -209,8 +206,8 @@ def dense(name: str, tree: Any):
   for leaf in jax.tree.leaves(tree, is_leaf=sparse):
     if sparse(leaf):
       raise TypeError(
-          f'{name} must be dense, got a {type(leaf).__name__} of shape'
-          f' {leaf.shape}. Call its todense() first.'
+        f'{name} must be dense, got a {type(leaf).__name__} of shape'
+        f' {leaf.shape}. Call its todense() first.'
       )
 
 
@@ -220,16 +217,16 @@ def same_shapes(name: str, tree: Any, params: Any):
   need: Any = jax.tree.structure(params)
   if got != need:
     raise ValueError(
-        f'{name} must be a tree like params. Needed: {need}, got: {got}.'
-        ' Return one array for each parameter.'
+      f'{name} must be a tree like params. Needed: {need}, got: {got}.'
+      ' Return one array for each parameter.'
     )
   paths = jax.tree_util.tree_leaves_with_path(params)
   for (path, p), x in zip(paths, jax.tree.leaves(tree), strict=True):
     if np.shape(x) != np.shape(p):
       raise ValueError(
-          f'{name} must be a tree like params, but its leaf'
-          f' {jax.tree_util.keystr(path) or "at the root"} has shape'
-          f' {np.shape(x)} where params has {np.shape(p)}.'
+        f'{name} must be a tree like params, but its leaf'
+        f' {jax.tree_util.keystr(path) or "at the root"} has shape'
+        f' {np.shape(x)} where params has {np.shape(p)}.'
       )
 
 
@@ -238,9 +235,9 @@ def real_array(name: str, value: Any, event_ndim: int):
   need = f'{name} must return one floating point array, the logits or means'
   if isinstance(value, (tuple, list, dict)):
     raise TypeError(
-        f'{need}, got a {type(value).__name__} of {len(value)}. Select them, as'
-        f' in {name}=lambda params: model(params)[0]; if it returns'
-        ' (outputs, aux), pass has_aux=True to the estimator.'
+      f'{need}, got a {type(value).__name__} of {len(value)}. Select them, as'
+      f' in {name}=lambda params: model(params)[0]; if it returns'
+      ' (outputs, aux), pass has_aux=True to the estimator.'
     )
   dtype = _dtype(value)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -248,8 +245,8 @@ def real_array(name: str, value: Any, event_ndim: int):
     raise TypeError(f'{need}, got {got}. Return them before any argmax.')
   if np.ndim(value) < event_ndim:
     raise TypeError(
-        f'{need}, with at least {event_ndim} axes for this likelihood, got'
-        f' shape {np.shape(value)}. The last axis of logits is of the classes.'
+      f'{need}, with at least {event_ndim} axes for this likelihood, got'
+      f' shape {np.shape(value)}. The last axis of logits is of the classes.'
     )
 
 
@@ -261,9 +258,9 @@ def broadcasts(name: str, value: Any, shape: tuple[int, ...]):
     fits = False
   if not fits:
     raise ValueError(
-        f'{name} must broadcast to the predictions, of shape {shape}, got shape'
-        f' {np.shape(value)}. It has one entry for each prediction, and no axis'
-        ' for classes.'
+      f'{name} must broadcast to the predictions, of shape {shape}, got shape'
+      f' {np.shape(value)}. It has one entry for each prediction, and no axis'
+      ' for classes.'
     )
 
 
@@ -273,14 +270,14 @@ def leading_axis(name: str, tree: Any, num_parts: int) -> int:
   sizes = {shape[:1] for shape in shapes}
   if len(sizes) != 1 or sizes == {()}:
     raise ValueError(
-        f'{name} must hold arrays with the same leading axis, got shapes'
-        f' {sorted(shapes)}. Close over what does not belong to one example.'
+      f'{name} must hold arrays with the same leading axis, got shapes'
+      f' {sorted(shapes)}. Close over what does not belong to one example.'
     )
   ((size,),) = sizes
   if size % num_parts:
     raise ValueError(
-        f'{name} of {size} examples must split into {num_parts} equal parts,'
-        f' but {num_parts} does not divide {size}. Choose num_microbatches'
-        f' among the divisors of {size}.'
+      f'{name} of {size} examples must split into {num_parts} equal parts,'
+      f' but {num_parts} does not divide {size}. Choose num_microbatches'
+      f' among the divisors of {size}.'
     )
   return size

@@ -36,22 +36,22 @@ def check_axes(axis_name: AxisName):
       index = jax.lax.axis_index(name)
     except NameError:
       raise ValueError(
-          f'axis_name must be that of a mapped axis, got {name!r}; the axes of'
-          f' the mesh here are {mesh.axis_names}. Call update under jax.pmap or'
-          ' jax.shard_map with an axis of that name, or leave axis_name out:'
-          ' jit with sharded arrays needs none.'
+        f'axis_name must be that of a mapped axis, got {name!r}; the axes of'
+        f' the mesh here are {mesh.axis_names}. Call update under jax.pmap or'
+        ' jax.shard_map with an axis of that name, or leave axis_name out:'
+        ' jit with sharded arrays needs none.'
       ) from None
     others = [
-        n
-        for n in mesh.manual_axes
-        if n not in names(axis_name) and mesh.shape[n] > 1
+      n
+      for n in mesh.manual_axes
+      if n not in names(axis_name) and mesh.shape[n] > 1
     ]
     if name in mesh.manual_axes and name not in varying(index) and others:
       raise ValueError(
-          'axis_name must have every axis over which the parameters are'
-          f' replicated, got {axis_name!r} beside the axes {others}. If the'
-          ' parameters are divided over those, leave check_vma=True in'
-          ' jax.shard_map, which shows it; otherwise add them to axis_name.'
+        'axis_name must have every axis over which the parameters are'
+        f' replicated, got {axis_name!r} beside the axes {others}. If the'
+        ' parameters are divided over those, leave check_vma=True in'
+        ' jax.shard_map, which shows it; otherwise add them to axis_name.'
       )
 
 
@@ -78,7 +78,7 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
 
   def vary_leaf(x):
     missing = tuple(
-        n for n in names(axis_name) if n in manual and n not in varying(x)
+      n for n in names(axis_name) if n in manual and n not in varying(x)
     )
     return jax.lax.pcast(x, missing, to='varying') if missing else x
 
@@ -90,14 +90,14 @@ def vary_alike(tree: Any, fn: Callable[..., Any], *args: Any) -> Any:
   if not jax.sharding.get_abstract_mesh().manual_axes:
     return tree
   return jax.tree.map(
-      lambda x, like: vary(x, other_axes(like, ())),
-      tree,
-      jax.eval_shape(fn, *args),
+    lambda x, like: vary(x, other_axes(like, ())),
+    tree,
+    jax.eval_shape(fn, *args),
   )
 
 
 def with_auto_axes(
-    fn: Callable[..., jax.Array], like: jax.Array
+  fn: Callable[..., jax.Array], like: jax.Array
 ) -> Callable[..., jax.Array]:
   """Lets the compiler divide fn, in a mesh of AxisType.Explicit too.
 
@@ -119,7 +119,7 @@ def total(x: Any, axis_names: Iterable[str]) -> Any:
 
 
 def sum_over_shards(
-    fn: Callable[[jax.Array], jax.Array], tree: Any, like: jax.Array
+  fn: Callable[[jax.Array], jax.Array], tree: Any, like: jax.Array
 ) -> tuple[jax.Array, float]:
   """Sums a number over the leaves of a tree and all parts that they have.
 
@@ -148,9 +148,9 @@ def check_averaged(estimate: Any, nu: Any):
   for e, h in zip(*map(jax.tree.leaves, (estimate, nu)), strict=True):
     if axes := other_axes(e, tuple(varying(h))):
       raise ValueError(
-          'The Hessian diagonal estimate must be the same on all replicas, got'
-          f' one that differs along {list(axes)}. Pass axis_name to the'
-          ' estimator, or chain average_over_replicas behind your own.'
+        'The Hessian diagonal estimate must be the same on all replicas, got'
+        f' one that differs along {list(axes)}. Pass axis_name to the'
+        ' estimator, or chain average_over_replicas behind your own.'
       )
 
 
@@ -167,17 +167,17 @@ def check_local(loss: jax.Array, theta: Any, axis_name: AxisName):
   averaged = own.intersection(names(axis_name)) - varying(loss)
   if averaged:
     raise ValueError(
-        'obj_fn must return the loss of the local shard, got one that is'
-        f' the same on all of {sorted(averaged)}. Leave out its pmean or'
-        ' psum: the estimate is averaged over these axes afterwards.'
+      'obj_fn must return the loss of the local shard, got one that is'
+      f' the same on all of {sorted(averaged)}. Leave out its pmean or'
+      ' psum: the estimate is averaged over these axes afterwards.'
     )
   summed = varying(loss) - own
   if leaves and summed:
     raise ValueError(
-        f'obj_fn must return a loss that is the same on all of {sorted(summed)}'
-        ', over which parameters are replicated: their derivatives are sums'
-        ' over these axes. Pass the axes of the data as axis_name to the'
-        ' estimator, and average the loss over any other one.'
+      f'obj_fn must return a loss that is the same on all of {sorted(summed)}'
+      ', over which parameters are replicated: their derivatives are sums'
+      ' over these axes. Pass the axes of the data as axis_name to the'
+      ' estimator, and average the loss over any other one.'
     )
 
 
@@ -204,7 +204,7 @@ class AveragedEstimator(optax.GradientTransformationExtraArgs):
 
 
 def averaged(
-    local: optax.GradientTransformationExtraArgs, axis_name: AxisName
+  local: optax.GradientTransformationExtraArgs, axis_name: AxisName
 ) -> optax.GradientTransformationExtraArgs:
   """Averages what an estimator of one replica returns.
 
@@ -229,7 +229,7 @@ def averaged(
 
 
 def unaveraged(
-    estimator: optax.GradientTransformation,
+  estimator: optax.GradientTransformation,
 ) -> tuple[optax.GradientTransformationExtraArgs, AxisName]:
   """Returns the estimator of one replica, and the axes to average over."""
   if isinstance(estimator, AveragedEstimator):
@@ -238,7 +238,7 @@ def unaveraged(
 
 
 def average_over_replicas(
-    axis_name: str | tuple[str, ...],
+  axis_name: str | tuple[str, ...],
 ) -> optax.GradientTransformation:
   r"""Averages an estimate over replicas, each with its own shard of the data.
 
@@ -287,14 +287,14 @@ def average_over_replicas(
         inexact = jnp.issubdtype(leaf, jnp.inexact)
         if tracked and inexact and name not in varying(leaf):
           raise ValueError(
-              'The estimate must be that of the local shard, got one that is'
-              f' the same on all of {name!r}. Differentiate with respect to'
-              f' jax.lax.pcast(params, {name!r}, to="varying"), and leave out'
-              ' any pmean or psum: derivatives with respect to replicated'
-              ' parameters are sums already.'
+            'The estimate must be that of the local shard, got one that is'
+            f' the same on all of {name!r}. Differentiate with respect to'
+            f' jax.lax.pcast(params, {name!r}, to="varying"), and leave out'
+            ' any pmean or psum: derivatives with respect to replicated'
+            ' parameters are sums already.'
           )
     return mean(updates, axis_name), state
 
   return optax.GradientTransformation(
-      lambda params: optax.EmptyState(), update_fn
+    lambda params: optax.EmptyState(), update_fn
   )

@@ -68,14 +68,14 @@ def fill(tree: optax.Params, full: optax.Params | None) -> optax.Params:
     return tree
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
   return jax.tree.map(
-      lambda x, f: f if is_hole(x) else x, tree, full, is_leaf=is_hole
+    lambda x, f: f if is_hole(x) else x, tree, full, is_leaf=is_hole
   )
 
 
 def widen(coordinates: Any) -> Any:
   """Casts to float32 what is narrower, so that averages do not stall."""
   return jax.tree.map(
-      lambda x: x.astype(wider(x.dtype, jnp.float32)), coordinates
+    lambda x: x.astype(wider(x.dtype, jnp.float32)), coordinates
   )
 
 

@@ -29,14 +29,14 @@ class ModuleDiagnosis(NamedTuple):
 
 
 def diagnose(
-    state: optax.OptState,
-    *,
-    b1: jax.typing.ArrayLike = 0.965,
-    eps: jax.typing.ArrayLike = 1e-8,
-    gamma: optax.ScalarOrSchedule = 0.01,
-    clip_threshold: jax.typing.ArrayLike | None = 1.0,
-    bias_correction: bool = True,
-    depth: int = 1,
+  state: optax.OptState,
+  *,
+  b1: jax.typing.ArrayLike = 0.965,
+  eps: jax.typing.ArrayLike = 1e-8,
+  gamma: optax.ScalarOrSchedule = 0.01,
+  clip_threshold: jax.typing.ArrayLike | None = 1.0,
+  bias_correction: bool = True,
+  depth: int = 1,
 ) -> dict[str, ModuleDiagnosis]:
   r"""Looks into the state of Sophia, one module at a time.
 
@@ -91,9 +91,9 @@ def diagnose(
   found = [s for s in jax.tree.leaves(state, is_leaf=is_sophia) if is_sophia(s)]
   if len(found) != 1:
     raise ValueError(
-        'state must hold one SophiaState, got one that holds'
-        f' {len(found)}. Pass the state of an optimizer with Sophia in it, or'
-        ' the part of it that you mean.'
+      'state must hold one SophiaState, got one that holds'
+      f' {len(found)}. Pass the state of an optimizer with Sophia in it, or'
+      ' the part of it that you mean.'
     )
   (sophia,) = found
   depth = _checks.whole_number('depth', depth, at_least=1)
@@ -119,19 +119,19 @@ def diagnose(
       return jnp.isfinite(m) & jnp.isfinite(h)
 
     squares, _ = _collectives.sum_over_shards(
-        lambda h: jnp.sum(jnp.square(h), dtype=jnp.float32), nu, sophia.count
+      lambda h: jnp.sum(jnp.square(h), dtype=jnp.float32), nu, sophia.count
     )
     decay = b1 if bias_correction else None
     return ModuleDiagnosis(
-        win_rate=fraction(
-            lambda ratio: _sophia.wins(ratio, clip_threshold),
-            _sophia.precondition(mu, nu, scale, eps, decay, sophia.count),
-        ),
-        negative_fraction=fraction(_sophia.is_negative, nu),
-        nonfinite_fraction=fraction(
-            lambda finite: ~finite, jax.tree.map(is_finite, mu, nu)
-        ),
-        curvature_norm=jnp.sqrt(squares),
+      win_rate=fraction(
+        lambda ratio: _sophia.wins(ratio, clip_threshold),
+        _sophia.precondition(mu, nu, scale, eps, decay, sophia.count),
+      ),
+      negative_fraction=fraction(_sophia.is_negative, nu),
+      nonfinite_fraction=fraction(
+        lambda finite: ~finite, jax.tree.map(is_finite, mu, nu)
+      ),
+      curvature_norm=jnp.sqrt(squares),
     )
 
   return {name: look_into(leaves) for name, leaves in modules.items()}

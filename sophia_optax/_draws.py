@@ -21,9 +21,9 @@ def make_key(random_seed: Any | None) -> jax.Array:
   if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
     if not jnp.issubdtype(dtype, jnp.integer):
       raise TypeError(
-          'random_seed must be an integer or a PRNG key, got'
-          f' {random_seed!r}. Pass for example random_seed=0 or'
-          ' random_seed=jax.random.key(0).'
+        'random_seed must be an integer or a PRNG key, got'
+        f' {random_seed!r}. Pass for example random_seed=0 or'
+        ' random_seed=jax.random.key(0).'
       )
     if np.ndim(random_seed) == 0:
       return jax.random.PRNGKey(random_seed)
@@ -31,10 +31,10 @@ def make_key(random_seed: Any | None) -> jax.Array:
 
 
 def average_over_draws(
-    draw: Callable[[jax.Array], Any],
-    like: Any,
-    key: jax.Array,
-    num_samples: int,
+  draw: Callable[[jax.Array], Any],
+  like: Any,
+  key: jax.Array,
+  num_samples: int,
 ) -> Any:
   """Averages `draw(key)` over `num_samples` keys, holding one draw at a time.
 

@@ -26,11 +26,11 @@ _REACH = (0.1, 0.9)
 
 
 def steer(
-    gamma: jax.Array,
-    target: jax.Array,
-    positive: jax.Array,
-    positive_won: jax.Array,
-    won: jax.Array,
+  gamma: jax.Array,
+  target: jax.Array,
+  positive: jax.Array,
+  positive_won: jax.Array,
+  won: jax.Array,
 ) -> jax.Array:
   """Returns the next γ.
 

@@ -1,13 +1,13 @@
 """The Gauss-Newton-Bartlett estimator of the curvature's diagonal.
 
-  z     outputs of the model, one prediction each: logits (B, T, V), means (N,)
-  B     number of predictions that count
-  J     Jacobian of one prediction with respect to the parameters θ
-  s     score of one prediction: gradient of -log p(y | z) at a label y that is
-        drawn from the model; E[s] = 0, E[s sᵀ] = S
-  ĝ     gradient of the mean of -log p(y | z), that is Σ Jᵀ s / B
-  ĥ     B ĝ ⊙ ĝ, so that E[ĥ] = diag(Σ Jᵀ S J) / B: scores of different
-        predictions are independent, and their products vanish on average
+z     outputs of the model, one prediction each: logits (B, T, V), means (N,)
+B     number of predictions that count
+J     Jacobian of one prediction with respect to the parameters θ
+s     score of one prediction: gradient of -log p(y | z) at a label y that is
+      drawn from the model; E[s] = 0, E[s sᵀ] = S
+ĝ     gradient of the mean of -log p(y | z), that is Σ Jᵀ s / B
+ĥ     B ĝ ⊙ ĝ, so that E[ĥ] = diag(Σ Jᵀ S J) / B: scores of different
+      predictions are independent, and their products vanish on average
 """
 
 from collections.abc import Callable
@@ -36,16 +36,14 @@ class GaussNewtonBartlettState(NamedTuple):
 
 
 def gauss_newton_bartlett_estimator_diag_hessian(
-    random_seed: Any | None = None,
-    *,
-    likelihood: (
-        str
-        | likelihoods.Likelihood
-        | Callable[[jax.Array, jax.Array], jax.Array]
-    ) = 'categorical',
-    num_samples: int = 1,
-    has_aux: bool = False,
-    axis_name: str | tuple[str, ...] | None = None,
+  random_seed: Any | None = None,
+  *,
+  likelihood: (
+    str | likelihoods.Likelihood | Callable[[jax.Array, jax.Array], jax.Array]
+  ) = 'categorical',
+  num_samples: int = 1,
+  has_aux: bool = False,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the Gauss-Newton diagonal with labels from the model itself.
 
@@ -138,17 +136,17 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     return GaussNewtonBartlettState(key=_draws.make_key(random_seed))
 
   def update_fn(
-      updates,
-      state,
-      params=None,
-      *,
-      predict_fn=None,
-      batch=None,
-      label_mask=None,
-      full_params=None,
-      loss_scale=None,
-      obj_fn=None,
-      **extra_args,
+    updates,
+    state,
+    params=None,
+    *,
+    predict_fn=None,
+    batch=None,
+    label_mask=None,
+    full_params=None,
+    loss_scale=None,
+    obj_fn=None,
+    **extra_args,
   ):
     del updates, extra_args
     user = 'the Gauss-Newton-Bartlett estimator'
@@ -156,7 +154,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     _checks.given('predict_fn', predict_fn, user, ('obj_fn', obj_fn))
     args = () if batch is None else (batch,)
     _checks.callable_with(
-        'predict_fn', predict_fn, ('params', 'batch')[: 1 + len(args)]
+      'predict_fn', predict_fn, ('params', 'batch')[: 1 + len(args)]
     )
     _checks.complete('predict_fn', params, full_params)
     _collectives.check_axes(axis_name)
@@ -194,16 +192,16 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
     key, subkey = jax.random.split(state.key)
     subkey = _collectives.fold_in_index(
-        subkey, (*_collectives.names(axis_name), *axes)
+      subkey, (*_collectives.names(axis_name), *axes)
     )
     mean = _draws.average_over_draws(
-        draw, _coordinates.widen(theta), subkey, num_samples
+      draw, _coordinates.widen(theta), subkey, num_samples
     )
     estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
     return estimate, GaussNewtonBartlettState(key=key)
 
   return _collectives.averaged(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
+    optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
   )
 
 

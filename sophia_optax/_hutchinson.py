@@ -1,8 +1,8 @@
 """Hutchinson's estimator of the Hessian diagonal.
 
-  v     probe: independent entries with mean 0 and variance 1, shaped like θ
-  H v   Hessian-vector product, the tangent of the gradient in direction v
-  ĥ     v ⊙ H v, so that E[ĥ] = diag(H): E[v_i v_j] is 1 if i = j, else 0
+v     probe: independent entries with mean 0 and variance 1, shaped like θ
+H v   Hessian-vector product, the tangent of the gradient in direction v
+ĥ     v ⊙ H v, so that E[ĥ] = diag(H): E[v_i v_j] is 1 if i = j, else 0
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from sophia_optax import _coordinates
 from sophia_optax import _draws
 
 _PROBES = {
-    'rademacher': jax.random.rademacher,
-    'normal': jax.random.normal,
+  'rademacher': jax.random.rademacher,
+  'normal': jax.random.normal,
 }
 
 
@@ -33,12 +33,12 @@ class HutchinsonState(NamedTuple):
 
 
 def hutchinson_estimator_diag_hessian(
-    random_seed: Any | None = None,
-    *,
-    num_samples: int = 1,
-    distribution: str = 'rademacher',
-    has_aux: bool = False,
-    axis_name: str | tuple[str, ...] | None = None,
+  random_seed: Any | None = None,
+  *,
+  num_samples: int = 1,
+  distribution: str = 'rademacher',
+  has_aux: bool = False,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates the diagonal of the Hessian with random probes.
 
@@ -118,21 +118,23 @@ def hutchinson_estimator_diag_hessian(
     return HutchinsonState(key=_draws.make_key(random_seed))
 
   def update_fn(
-      updates,
-      state,
-      params=None,
-      *,
-      obj_fn=None,
-      batch=None,
-      full_params=None,
-      loss_scale=None,
-      **extra_args,
+    updates,
+    state,
+    params=None,
+    *,
+    obj_fn=None,
+    batch=None,
+    full_params=None,
+    loss_scale=None,
+    **extra_args,
   ):
     del updates, extra_args
     _checks.given('params', params, 'the Hutchinson estimator')
     _checks.given('obj_fn', obj_fn, 'the Hutchinson estimator')
     args = () if batch is None else (batch,)
-    _checks.callable_with('obj_fn', obj_fn, ('params', 'batch')[:1 + len(args)])
+    _checks.callable_with(
+      'obj_fn', obj_fn, ('params', 'batch')[: 1 + len(args)]
+    )
     _checks.complete('obj_fn', params, full_params)
     _collectives.check_axes(axis_name)
 
@@ -149,7 +151,7 @@ def hutchinson_estimator_diag_hessian(
     def draw_leaf(key, x):
       # Parts of one array, divided over an axis, need probes of their own.
       key = _collectives.fold_in_index(
-          key, _collectives.other_axes(x, axis_name)
+        key, _collectives.other_axes(x, axis_name)
       )
       # Drawn in at least float32 and rounded, as a coarse normal is no normal.
       return sampler(key, x.shape, x.dtype, out_sharding=jax.typeof(x).sharding)
@@ -158,9 +160,7 @@ def hutchinson_estimator_diag_hessian(
       keys = optax.tree.split_key_like(key, like)
       probe = optax.tree.cast_like(jax.tree.map(draw_leaf, keys, like), theta)
       _, hvp = jax.jvp(jax.grad(objective), (theta,), (probe,))
-      return optax.tree.mul(
-          _coordinates.widen(probe), _coordinates.widen(hvp)
-      )
+      return optax.tree.mul(_coordinates.widen(probe), _coordinates.widen(hvp))
 
     key, subkey = jax.random.split(state.key)
     subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
@@ -170,5 +170,5 @@ def hutchinson_estimator_diag_hessian(
     return estimate, HutchinsonState(key=key)
 
   return _collectives.averaged(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
+    optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
   )

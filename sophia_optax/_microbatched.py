@@ -12,7 +12,7 @@ from sophia_optax import _coordinates
 
 
 def microbatched(
-    estimator: optax.GradientTransformation, num_microbatches: int
+  estimator: optax.GradientTransformation, num_microbatches: int
 ) -> optax.GradientTransformationExtraArgs:
   r"""Averages an estimator over parts of the batch, each with its own draw.
 
@@ -59,7 +59,7 @@ def microbatched(
   """
   _checks.transformation('estimator', estimator)
   num_microbatches = _checks.whole_number(
-      'num_microbatches', num_microbatches, at_least=1
+    'num_microbatches', num_microbatches, at_least=1
   )
   # Replicas average once, after the parts.
   inner, axis_name = _collectives.unaveraged(estimator)
@@ -68,13 +68,13 @@ def microbatched(
     return jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
 
   def update_fn(
-      updates,
-      state,
-      params=None,
-      *,
-      batch: Any = None,
-      label_mask: jax.Array | None = None,
-      **extra_args,
+    updates,
+    state,
+    params=None,
+    *,
+    batch: Any = None,
+    label_mask: jax.Array | None = None,
+    **extra_args,
   ):
     _checks.given('params', params, 'microbatched')
     _checks.given('batch', batch, 'microbatched')
@@ -87,10 +87,10 @@ def microbatched(
       mask = split(jnp.broadcast_to(jnp.asarray(label_mask, bool), shape))
       parts['label_mask'] = mask
       counts = jnp.sum(
-          mask.reshape(num_microbatches, -1), axis=1, dtype=jnp.float32
+        mask.reshape(num_microbatches, -1), axis=1, dtype=jnp.float32
       )
       counts = _collectives.total(
-          counts, _collectives.other_axes(counts, axis_name)
+        counts, _collectives.other_axes(counts, axis_name)
       )
       weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
 
@@ -98,22 +98,22 @@ def microbatched(
       total, state = carry
       part, weight = part_and_weight
       estimate, state = inner.update(
-          updates, state, params, **part, **extra_args
+        updates, state, params, **part, **extra_args
       )
       total = jax.tree.map(
-          lambda t, e: t + weight.astype(t.dtype) * e.astype(t.dtype),
-          total,
-          estimate,
+        lambda t, e: t + weight.astype(t.dtype) * e.astype(t.dtype),
+        total,
+        estimate,
       )
       return (total, state), None
 
     xs = (parts, weights)
     carry = (_coordinates.zeros_like(params), state)
     carry, _ = _collectives.vary_alike(
-        (carry, None), add_part, carry, jax.tree.map(lambda x: x[0], xs)
+      (carry, None), add_part, carry, jax.tree.map(lambda x: x[0], xs)
     )
     return jax.lax.scan(add_part, carry, xs)[0]
 
   return _collectives.averaged(
-      optax.GradientTransformationExtraArgs(inner.init, update_fn), axis_name
+    optax.GradientTransformationExtraArgs(inner.init, update_fn), axis_name
   )

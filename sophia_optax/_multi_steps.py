@@ -37,10 +37,10 @@ class MultiSteps(optax.MultiSteps):
   """
 
   def __init__(
-      self,
-      opt: optax.GradientTransformation,
-      every_k_schedule: int | Callable[[Any], Any],
-      **kwargs: Any,
+    self,
+    opt: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[Any], Any],
+    **kwargs: Any,
   ):
     """Takes the arguments of :class:`optax.MultiSteps`.
 
@@ -53,21 +53,21 @@ class MultiSteps(optax.MultiSteps):
     self._num_micro_steps = every_k_schedule
 
   def update(
-      self,
-      updates: optax.Updates,
-      state: Any,
-      params: optax.Params | None = None,
-      **extra_args: Any,
+    self,
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    **extra_args: Any,
   ) -> tuple[optax.Updates, Any]:
     """Takes a micro-step; extra arguments go to the optimizer."""
     every_k = self._num_micro_steps
     n = every_k(state.gradient_step) if callable(every_k) else every_k
     return super().update(
-        updates,
-        state,
-        params,
-        may_refresh=state.mini_step == n - 1,
-        **extra_args,
+      updates,
+      state,
+      params,
+      may_refresh=state.mini_step == n - 1,
+      **extra_args,
     )
 
   def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:

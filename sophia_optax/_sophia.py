@@ -58,24 +58,24 @@ class SophiaState(NamedTuple):
 
 
 def scale_by_sophia(
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    eps: jax.typing.ArrayLike = 1e-8,
-    gamma: optax.ScalarOrSchedule = 0.01,
-    clip_threshold: jax.typing.ArrayLike | None = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
-    hessian_diagonal_fn: optax.GradientTransformation = (
-        _hutchinson.hutchinson_estimator_diag_hessian()
-    ),
-    mu_dtype: Any | None = None,
-    verbose: bool = False,
-    print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
-    *,
-    nu_dtype: Any | None = None,
-    bias_correction: bool = True,
-    refresh_before_update: bool = False,
-    target_win_rate: jax.typing.ArrayLike | None = None,
-    diagnostics: bool = False,
+  b1: jax.typing.ArrayLike = 0.965,
+  b2: jax.typing.ArrayLike = 0.99,
+  eps: jax.typing.ArrayLike = 1e-8,
+  gamma: optax.ScalarOrSchedule = 0.01,
+  clip_threshold: jax.typing.ArrayLike | None = 1.0,
+  update_interval: jax.typing.ArrayLike = 10,
+  hessian_diagonal_fn: optax.GradientTransformation = (
+    _hutchinson.hutchinson_estimator_diag_hessian()
+  ),
+  mu_dtype: Any | None = None,
+  verbose: bool = False,
+  print_win_rate_every_n_steps: jax.typing.ArrayLike = 0,
+  *,
+  nu_dtype: Any | None = None,
+  bias_correction: bool = True,
+  refresh_before_update: bool = False,
+  target_win_rate: jax.typing.ArrayLike | None = None,
+  diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales gradients to Sophia's updates, without learning rate and decay.
 
@@ -171,10 +171,10 @@ def scale_by_sophia(
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
   update_interval = _checks.whole_number(
-      'update_interval', update_interval, at_least=1
+    'update_interval', update_interval, at_least=1
   )
   _checks.whole_number(
-      'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
+    'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
   )
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
   if target_win_rate is not None:
@@ -206,7 +206,7 @@ def scale_by_sophia(
       return jnp.stack([_count(x % 2 == 1), _count(x == 3), _count(x > 1)])
 
     counts, size = _collectives.sum_over_shards(
-        count_outcomes, jax.tree.map(outcome, ratios, nu), like
+      count_outcomes, jax.tree.map(outcome, ratios, nu), like
     )
     fractions = jnp.broadcast_to(counts / max(size, 1), 3)  # 0 of no leaves.
     target = jnp.asarray(target_win_rate, jnp.float32)
@@ -217,29 +217,27 @@ def scale_by_sophia(
     if mu_dtype is not None:
       mu = _coordinates.zeros_like(params, mu_dtype)
     return SophiaState(
-        count=jnp.zeros([], jnp.int32),
-        mu=mu,
-        nu=_coordinates.zeros_like(params, nu_dtype),
-        hessian_fn_state=estimator.init(params),
-        win_rate=jnp.zeros([], jnp.float32),
-        nonfinite_count=jnp.zeros([], jnp.int32),
-        refresh_count=jnp.zeros([], jnp.int32),
-        gamma=None
-        if target_win_rate is None
-        else jnp.asarray(gamma, jnp.float32),
-        negative_fraction=(
-            jnp.zeros([], jnp.float32) if diagnostics else None
-        ),
+      count=jnp.zeros([], jnp.int32),
+      mu=mu,
+      nu=_coordinates.zeros_like(params, nu_dtype),
+      hessian_fn_state=estimator.init(params),
+      win_rate=jnp.zeros([], jnp.float32),
+      nonfinite_count=jnp.zeros([], jnp.int32),
+      refresh_count=jnp.zeros([], jnp.int32),
+      gamma=None
+      if target_win_rate is None
+      else jnp.asarray(gamma, jnp.float32),
+      negative_fraction=(jnp.zeros([], jnp.float32) if diagnostics else None),
     )
 
   def update_fn(
-      updates,
-      state,
-      params=None,
-      *,
-      loss_scale=None,
-      may_refresh=True,
-      **extra_args,
+    updates,
+    state,
+    params=None,
+    *,
+    loss_scale=None,
+    may_refresh=True,
+    **extra_args,
   ):
     _checks.given('params', params, 'scale_by_sophia')
     count = jnp.asarray(optax.safe_increment(state.count))
@@ -247,11 +245,11 @@ def scale_by_sophia(
     _checks.same_shapes('The gradient', updates, params)
     grads = jax.tree.map(_gradient_of, params, updates)
     mu = jax.tree.map(
-        lambda g, m: _ema(b1, g, m),
-        _coordinates.unscale(
-            _coordinates.widen(_coordinates.split(params, grads)), loss_scale
-        ),
-        _coordinates.split(params, state.mu),
+      lambda g, m: _ema(b1, g, m),
+      _coordinates.unscale(
+        _coordinates.widen(_coordinates.split(params, grads)), loss_scale
+      ),
+      _coordinates.split(params, state.mu),
     )
 
     # Schedules count the steps before this one, as optax's do.
@@ -262,17 +260,17 @@ def scale_by_sophia(
 
     def refresh(old):
       estimate, hessian_fn_state = estimator.update(
-          grads,
-          old.hessian_fn_state,
-          params=params,
-          **({} if loss_scale is None else {'loss_scale': loss_scale}),
-          **extra_args,
+        grads,
+        old.hessian_fn_state,
+        params=params,
+        **({} if loss_scale is None else {'loss_scale': loss_scale}),
+        **extra_args,
       )
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       _collectives.check_averaged(estimate, old.nu)
       old_nu = _coordinates.split(params, old.nu)
       nu, num_nonfinite = _average_finite(
-          b2, _coordinates.split(params, estimate), old_nu, old.win_rate
+        b2, _coordinates.split(params, estimate), old_nu, old.win_rate
       )
       steered = old.gamma
       if target_win_rate is not None:
@@ -283,37 +281,37 @@ def scale_by_sophia(
       if diagnostics:
         negative_fraction = fraction(is_negative, nu, old.win_rate)
       return old._replace(
-          nu=_coordinates.join(old.nu, nu),
-          hessian_fn_state=hessian_fn_state,
-          win_rate=measure_win_rate(ratios, old.win_rate),
-          nonfinite_count=jnp.where(
-              num_nonfinite == 0,
-              old.nonfinite_count,
-              optax.safe_increment(old.nonfinite_count),
-          ),
-          refresh_count=optax.safe_increment(old.refresh_count),
-          gamma=steered,
-          negative_fraction=negative_fraction,
+        nu=_coordinates.join(old.nu, nu),
+        hessian_fn_state=hessian_fn_state,
+        win_rate=measure_win_rate(ratios, old.win_rate),
+        nonfinite_count=jnp.where(
+          num_nonfinite == 0,
+          old.nonfinite_count,
+          optax.safe_increment(old.nonfinite_count),
+        ),
+        refresh_count=optax.safe_increment(old.refresh_count),
+        gamma=steered,
+        negative_fraction=negative_fraction,
       )
 
     new = jax.lax.cond(
-        (state.count % update_interval == 0) & may_refresh,
-        refresh,
-        lambda old: old,
-        state._replace(count=None, mu=None),  # What a refresh has no part in.
+      (state.count % update_interval == 0) & may_refresh,
+      refresh,
+      lambda old: old,
+      state._replace(count=None, mu=None),  # What a refresh has no part in.
     )
 
     used = new if refresh_before_update else state
     ratios = ratios_of(
-        mu, _coordinates.split(params, used.nu), scale(used.gamma), count
+      mu, _coordinates.split(params, used.nu), scale(used.gamma), count
     )
     if verbose:
       _print_every(
-          print_win_rate_every_n_steps, count, measure_win_rate, ratios
+        print_win_rate_every_n_steps, count, measure_win_rate, ratios
       )
     updates = _coordinates.join(grads, jax.tree.map(clip, ratios))
     return updates, new._replace(
-        count=count, mu=_coordinates.join(state.mu, mu)
+      count=count, mu=_coordinates.join(state.mu, mu)
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -358,7 +356,7 @@ def is_negative(h):
 def fraction(condition, tree, like):
   """Of the coordinates, over all shards, that meet a condition."""
   met, size = _collectives.sum_over_shards(
-      lambda x: _count(condition(x)), tree, like
+    lambda x: _count(condition(x)), tree, like
   )
   return met / max(size, 1.0)
 
@@ -370,9 +368,7 @@ def _count(condition):
   others: float32 alone stops at 2^24, int32 at 2^31.
   """
   shape = condition.shape
-  axis = next(
-      i for i in range(len(shape) + 1) if math.prod(shape[i:]) < 2**32
-  )
+  axis = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) < 2**32)
   rows = jnp.sum(condition, tuple(range(axis, len(shape))), jnp.uint32)
   return jnp.sum(rows, dtype=jnp.float32)
 
@@ -423,10 +419,10 @@ def _print_every(n, count, measure_win_rate, ratios):
   if not isinstance(n, jax.Array) and n == 0:
     return
   jax.lax.cond(
-      (n > 0) & (count % jnp.maximum(n, 1) == 0),
-      lambda r: jax.debug.print(
-          'Sophia optimizer win rate: {}', measure_win_rate(r, count)
-      ),
-      lambda r: None,
-      ratios,
+    (n > 0) & (count % jnp.maximum(n, 1) == 0),
+    lambda r: jax.debug.print(
+      'Sophia optimizer win rate: {}', measure_win_rate(r, count)
+    ),
+    lambda r: None,
+    ratios,
   )

@@ -9,7 +9,7 @@ from sophia_optax import _coordinates
 
 
 def squared_gradient_estimator_diag_hessian(
-    batch_size: jax.typing.ArrayLike,
+  batch_size: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Estimates curvature by the training gradient, squared.
 
@@ -59,13 +59,13 @@ def squared_gradient_estimator_diag_hessian(
     del extra_args
     _checks.given('params', params, 'the squared gradient estimator')
     grads = _coordinates.unscale(
-        _coordinates.widen(_coordinates.split(params, updates)), loss_scale
+      _coordinates.widen(_coordinates.split(params, updates)), loss_scale
     )
     squares = jax.tree.map(
-        lambda g: jnp.asarray(batch_size, g.dtype) * jnp.square(g), grads
+      lambda g: jnp.asarray(batch_size, g.dtype) * jnp.square(g), grads
     )
     return _coordinates.join(_coordinates.zeros_like(params), squares), state
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: optax.EmptyState(), update_fn
+    lambda params: optax.EmptyState(), update_fn
   )

@@ -10,8 +10,8 @@ try:
   from flax.training import train_state
 except ImportError as error:
   raise ImportError(
-      'SophiaTrainState needs Flax, which could not be imported. Install it:'
-      " pip install 'sophia-optax[flax]'."
+    'SophiaTrainState needs Flax, which could not be imported. Install it:'
+    " pip install 'sophia-optax[flax]'."
   ) from error
 
 
@@ -73,11 +73,11 @@ class SophiaTrainState(train_state.TrainState):
     fields = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     update = optax.with_extra_args_support(self.tx).update
     bound = self.replace(
-        tx=optax.GradientTransformationExtraArgs(
-            self.tx.init, functools.partial(update, **kwargs)
-        )
+      tx=optax.GradientTransformationExtraArgs(
+        self.tx.init, functools.partial(update, **kwargs)
+      )
     )
     # Flax's own method does the rest, and puts the optimizer back.
     return super(SophiaTrainState, bound).apply_gradients(
-        grads=grads, **({'tx': self.tx} | fields)
+      grads=grads, **({'tx': self.tx} | fields)
     )

@@ -62,15 +62,15 @@ def _sample_class(key, logits):
   window = (1,) * (logits.ndim - 1) + (size,)
   padding = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % size)]
   blocks = jax.lax.reduce_window(
-      probabilities, 0.0, jax.lax.add, window, window, padding
+    probabilities, 0.0, jax.lax.add, window, window, padding
   )
   start = size * _sample_index(block_key, blocks)
   block = jnp.take_along_axis(
-      probabilities,
-      start[..., None] + jnp.arange(size),
-      axis=-1,
-      mode='fill',
-      fill_value=0,
+    probabilities,
+    start[..., None] + jnp.arange(size),
+    axis=-1,
+    mode='fill',
+    fill_value=0,
   )
   return start + _sample_index(class_key, block)
 
@@ -121,7 +121,7 @@ def gaussian(scale: float = 1.0) -> Likelihood:
 
 
 BY_NAME = {
-    'categorical': categorical,
-    'bernoulli': bernoulli,
-    'gaussian': gaussian(),
+  'categorical': categorical,
+  'bernoulli': bernoulli,
+  'gaussian': gaussian(),
 }

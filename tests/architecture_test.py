@@ -25,7 +25,8 @@ def real_imports():
       if isinstance(node, ast.ImportFrom) and node.module == 'sophia_optax':
         names |= {alias.name for alias in node.names}
       elif isinstance(node, ast.ImportFrom) and node.module.startswith(
-          'sophia_optax.'):
+        'sophia_optax.'
+      ):
         names.add(node.module.split('.')[1])
   return imports
 

@@ -10,8 +10,8 @@ import sophia_optax
 INPUTS = jax.random.normal(jax.random.PRNGKey(0), (8, 3))
 PARAMS = {'w': jnp.array([0.3, -0.2, 0.5])}
 FACTORIES = {
-    'obj_fn': sophia_optax.hutchinson_estimator_diag_hessian,
-    'predict_fn': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+  'obj_fn': sophia_optax.hutchinson_estimator_diag_hessian,
+  'predict_fn': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
 }
 
 
@@ -28,9 +28,7 @@ FUNCTIONS = {'obj_fn': loss, 'predict_fn': logits}
 
 def estimate(name, fn, **options):
   estimator = FACTORIES[name](**options)
-  return estimator.update(
-      None, estimator.init(PARAMS), PARAMS, **{name: fn}
-  )[0]
+  return estimator.update(None, estimator.init(PARAMS), PARAMS, **{name: fn})[0]
 
 
 @pytest.mark.parametrize('name', FACTORIES)
@@ -55,17 +53,17 @@ def test_aux_has_to_be_said_and_to_be_there(name):
 
 def test_maximize_turns_the_loss_and_not_aux():
   tx = sophia_optax.sophia_g(
-      maximize=True,
-      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-          has_aux=True
-      ),
+    maximize=True,
+    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+      has_aux=True
+    ),
   )
   grads = jax.grad(loss)(PARAMS)
   state = tx.init(PARAMS)
   _, (state, _) = tx.update(
-      grads, state, PARAMS, obj_fn=lambda params: (loss(params), 'batch_stats')
+    grads, state, PARAMS, obj_fn=lambda params: (loss(params), 'batch_stats')
   )
   expected = estimate('obj_fn', lambda params: -loss(params))
   chex.assert_trees_all_close(
-      state.nu, jax.tree.map(lambda h: 0.01 * h, expected), rtol=1e-5
+    state.nu, jax.tree.map(lambda h: 0.01 * h, expected), rtol=1e-5
   )

@@ -14,8 +14,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 BUILD = (ROOT / 'BUILD').read_text()
 # Folders of sources, and the entries of sys.path that they are imported from.
 FOLDERS = {
-    'benchmarks': 'benchmarks', 'examples': 'examples', 'sophia_optax': '.',
-    'tests': 'tests',
+  'benchmarks': 'benchmarks',
+  'examples': 'examples',
+  'sophia_optax': '.',
+  'tests': 'tests',
 }
 # What sophia_optax imports when it is asked for a name.
 LAZY = {'sophia_optax.SophiaTrainState': 'sophia_optax._train_state'}
@@ -68,8 +70,11 @@ def evaluate(build: str) -> dict[str, Target]:
   for name in ('exports_files', 'licenses', 'package'):
     module.add_callable(name, lambda *args, **kwargs: None)
   starlark.eval(
-      module, starlark.parse('BUILD', build), starlark.Globals.standard(),
-      starlark.FileLoader(load))
+    module,
+    starlark.parse('BUILD', build),
+    starlark.Globals.standard(),
+    starlark.FileLoader(load),
+  )
   return targets
 
 
@@ -91,14 +96,16 @@ def imported(source: str) -> set[str]:
 
 def is_program(source: str) -> bool:
   return any(
-      isinstance(node, ast.If) and '__name__' in ast.unparse(node.test)
-      for node in ast.parse(source).body)
+    isinstance(node, ast.If) and '__name__' in ast.unparse(node.test)
+    for node in ast.parse(source).body
+  )
 
 
 def read_sources() -> dict[str, str]:
   return {
-      path.relative_to(ROOT).as_posix(): path.read_text()
-      for folder in FOLDERS for path in ROOT.glob(f'{folder}/**/*.py')
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in FOLDERS
+    for path in ROOT.glob(f'{folder}/**/*.py')
   }
 
 
@@ -174,9 +181,12 @@ def missing_entries(target, targets, sources) -> Iterator[str]:
 def mistakes(build: str) -> list[str]:
   """What the text of a BUILD file lacks, and what it has in vain."""
   targets, sources = evaluate(build), read_sources()
-  return sorted(itertools.chain(
+  return sorted(
+    itertools.chain(
       missing_targets(targets, sources),
-      *(missing_entries(t, targets, sources) for t in targets.values())))
+      *(missing_entries(t, targets, sources) for t in targets.values()),
+    )
+  )
 
 
 def test_nothing_is_missing():
@@ -220,12 +230,18 @@ def test_mistakes_are_found(old, new, expected):
   assert expected in mistakes(BUILD.replace(old, new))
 
 
-@pytest.mark.parametrize(('build', 'match'), [
+@pytest.mark.parametrize(
+  ('build', 'match'),
+  [
     ('py_test(name = "a_test")', 'py_test. not found'),
     ('load("@rules_python//python:defs.bzl", "py_tests")', 'no symbol'),
-    ('load("@rules_python//python:defs.bzl", "py_test")\n'
-     'py_test(name = "a_test", dep = [])', "unexpected keyword .*'dep'"),
-])
+    (
+      'load("@rules_python//python:defs.bzl", "py_test")\n'
+      'py_test(name = "a_test", dep = [])',
+      "unexpected keyword .*'dep'",
+    ),
+  ],
+)
 def test_what_bazel_would_not_evaluate(build, match):
   with pytest.raises(starlark.StarlarkError, match=match):
     evaluate(build)
@@ -239,12 +255,15 @@ if True:
 def later():
   import gpt, sophia_optax.likelihoods
 """) == {
-      'digits', 'gpt', 'sophia_optax', 'sophia_optax._gamma',
-      'sophia_optax.likelihoods',
+    'digits',
+    'gpt',
+    'sophia_optax',
+    'sophia_optax._gamma',
+    'sophia_optax.likelihoods',
   }
   for source in (
-      'sophia_optax.SophiaTrainState.create()',
-      'from sophia_optax import SophiaTrainState',
-      'import sophia_optax._train_state',
+    'sophia_optax.SophiaTrainState.create()',
+    'from sophia_optax import SophiaTrainState',
+    'import sophia_optax._train_state',
   ):
     assert 'sophia_optax._train_state' in imported(source)

@@ -25,12 +25,12 @@ def loss_fn(params):
 
 def make_tx(key_type):
   return sophia_optax.sophia(
-      optax.linear_schedule(0.1, 0.0, 100),
-      update_interval=2,
-      target_win_rate=0.3,
-      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-          KEYS[key_type](3)
-      ),
+    optax.linear_schedule(0.1, 0.0, 100),
+    update_interval=2,
+    target_win_rate=0.3,
+    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+      KEYS[key_type](3)
+    ),
   )
 
 
@@ -40,7 +40,7 @@ def train(tx, params, state, num_steps):
     @jax.jit
     def step(params, state):
       updates, state = tx.update(
-          jax.grad(loss_fn)(params), state, params, obj_fn=loss_fn
+        jax.grad(loss_fn)(params), state, params, obj_fn=loss_fn
       )
       return optax.apply_updates(params, updates), state
 
@@ -60,8 +60,8 @@ def assert_same_bits(x, y):
 
 def through_orbax(tmp_path, tree):
   like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      tree,
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    tree,
   )
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'checkpoint', tree)
@@ -76,13 +76,13 @@ def through_bytes(tmp_path, tree):
 
 
 @pytest.mark.parametrize(
-    ('trip', 'key_type'),
-    [
-        (through_orbax, 'raw'),
-        (through_orbax, 'typed'),
-        (through_bytes, 'raw'),
-    ],
-    ids=['orbax-raw', 'orbax-typed', 'flax-raw'],
+  ('trip', 'key_type'),
+  [
+    (through_orbax, 'raw'),
+    (through_orbax, 'typed'),
+    (through_bytes, 'raw'),
+  ],
+  ids=['orbax-raw', 'orbax-typed', 'flax-raw'],
 )
 def test_round_trip_goes_on_with_the_same_bits(tmp_path, trip, key_type):
   tx = make_tx(key_type)
@@ -95,11 +95,11 @@ def test_round_trip_goes_on_with_the_same_bits(tmp_path, trip, key_type):
 @pytest.mark.parametrize('key_type', KEYS)
 def test_sharded_state(tmp_path, key_type):
   mesh = jax.make_mesh(
-      (8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
+    (8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   shardings = {
-      'w': jax.sharding.NamedSharding(mesh, P('fsdp')),
-      'b': jax.sharding.NamedSharding(mesh, P()),
+    'w': jax.sharding.NamedSharding(mesh, P('fsdp')),
+    'b': jax.sharding.NamedSharding(mesh, P()),
   }
   tx = make_tx(key_type)
   with jax.set_mesh(mesh):
@@ -123,15 +123,15 @@ def test_checkpoint_of_optax_contrib(tmp_path):
   # As docs/migrating.md has it.
   scale = old[0]
   state = optax.tree.set(
-      new_tx.init(params),
-      count=scale.count,
-      mu=scale.mu,
-      nu=scale.nu,
-      key=scale.hessian_fn_state.key,
+    new_tx.init(params),
+    count=scale.count,
+    mu=scale.mu,
+    nu=scale.nu,
+    key=scale.hessian_fn_state.key,
   )
   expected, _ = train(old_tx, params, old, 5)
   got, _ = train(new_tx, params, state, 5)
   chex.assert_trees_all_close(got, expected, rtol=1e-6)
   assert not np.allclose(
-      train(new_tx, params, new_tx.init(params), 5)[0]['w'], expected['w']
+    train(new_tx, params, new_tx.init(params), 5)[0]['w'], expected['w']
   )

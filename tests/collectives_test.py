@@ -28,7 +28,7 @@ def loss_fn(params, inputs):
 
 def mesh():
   return jax.make_mesh(
-      (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
   )
 
 
@@ -41,18 +41,18 @@ def pmapped(fn):
 def shard_mapped(fn, check_vma):
   # The output is declared replicated: with check_vma it is proven to be.
   mapped = jax.jit(
-      jax.shard_map(
-          lambda replicated, shard: fn(replicated, shard[0]),
-          mesh=mesh(),
-          in_specs=(P(), P('data')),
-          out_specs=P(),
-          check_vma=check_vma,
-      )
+    jax.shard_map(
+      lambda replicated, shard: fn(replicated, shard[0]),
+      mesh=mesh(),
+      in_specs=(P(), P('data')),
+      out_specs=P(),
+      check_vma=check_vma,
+    )
   )
 
   def run(replicated):
     every_device = lambda x: jnp.stack(
-        [jnp.asarray(np.array(s.data)) for s in x.addressable_shards]
+      [jnp.asarray(np.array(s.data)) for s in x.addressable_shards]
     )
     return jax.tree.map(every_device, mapped(replicated, INPUTS))
 
@@ -60,23 +60,23 @@ def shard_mapped(fn, check_vma):
 
 
 MAPS = {
-    'pmap': pmapped,
-    'shard_map': functools.partial(shard_mapped, check_vma=True),
-    'shard_map_unchecked': functools.partial(shard_mapped, check_vma=False),
+  'pmap': pmapped,
+  'shard_map': functools.partial(shard_mapped, check_vma=True),
+  'shard_map_unchecked': functools.partial(shard_mapped, check_vma=False),
 }
 ESTIMATORS = {
-    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
-    'gauss_newton': functools.partial(
-        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
-        likelihood='gaussian',
-    ),
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
+  'gauss_newton': functools.partial(
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+    likelihood='gaussian',
+  ),
 }
 
 
 def extra_args(shard):
   return {
-      'obj_fn': lambda p: loss_fn(p, shard),
-      'predict_fn': lambda p: predict(p, shard),
+    'obj_fn': lambda p: loss_fn(p, shard),
+    'predict_fn': lambda p: predict(p, shard),
   }
 
 
@@ -115,15 +115,15 @@ def test_is_the_mean_of_the_replicas_estimates(name, map_name, num_samples):
   expected = jax.tree.map(lambda *x: sum(x) / len(draws), *draws)
   for device in range(8):
     chex.assert_trees_all_equal(
-        jax.tree.map(lambda x, d=device: x[d], every_estimate),
-        jax.tree.map(lambda x: x[0], every_estimate),
+      jax.tree.map(lambda x, d=device: x[d], every_estimate),
+      jax.tree.map(lambda x: x[0], every_estimate),
     )
     np.testing.assert_array_equal(every_state.key[device], key)
   chex.assert_trees_all_close(
-      jax.tree.map(lambda x: x[0], every_estimate),
-      expected,
-      rtol=1e-5,
-      atol=1e-6,
+    jax.tree.map(lambda x: x[0], every_estimate),
+    expected,
+    rtol=1e-5,
+    atol=1e-6,
   )
 
 
@@ -133,14 +133,14 @@ def test_several_axes(name, check_vma):
   estimator = ESTIMATORS[name](axis_name=('data', 'model'))
   state = estimator.init(PARAMS)
   got = map_grid(
-      lambda state, shard: estimator.update(
-          None, state, PARAMS, **extra_args(shard[0])
-      )[0],
-      state,
-      INPUTS,
-      specs=(P(), P(('data', 'model'))),
-      out_specs=P(),
-      check_vma=check_vma,
+    lambda state, shard: estimator.update(
+      None, state, PARAMS, **extra_args(shard[0])
+    )[0],
+    state,
+    INPUTS,
+    specs=(P(), P(('data', 'model'))),
+    out_specs=P(),
+    check_vma=check_vma,
   )
   _, subkey = jax.random.split(state.key)
   draws = []
@@ -160,10 +160,10 @@ def test_mean_is_the_dense_diagonal(map_name):
     scale = jnp.mean(shard)
     estimator = sophia_optax.hutchinson_estimator_diag_hessian(axis_name='data')
     return estimator.update(
-        None,
-        estimator.init(params),
-        params,
-        obj_fn=lambda p: scale * (jnp.sum(p['w'] ** 3) + p['b'] ** 2),
+      None,
+      estimator.init(params),
+      params,
+      obj_fn=lambda p: scale * (jnp.sum(p['w'] ** 3) + p['b'] ** 2),
     )[0]
 
   estimates = MAPS[map_name](update)(PARAMS)
@@ -171,7 +171,7 @@ def test_mean_is_the_dense_diagonal(map_name):
   expected = {'w': 6 * PARAMS['w'] * scale, 'b': 2 * scale}
   for device in range(8):
     chex.assert_trees_all_close(
-        jax.tree.map(lambda x, d=device: x[d], estimates), expected, rtol=1e-4
+      jax.tree.map(lambda x, d=device: x[d], estimates), expected, rtol=1e-4
     )
 
 
@@ -182,19 +182,19 @@ def by_hand(name):
     del grads
     key, subkey = jax.random.split(key)
     draws = [
-        one_draw(name, jax.random.fold_in(subkey, d), params, INPUTS[d])
-        for d in range(8)
+      one_draw(name, jax.random.fold_in(subkey, d), params, INPUTS[d])
+      for d in range(8)
     ]
     return jax.tree.map(lambda *x: sum(x) / 8, *draws), key
 
   return optax.GradientTransformation(
-      lambda params: jax.random.PRNGKey(3), update
+    lambda params: jax.random.PRNGKey(3), update
   )
 
 
 def train(estimator, params, grad_fn, **extra):
   tx = sophia_optax.sophia(
-      0.01, update_interval=2, gamma=0.5, hessian_diagonal_fn=estimator
+    0.01, update_interval=2, gamma=0.5, hessian_diagonal_fn=estimator
   )
 
   def step(carry, _):
@@ -206,11 +206,11 @@ def train(estimator, params, grad_fn, **extra):
   carry = (params, tx.init(params))
   (params, state), win_rates = jax.lax.scan(step, carry, length=200)
   return {
-      'params': params,
-      'mu': state[0].mu,
-      'nu': state[0].nu,
-      'key': jax.tree.leaves(state[0].hessian_fn_state),
-      'win_rates': win_rates,
+    'params': params,
+    'mu': state[0].mu,
+    'nu': state[0].nu,
+    'key': jax.tree.leaves(state[0].hessian_fn_state),
+    'win_rates': win_rates,
   }
 
 
@@ -233,7 +233,7 @@ def test_replicas_stay_equal(name, map_name):
   grad_fn = jax.grad(lambda p: loss_fn(p, INPUTS.reshape(-1, 3)))
   expected = jax.jit(lambda p: train(by_hand(name), p, grad_fn))(PARAMS)
   chex.assert_trees_all_close(
-      jax.tree.map(lambda x: x[0], got), expected, rtol=1e-4, atol=1e-5
+    jax.tree.map(lambda x: x[0], got), expected, rtol=1e-4, atol=1e-5
   )
   # Neither sign updates nor Newton steps all the time.
   assert 0.1 < jnp.mean(expected['win_rates']) < 0.9
@@ -243,7 +243,7 @@ def test_replicas_stay_equal(name, map_name):
 def test_axis_that_is_not_there(name):
   estimator = ESTIMATORS[name](axis_name='batch')
   update = lambda params, shard: estimator.update(
-      None, estimator.init(params), params, **extra_args(shard)
+    None, estimator.init(params), params, **extra_args(shard)
   )[0]
   with pytest.raises(ValueError, match=r"got 'batch'; .* here are \(\)"):
     update(PARAMS, INPUTS[0])
@@ -254,10 +254,10 @@ def test_axis_that_is_not_there(name):
 def test_loss_that_was_averaged_already():
   estimator = ESTIMATORS['hutchinson'](axis_name='data')
   update = lambda params, shard: estimator.update(
-      None,
-      estimator.init(params),
-      params,
-      obj_fn=lambda p: jax.lax.pmean(loss_fn(p, shard), 'data'),
+    None,
+    estimator.init(params),
+    params,
+    obj_fn=lambda p: jax.lax.pmean(loss_fn(p, shard), 'data'),
   )[0]
   with pytest.raises(ValueError, match=r"the same on all of \['data'\]"):
     MAPS['shard_map'](update)(PARAMS)
@@ -266,7 +266,7 @@ def test_loss_that_was_averaged_already():
 def test_axis_name_that_was_forgotten():
   estimator = ESTIMATORS['hutchinson']()
   update = lambda params, shard: estimator.update(
-      None, estimator.init(params), params, **extra_args(shard)
+    None, estimator.init(params), params, **extra_args(shard)
   )[0]
   with pytest.raises(ValueError, match=r"\['data'\], .* Pass .* axis_name"):
     MAPS['shard_map'](update)(PARAMS)
@@ -275,15 +275,15 @@ def test_axis_name_that_was_forgotten():
 def test_predictions_of_all_replicas_are_one_estimate_without_axis_name():
   # With check_vma derivatives are sums over the replicas: B is of all of them.
   estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-      likelihood=lambda key, means: jnp.ones_like(means)
+    likelihood=lambda key, means: jnp.ones_like(means)
   )
   update = lambda params, shard: estimator.update(
-      None, estimator.init(params), params, **extra_args(shard)
+    None, estimator.init(params), params, **extra_args(shard)
   )[0]
   alone = update(PARAMS, INPUTS.reshape(-1, 3))
   got = MAPS['shard_map'](update)(PARAMS)
   chex.assert_trees_all_close(
-      jax.tree.map(lambda x: x[0], got), alone, rtol=1e-5
+    jax.tree.map(lambda x: x[0], got), alone, rtol=1e-5
   )
 
 
@@ -296,9 +296,9 @@ def collectives(text):
   for computation in re.split(r'\n(?=%|ENTRY)', text):
     name = computation.split(' ', 1)[0]
     ops = re.findall(
-        r'= .* (all-reduce|all-gather|reduce-scatter|all-to-all'
-        r'|collective-permute)(?:-start)?\(',
-        computation,
+      r'= .* (all-reduce|all-gather|reduce-scatter|all-to-all'
+      r'|collective-permute)(?:-start)?\(',
+      computation,
     )
     if ops:
       found[name] = ops
@@ -307,7 +307,7 @@ def collectives(text):
 
 def compiled(update, *args, in_specs):
   mapped = jax.jit(
-      jax.shard_map(update, mesh=mesh(), in_specs=in_specs, out_specs=P())
+    jax.shard_map(update, mesh=mesh(), in_specs=in_specs, out_specs=P())
   )
   return mapped.lower(*args).compile().as_text()
 
@@ -315,19 +315,19 @@ def compiled(update, *args, in_specs):
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_one_all_reduce_in_a_refresh_and_none_in_other_steps(name):
   estimator = sophia_optax.microbatched(
-      ESTIMATORS[name](axis_name='data', num_samples=3), 2
+    ESTIMATORS[name](axis_name='data', num_samples=3), 2
   )
   tx = sophia_optax.sophia(0.01, hessian_diagonal_fn=estimator)
   state = tx.init(PARAMS)
 
   def update(params, state, shard):  # Gradients are given: they need their own.
     return tx.update(
-        params,
-        state,
-        params,
-        obj_fn=loss_fn,
-        predict_fn=predict,
-        batch=shard[0],
+      params,
+      state,
+      params,
+      obj_fn=loss_fn,
+      predict_fn=predict,
+      batch=shard[0],
     )
 
   text = compiled(update, PARAMS, state, INPUTS, in_specs=(P(), P(), P('data')))
@@ -343,16 +343,16 @@ def test_one_all_reduce_in_a_refresh_and_none_in_other_steps(name):
 def test_microbatches_of_replicas(name, map_name):
   num_microbatches = 2
   estimator = sophia_optax.microbatched(
-      ESTIMATORS[name](jax.random.PRNGKey(3), axis_name='data'),
-      num_microbatches,
+    ESTIMATORS[name](jax.random.PRNGKey(3), axis_name='data'),
+    num_microbatches,
   )
   update = lambda params, shard: estimator.update(
-      None,
-      estimator.init(params),
-      params,
-      obj_fn=loss_fn,
-      predict_fn=predict,
-      batch=shard,
+    None,
+    estimator.init(params),
+    params,
+    obj_fn=loss_fn,
+    predict_fn=predict,
+    batch=shard,
   )
   got, state = MAPS[map_name](update)(PARAMS)
 
@@ -360,21 +360,21 @@ def test_microbatches_of_replicas(name, map_name):
   for part in range(num_microbatches):
     key, subkey = jax.random.split(key)
     draws += [
-        one_draw(
-            name,
-            jax.random.fold_in(subkey, d),
-            PARAMS,
-            INPUTS[d, part::num_microbatches],
-        )
-        for d in range(8)
+      one_draw(
+        name,
+        jax.random.fold_in(subkey, d),
+        PARAMS,
+        INPUTS[d, part::num_microbatches],
+      )
+      for d in range(8)
     ]
   expected = jax.tree.map(lambda *x: sum(x) / len(draws), *draws)
   for device in range(8):
     chex.assert_trees_all_close(
-        jax.tree.map(lambda x, d=device: x[d], got),
-        expected,
-        rtol=1e-5,
-        atol=1e-6,
+      jax.tree.map(lambda x, d=device: x[d], got),
+      expected,
+      rtol=1e-5,
+      atol=1e-6,
     )
     np.testing.assert_array_equal(state.key[device], key)
 
@@ -404,7 +404,7 @@ def own(params):
 def test_average_over_replicas(map_name):
   def update(params, shard):
     estimator = optax.chain(
-        own_estimator(own, shard), sophia_optax.average_over_replicas('data')
+      own_estimator(own, shard), sophia_optax.average_over_replicas('data')
     )
     return estimator.update(params, estimator.init(params), params)[0]
 
@@ -413,15 +413,15 @@ def test_average_over_replicas(map_name):
   expected = {'w': 6 * PARAMS['w'] * scale, 'b': 2 * scale}
   for device in range(8):
     chex.assert_trees_all_close(
-        jax.tree.map(lambda x, d=device: x[d], got), expected, rtol=1e-4
+      jax.tree.map(lambda x, d=device: x[d], got), expected, rtol=1e-4
     )
 
 
 def test_average_over_replicas_of_a_sum_over_replicas():
   def update(params, shard):
     estimator = optax.chain(
-        own_estimator(lambda p: p, shard),
-        sophia_optax.average_over_replicas('data'),
+      own_estimator(lambda p: p, shard),
+      sophia_optax.average_over_replicas('data'),
     )
     return estimator.update(params, estimator.init(params), params)[0]
 
@@ -438,7 +438,7 @@ def test_average_over_an_axis_that_is_not_there():
 def test_estimate_that_was_not_averaged():
   def update(params, shard):
     tx = sophia_optax.sophia(
-        0.01, hessian_diagonal_fn=own_estimator(own, shard)
+      0.01, hessian_diagonal_fn=own_estimator(own, shard)
     )
     return tx.update(params, tx.init(params), params)[0]
 
@@ -450,9 +450,9 @@ def test_estimate_that_was_not_averaged():
 
 
 TP_PARAMS = {
-    'w1': jax.random.normal(jax.random.PRNGKey(1), (3, 4)),
-    'w2': jax.random.normal(jax.random.PRNGKey(2), (4,)),
-    'b': jnp.array(0.2),
+  'w1': jax.random.normal(jax.random.PRNGKey(1), (3, 4)),
+  'w2': jax.random.normal(jax.random.PRNGKey(2), (4,)),
+  'b': jnp.array(0.2),
 }
 TP_SPECS = {'w1': P(None, 'model'), 'w2': P('model'), 'b': P()}
 
@@ -468,21 +468,21 @@ def tp_predict(params, inputs):  # Each device has some of the hidden units.
 
 def grid():
   return jax.make_mesh(
-      (2, 4),
-      ('data', 'model'),
-      axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    (2, 4),
+    ('data', 'model'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
   )
 
 
 def map_grid(fn, *args, specs, out_specs, check_vma=True):
   return jax.jit(
-      jax.shard_map(
-          fn,
-          mesh=grid(),
-          in_specs=specs,
-          out_specs=out_specs,
-          check_vma=check_vma,
-      )
+    jax.shard_map(
+      fn,
+      mesh=grid(),
+      in_specs=specs,
+      out_specs=out_specs,
+      check_vma=check_vma,
+    )
   )(*args)
 
 
@@ -493,19 +493,19 @@ def test_divided_parameters_have_an_unbiased_estimate(name):
 
   def update(params, inputs):
     return estimator.update(
-        None,
-        estimator.init(params),
-        params,
-        obj_fn=lambda p: jnp.mean(tp_predict(p, inputs) ** 2) / 2,
-        predict_fn=lambda p: tp_predict(p, inputs),
+      None,
+      estimator.init(params),
+      params,
+      obj_fn=lambda p: jnp.mean(tp_predict(p, inputs) ** 2) / 2,
+      predict_fn=lambda p: tp_predict(p, inputs),
     )[0]
 
   got = map_grid(
-      update,
-      TP_PARAMS,
-      inputs,
-      specs=(TP_SPECS, P('data')),
-      out_specs=TP_SPECS,
+    update,
+    TP_PARAMS,
+    inputs,
+    specs=(TP_SPECS, P('data')),
+    out_specs=TP_SPECS,
   )
   flat, unravel = jax.flatten_util.ravel_pytree(TP_PARAMS)
   if name == 'hutchinson':
@@ -515,7 +515,7 @@ def test_divided_parameters_have_an_unbiased_estimate(name):
     jacobian = jax.jacobian(lambda x: dense_predict(unravel(x), inputs))(flat)
     exact = jnp.mean(jacobian**2, axis=0)
   chex.assert_trees_all_close(
-      jax.flatten_util.ravel_pytree(got)[0], exact, rtol=0.1, atol=0.02
+    jax.flatten_util.ravel_pytree(got)[0], exact, rtol=0.1, atol=0.02
   )
 
 
@@ -526,10 +526,10 @@ def test_parts_of_one_array_have_probes_of_their_own():
 
   def update(x):
     return estimator.update(
-        None,
-        estimator.init(x),
-        x,
-        obj_fn=lambda x: jax.lax.psum(jnp.sum(x), 'model') ** 2 / 2,
+      None,
+      estimator.init(x),
+      x,
+      obj_fn=lambda x: jax.lax.psum(jnp.sum(x), 'model') ** 2 / 2,
     )[0]
 
   got = map_grid(update, jnp.ones(8), specs=P('model'), out_specs=P('model'))
@@ -546,8 +546,8 @@ def test_batch_divided_over_the_axis_of_the_parameters():
   specs = {'w': P('model'), 'b': P()}
   inputs = jax.random.normal(jax.random.PRNGKey(5), (32, 4))
   estimators = [
-      ESTIMATORS['hutchinson'](num_samples=4000, axis_name='data'),
-      ESTIMATORS['gauss_newton'](num_samples=4000, axis_name='data'),
+    ESTIMATORS['hutchinson'](num_samples=4000, axis_name='data'),
+    ESTIMATORS['gauss_newton'](num_samples=4000, axis_name='data'),
   ]
 
   def update(params, inputs):
@@ -556,30 +556,30 @@ def test_batch_divided_over_the_axis_of_the_parameters():
       return jax.lax.pmean(local, 'model')
 
     extra = {
-        'obj_fn': loss,
-        'predict_fn': lambda p: predict(gather(p), inputs),
+      'obj_fn': loss,
+      'predict_fn': lambda p: predict(gather(p), inputs),
     }
     return [
-        e.update(None, e.init(params), params, **extra)[0] for e in estimators
+      e.update(None, e.init(params), params, **extra)[0] for e in estimators
     ]
 
   hutchinson, gauss_newton = map_grid(
-      update,
-      params,
-      inputs,
-      specs=(specs, P(('data', 'model'))),
-      out_specs=[specs, specs],
+    update,
+    params,
+    inputs,
+    specs=(specs, P(('data', 'model'))),
+    out_specs=[specs, specs],
   )
   flat, unravel = jax.flatten_util.ravel_pytree(params)
   model = lambda x: predict(unravel(x), inputs)
   hessian = jax.hessian(lambda x: jnp.mean(model(x) ** 2) / 2)(flat)
   exact = {
-      'hutchinson': jnp.diag(hessian),
-      'gauss_newton': jnp.mean(jax.jacobian(model)(flat) ** 2, axis=0),
+    'hutchinson': jnp.diag(hessian),
+    'gauss_newton': jnp.mean(jax.jacobian(model)(flat) ** 2, axis=0),
   }
   got = {
-      'hutchinson': jax.flatten_util.ravel_pytree(hutchinson)[0],
-      'gauss_newton': jax.flatten_util.ravel_pytree(gauss_newton)[0],
+    'hutchinson': jax.flatten_util.ravel_pytree(hutchinson)[0],
+    'gauss_newton': jax.flatten_util.ravel_pytree(gauss_newton)[0],
   }
   chex.assert_trees_all_close(got, exact, rtol=0.1, atol=0.02)
 
@@ -590,21 +590,21 @@ def test_divided_parameters_need_check_vma(name):
 
   def update(params, inputs):
     return estimator.update(
-        None,
-        estimator.init(params),
-        params,
-        obj_fn=lambda p: jnp.mean(tp_predict(p, inputs) ** 2),
-        predict_fn=lambda p: tp_predict(p, inputs),
+      None,
+      estimator.init(params),
+      params,
+      obj_fn=lambda p: jnp.mean(tp_predict(p, inputs) ** 2),
+      predict_fn=lambda p: tp_predict(p, inputs),
     )[0]
 
   with pytest.raises(ValueError, match=r"\['model'\].* check_vma=True"):
     map_grid(
-        update,
-        TP_PARAMS,
-        INPUTS.reshape(-1, 3),
-        specs=(TP_SPECS, P('data')),
-        out_specs=TP_SPECS,
-        check_vma=False,
+      update,
+      TP_PARAMS,
+      INPUTS.reshape(-1, 3),
+      specs=(TP_SPECS, P('data')),
+      out_specs=TP_SPECS,
+      check_vma=False,
     )
 
 
@@ -614,9 +614,11 @@ def test_training_divided_parameters_equals_one_device(poisoned):
   # the curvature, on one device, counts everywhere.
   curvature = jnp.arange(1.0, 9.0).at[6].set(jnp.nan if poisoned else 7.0)
   tx = sophia_optax.sophia(
-      0.01, update_interval=1, gamma=0.1, b1=0.5, hessian_diagonal_fn=(
-          ESTIMATORS['hutchinson'](axis_name='data')
-      )
+    0.01,
+    update_interval=1,
+    gamma=0.1,
+    b1=0.5,
+    hessian_diagonal_fn=(ESTIMATORS['hutchinson'](axis_name='data')),
   )
   alone = sophia_optax.sophia(0.01, update_interval=1, gamma=0.1, b1=0.5)
   start = jnp.linspace(-0.3, 0.5, 8)
@@ -632,19 +634,19 @@ def test_training_divided_parameters_equals_one_device(poisoned):
     return x, state.nu, state.win_rate, state.nonfinite_count
 
   got = map_grid(
-      lambda x, c: train(
-          tx,
-          x,
-          c,
-          lambda c: lambda x: jax.lax.psum(jnp.sum(c * x**2), 'model'),
-      ),
-      start,
-      curvature,
-      specs=(P('model'), P('model')),
-      out_specs=(P('model'), P('model'), P(), P()),
+    lambda x, c: train(
+      tx,
+      x,
+      c,
+      lambda c: lambda x: jax.lax.psum(jnp.sum(c * x**2), 'model'),
+    ),
+    start,
+    curvature,
+    specs=(P('model'), P('model')),
+    out_specs=(P('model'), P('model'), P(), P()),
   )
   expected = train(
-      alone, start, curvature, lambda c: lambda x: jnp.sum(c * x**2)
+    alone, start, curvature, lambda c: lambda x: jnp.sum(c * x**2)
   )
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
   assert got[3] == (10 if poisoned else 0)

@@ -53,7 +53,7 @@ def estimate_once(make_estimator, problem, key, refreshes=1):
   state = estimator.init(problem.params)
   for _ in range(refreshes):
     estimate, state = estimator.update(
-        problem.grads, state, problem.params, **problem.extra_args
+      problem.grads, state, problem.params, **problem.extra_args
     )
   return estimate, state
 
@@ -75,8 +75,8 @@ def check_unbiased(make_estimator, problem, num_keys=1024):
     tolerance = 5 * estimates.std(axis=0) / num_keys**0.5
   wrong = np.abs(mean - _flat(problem.curvature)) > tolerance
   assert not wrong.any(), (
-      f'Biased: the mean of {len(outcomes)} outcomes is {mean}, the curvature'
-      f' {_flat(problem.curvature)}.'
+    f'Biased: the mean of {len(outcomes)} outcomes is {mean}, the curvature'
+    f' {_flat(problem.curvature)}.'
   )
 
 
@@ -84,29 +84,29 @@ def check_draws(make_estimator, problem):
   """Draws change from refresh to refresh, and repeat from the same key."""
   key = jax.random.PRNGKey(7)
   draw = jax.jit(
-      lambda n: _flat(estimate_once(make_estimator, problem, key, n)[0]),
-      static_argnums=0,
+    lambda n: _flat(estimate_once(make_estimator, problem, key, n)[0]),
+    static_argnums=0,
   )
   first = draw(1)
   np.testing.assert_array_equal(first, draw(1), 'Does not repeat.')
   if problem.random:
     others = [draw(n) for n in range(2, 8)]
     assert any((first != other).any() for other in others), (
-        'Constant: seven refreshes gave the same estimate.'
+      'Constant: seven refreshes gave the same estimate.'
     )
 
 
 def check_tree(make_estimator, problem):
   """The estimate is like the parameters, the state keeps its type."""
   estimator = optax.with_extra_args_support(
-      make_estimator(jax.random.PRNGKey(0))
+    make_estimator(jax.random.PRNGKey(0))
   )
   state = estimator.init(problem.params)
   estimate, new_state = jax.eval_shape(
-      lambda s: estimator.update(
-          problem.grads, s, problem.params, **problem.extra_args
-      ),
-      state,
+    lambda s: estimator.update(
+      problem.grads, s, problem.params, **problem.extra_args
+    ),
+    state,
   )
   shapes = lambda tree: jax.tree.map(jnp.shape, tree)
   assert shapes(estimate) == shapes(problem.params), 'Not like the parameters.'
@@ -134,7 +134,7 @@ def check_cadence(make_estimator, problem, k, scaling=None):
   if grads is None:
     grads = jax.tree.map(jnp.ones_like, problem.params)
   step = jax.jit(
-      lambda s: tx.update(grads, s, problem.params, **problem.extra_args)
+    lambda s: tx.update(grads, s, problem.params, **problem.extra_args)
   )
   seen, due = [], [t for t in range(steps) if t % k == 0]
   for t in range(steps):
@@ -143,7 +143,7 @@ def check_cadence(make_estimator, problem, k, scaling=None):
     jax.effects_barrier()
     seen += [t] * (len(ran) - before)
   assert seen == due, (
-      f'Cadence: for k = {k} the estimator ran on steps {seen}, not on {due}.'
+    f'Cadence: for k = {k} the estimator ran on steps {seen}, not on {due}.'
   )
 
 
@@ -173,17 +173,17 @@ def check_formula(scaling, k):
   grads = rng.normal(size=(25, 6)).astype(np.float32)
   script = jnp.asarray(rng.normal(size=(25, 6)) + 0.3, jnp.float32)
   scripted = optax.GradientTransformation(
-      lambda params: jnp.zeros([], jnp.int32),
-      lambda g, count, params=None: (script[count], count + 1),
+    lambda params: jnp.zeros([], jnp.int32),
+    lambda g, count, params=None: (script[count], count + 1),
   )
   tx = scaling(
-      b1=b1,
-      b2=b2,
-      eps=eps,
-      gamma=gamma,
-      clip_threshold=clip,
-      update_interval=k,
-      hessian_diagonal_fn=scripted,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    gamma=gamma,
+    clip_threshold=clip,
+    update_interval=k,
+    hessian_diagonal_fn=scripted,
   )
   params = jnp.zeros(6)
   state, m, h, refreshes = tx.init(params), 0.0, 0.0, 0
@@ -194,7 +194,7 @@ def check_formula(scaling, k):
     m_hat = m / (1 - b1 ** (t + 1))
     expected = np.clip(m_hat / np.maximum(gamma * h, eps), -clip, clip)
     np.testing.assert_allclose(
-        updates, expected, rtol=1e-4, atol=1e-5, err_msg=f'Formula, step {t}.'
+      updates, expected, rtol=1e-4, atol=1e-5, err_msg=f'Formula, step {t}.'
     )
     if t % k == 0:
       h = b2 * h + (1 - b2) * np.array(script[refreshes])

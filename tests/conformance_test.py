@@ -27,10 +27,10 @@ def hessian_diagonal(params):
 
 
 HESSIAN = conformance.Problem(
-    PARAMS, {'obj_fn': objective}, hessian_diagonal(PARAMS)
+  PARAMS, {'obj_fn': objective}, hessian_diagonal(PARAMS)
 )
 HESSIAN_OF_BATCH = HESSIAN._replace(
-    extra_args={'obj_fn': objective, 'batch': jnp.array([0.5, 1.5, 0.8, 1.2])}
+  extra_args={'obj_fn': objective, 'batch': jnp.array([0.5, 1.5, 0.8, 1.2])}
 )
 
 
@@ -40,12 +40,12 @@ def predict_fn(w, batch=INPUTS):
 
 # Labels at w = 0 are 0 and 1 with equal probability, so all are equally likely.
 BITS = conformance.Problem(
-    jnp.zeros(2),
-    {'predict_fn': predict_fn},
-    jnp.mean(INPUTS**2, axis=0) / 4,
+  jnp.zeros(2),
+  {'predict_fn': predict_fn},
+  jnp.mean(INPUTS**2, axis=0) / 4,
 )
 BITS_OF_BATCH = BITS._replace(
-    extra_args={'predict_fn': predict_fn, 'batch': INPUTS}
+  extra_args={'predict_fn': predict_fn, 'batch': INPUTS}
 )
 
 
@@ -55,40 +55,40 @@ def hutchinson(key, **kwargs):
 
 def gauss_newton(key, **kwargs):
   return sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-      key, likelihood='bernoulli', **kwargs
+    key, likelihood='bernoulli', **kwargs
   )
 
 
 ESTIMATORS = {
-    'hutchinson': (hutchinson, HESSIAN),
-    'hutchinson_samples': (lambda key: hutchinson(key, num_samples=3), HESSIAN),
-    'hutchinson_normal': (
-        lambda key: hutchinson(key, distribution='normal'),
-        HESSIAN,
+  'hutchinson': (hutchinson, HESSIAN),
+  'hutchinson_samples': (lambda key: hutchinson(key, num_samples=3), HESSIAN),
+  'hutchinson_normal': (
+    lambda key: hutchinson(key, distribution='normal'),
+    HESSIAN,
+  ),
+  'hutchinson_microbatched': (
+    lambda key: sophia_optax.microbatched(hutchinson(key), 2),
+    HESSIAN_OF_BATCH,
+  ),
+  'gauss_newton': (gauss_newton, BITS),
+  'gauss_newton_samples': (
+    lambda key: gauss_newton(key, num_samples=3),
+    BITS,
+  ),
+  'gauss_newton_microbatched': (
+    lambda key: sophia_optax.microbatched(gauss_newton(key), 2),
+    BITS_OF_BATCH,
+  ),
+  'squared_gradient': (
+    lambda key: sophia_optax.squared_gradient_estimator_diag_hessian(4),
+    conformance.Problem(
+      PARAMS,
+      {},
+      jax.tree.map(lambda p: 4 * p**2, PARAMS),
+      grads=PARAMS,
+      random=False,
     ),
-    'hutchinson_microbatched': (
-        lambda key: sophia_optax.microbatched(hutchinson(key), 2),
-        HESSIAN_OF_BATCH,
-    ),
-    'gauss_newton': (gauss_newton, BITS),
-    'gauss_newton_samples': (
-        lambda key: gauss_newton(key, num_samples=3),
-        BITS,
-    ),
-    'gauss_newton_microbatched': (
-        lambda key: sophia_optax.microbatched(gauss_newton(key), 2),
-        BITS_OF_BATCH,
-    ),
-    'squared_gradient': (
-        lambda key: sophia_optax.squared_gradient_estimator_diag_hessian(4),
-        conformance.Problem(
-            PARAMS,
-            {},
-            jax.tree.map(lambda p: 4 * p**2, PARAMS),
-            grads=PARAMS,
-            random=False,
-        ),
-    ),
+  ),
 }
 
 
@@ -112,7 +112,7 @@ def wrong_hutchinson(probe_fn=None, clamp=False):
       del updates, extra_args
       key, subkey = jax.random.split(key)
       probe = optax.tree.random_like(
-          subkey, params, probe_fn or jax.random.rademacher
+        subkey, params, probe_fn or jax.random.rademacher
       )
       hvp = jax.jvp(jax.grad(obj_fn), (params,), (probe,))[1]
       estimate = optax.tree.mul(probe, hvp)
@@ -138,7 +138,7 @@ def true_labels(key):
     return jax.nn.sigmoid(outputs) - 1.0
 
   return sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-      key, likelihood=score
+    key, likelihood=score
   )
 
 
@@ -157,13 +157,13 @@ def test_the_right_hutchinson_passes():
 
 
 @pytest.mark.parametrize(
-    ('make', 'problem', 'found'),
-    [
-        (wrong_hutchinson(always_minus_one), HESSIAN, 'Biased'),
-        (wrong_hutchinson(clamp=True), HESSIAN, 'Biased'),
-        (true_labels, BITS, 'Biased'),
-        (frozen_key, HESSIAN, 'Constant'),
-    ],
+  ('make', 'problem', 'found'),
+  [
+    (wrong_hutchinson(always_minus_one), HESSIAN, 'Biased'),
+    (wrong_hutchinson(clamp=True), HESSIAN, 'Biased'),
+    (true_labels, BITS, 'Biased'),
+    (frozen_key, HESSIAN, 'Constant'),
+  ],
 )
 def test_wrong_estimator_is_found(make, problem, found):
   with pytest.raises(AssertionError, match=found):
@@ -171,14 +171,14 @@ def test_wrong_estimator_is_found(make, problem, found):
 
 
 def scale_by(
-    b1,
-    b2,
-    eps,
-    gamma,
-    clip_threshold,
-    update_interval,
-    hessian_diagonal_fn,
-    mistake=None,
+  b1,
+  b2,
+  eps,
+  gamma,
+  clip_threshold,
+  update_interval,
+  hessian_diagonal_fn,
+  mistake=None,
 ):
   """Sophia once more, in brief, with room for one mistake."""
   k, estimator = update_interval, hessian_diagonal_fn
@@ -206,10 +206,10 @@ def scale_by(
       return b2 * h + (1 - b2) * estimate, inner
 
     due = {
-        None: count % k == 0,
-        'k == k never holds': count % k == k,
-        'one never holds for k = 1': count % k == 1,
-        'every step': count >= 0,
+      None: count % k == 0,
+      'k == k never holds': count % k == k,
+      'one never holds for k = 1': count % k == 1,
+      'every step': count >= 0,
     }.get(mistake, count % k == 0)
     h, inner = jax.lax.cond(due, refresh, lambda *same: same, h, inner)
     return u, (count + 1, m, h, inner)
@@ -219,7 +219,11 @@ def scale_by(
 
 def scaling_with(mistake):
   defaults = {
-      'b1': 0.9, 'b2': 0.9, 'eps': 1e-8, 'gamma': 0.1, 'clip_threshold': 1.0
+    'b1': 0.9,
+    'b2': 0.9,
+    'eps': 1e-8,
+    'gamma': 0.1,
+    'clip_threshold': 1.0,
   }
   return lambda **kwargs: scale_by(**(defaults | kwargs), mistake=mistake)
 
@@ -229,15 +233,15 @@ def test_the_right_scaling_passes():
 
 
 @pytest.mark.parametrize(
-    'mistake',
-    [
-        'momentum twice',
-        'm times ratio',
-        'clamped before the EMA',
-        'k == k never holds',
-        'one never holds for k = 1',
-        'every step',
-    ],
+  'mistake',
+  [
+    'momentum twice',
+    'm times ratio',
+    'clamped before the EMA',
+    'k == k never holds',
+    'one never holds for k = 1',
+    'every step',
+  ],
 )
 def test_wrong_scaling_is_found(mistake):
   with pytest.raises(AssertionError, match=r'Formula|Cadence'):
@@ -245,18 +249,18 @@ def test_wrong_scaling_is_found(mistake):
 
 
 @pytest.mark.parametrize(
-    ('mistake', 'k'),
-    [
-        ('k == k never holds', 2),
-        ('one never holds for k = 1', 1),
-        ('every step', 2),
-    ],
+  ('mistake', 'k'),
+  [
+    ('k == k never holds', 2),
+    ('one never holds for k = 1', 1),
+    ('every step', 2),
+  ],
 )
 def test_wrong_cadence_is_found_by_itself(mistake, k):
   problem = conformance.Problem(jnp.ones(2), {}, jnp.ones(2), jnp.ones(2))
   with pytest.raises(AssertionError, match='Cadence'):
     conformance.check_cadence(
-        lambda key: optax.identity(), problem, k, scaling_with(mistake)
+      lambda key: optax.identity(), problem, k, scaling_with(mistake)
     )
 
 
@@ -265,8 +269,8 @@ def test_all_outcomes_are_seen():
   # one and its opposite give the same estimate, make four outcomes.
   keys = jax.random.split(jax.random.PRNGKey(0), 256)
   estimates = jax.vmap(
-      lambda key: jax.flatten_util.ravel_pytree(
-          conformance.estimate_once(hutchinson, HESSIAN, key)[0]
-      )[0]
+    lambda key: jax.flatten_util.ravel_pytree(
+      conformance.estimate_once(hutchinson, HESSIAN, key)[0]
+    )[0]
   )(keys)
   assert len(np.unique(np.array(estimates).round(4), axis=0)) == 4

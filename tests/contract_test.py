@@ -30,79 +30,79 @@ def every_coordinate(params):
 
 
 SOPHIA_NUMBERS = {
-    'b1': 0.9,
-    'b2': 0.95,
-    'eps': 1e-8,
-    'weight_decay': 1e-3,
-    'gamma': 0.05,
-    'clip_threshold': 0.9,
-    'update_interval': 2,
-    'print_win_rate_every_n_steps': 0,
+  'b1': 0.9,
+  'b2': 0.95,
+  'eps': 1e-8,
+  'weight_decay': 1e-3,
+  'gamma': 0.05,
+  'clip_threshold': 0.9,
+  'update_interval': 2,
+  'print_win_rate_every_n_steps': 0,
 }
 
 ROWS = {
-    'sophia': Row(
-        functools.partial(sophia_optax.sophia, weight_decay=0.0),
-        lambda loss_fn: {'obj_fn': loss_fn},
-        SOPHIA_NUMBERS,
+  'sophia': Row(
+    functools.partial(sophia_optax.sophia, weight_decay=0.0),
+    lambda loss_fn: {'obj_fn': loss_fn},
+    SOPHIA_NUMBERS,
+  ),
+  'sophia_normal_probes': Row(
+    functools.partial(
+      sophia_optax.sophia,
+      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+        jax.random.key_data(jax.random.key(0)),
+        num_samples=2,
+        distribution='normal',
+      ),
+      weight_decay=0.0,
+      refresh_before_update=True,
+      bias_correction=False,
     ),
-    'sophia_normal_probes': Row(
-        functools.partial(
-            sophia_optax.sophia,
-            hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-                jax.random.key_data(jax.random.key(0)),
-                num_samples=2,
-                distribution='normal',
-            ),
-            weight_decay=0.0,
-            refresh_before_update=True,
-            bias_correction=False,
-        ),
-        lambda loss_fn: {'obj_fn': loss_fn},
-        SOPHIA_NUMBERS,
+    lambda loss_fn: {'obj_fn': loss_fn},
+    SOPHIA_NUMBERS,
+  ),
+  'sophia_typed_key': Row(
+    functools.partial(
+      sophia_optax.sophia,
+      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+        jax.random.key(1)
+      ),
     ),
-    'sophia_typed_key': Row(
-        functools.partial(
-            sophia_optax.sophia,
-            hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-                jax.random.key(1)
-            ),
-        ),
-        lambda loss_fn: {'obj_fn': loss_fn},
-        SOPHIA_NUMBERS,
+    lambda loss_fn: {'obj_fn': loss_fn},
+    SOPHIA_NUMBERS,
+  ),
+  'sophia_g': Row(
+    # Outputs that are as many numbers as parameters: curvature everywhere.
+    functools.partial(
+      sophia_optax.sophia_g,
+      hessian_diagonal_fn=(
+        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+          likelihood='gaussian'
+        )
+      ),
+      weight_decay=0.0,
     ),
-    'sophia_g': Row(
-        # Outputs that are as many numbers as parameters: curvature everywhere.
-        functools.partial(
-            sophia_optax.sophia_g,
-            hessian_diagonal_fn=(
-                sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-                    likelihood='gaussian'
-                )
-            ),
-            weight_decay=0.0,
-        ),
-        lambda loss_fn: {'predict_fn': every_coordinate},
-        {
-            'b1': 0.9,
-            'b2': 0.95,
-            'rho': 0.05,
-            'weight_decay': 1e-3,
-            'update_interval': 2,
-        },
+    lambda loss_fn: {'predict_fn': every_coordinate},
+    {
+      'b1': 0.9,
+      'b2': 0.95,
+      'rho': 0.05,
+      'weight_decay': 1e-3,
+      'update_interval': 2,
+    },
+  ),
+  'sophia_g_squared_gradient': Row(
+    functools.partial(
+      sophia_optax.sophia_g,
+      hessian_diagonal_fn=(
+        sophia_optax.squared_gradient_estimator_diag_hessian(2)
+      ),
+      rho=1e-3,
+      weight_decay=0.0,
     ),
-    'sophia_g_squared_gradient': Row(
-        functools.partial(
-            sophia_optax.sophia_g,
-            hessian_diagonal_fn=(
-                sophia_optax.squared_gradient_estimator_diag_hessian(2)
-            ),
-            rho=1e-3,
-            weight_decay=0.0,
-        ),
-        lambda loss_fn: {},
-        {'b1': 0.9, 'b2': 0.95, 'rho': 0.05, 'weight_decay': 1e-3},
-    ),
+    lambda loss_fn: {},
+    {'b1': 0.9, 'b2': 0.95, 'rho': 0.05, 'weight_decay': 1e-3},
+  ),
 }
 
 PARAMS = {'w': jnp.array([[0.5, -1.0], [2.0, 0.1]]), 'b': jnp.array([1.0, -2])}
@@ -140,9 +140,7 @@ def test_jit_eager_and_scan_agree(row):
   def step(carry, _):
     params, state = carry
     grads = jax.grad(loss_fn)(params)
-    updates, state = tx.update(
-        grads, state, params, **row.extra_args(loss_fn)
-    )
+    updates, state = tx.update(grads, state, params, **row.extra_args(loss_fn))
     return (optax.apply_updates(params, updates), state), None
 
   scanned, _ = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=4)
@@ -175,7 +173,7 @@ def test_second_call_does_not_recompile(row):
     traces.append(None)
     grads = jax.grad(loss_fn)(params)
     updates, state = tx.update(
-        grads, state, params, **row.extra_args(loss_fn), unknown=3
+      grads, state, params, **row.extra_args(loss_fn), unknown=3
     )
     return optax.apply_updates(params, updates), state
 
@@ -192,12 +190,12 @@ def test_second_call_does_not_recompile(row):
 def test_unknown_extra_args_are_ignored(row):
   tx = row.factory(0.1)
   chex.assert_trees_all_equal(
-      train(tx, row.extra_args, steps=2)[0],
-      train(
-          tx,
-          lambda loss_fn: {**row.extra_args(loss_fn), 'value': 1.0, 'x': 'y'},
-          steps=2,
-      )[0],
+    train(tx, row.extra_args, steps=2)[0],
+    train(
+      tx,
+      lambda loss_fn: {**row.extra_args(loss_fn), 'value': 1.0, 'x': 'y'},
+      steps=2,
+    )[0],
   )
 
 
@@ -207,10 +205,10 @@ def test_state_types_are_stable_under_cond(row):
   @jax.jit
   def maybe_update(flag, state):
     return jax.lax.cond(
-        flag,
-        lambda s: tx.update(PARAMS, s, PARAMS, **row.extra_args(loss_fn)),
-        lambda s: (PARAMS, s),
-        state,
+      flag,
+      lambda s: tx.update(PARAMS, s, PARAMS, **row.extra_args(loss_fn)),
+      lambda s: (PARAMS, s),
+      state,
     )
 
   _, state = maybe_update(True, tx.init(PARAMS))
@@ -221,7 +219,7 @@ def test_inject_hyperparams(row):
   # Every number, so that all are traced, and a schedule for the rate.
   schedule = optax.linear_schedule(0.1, 0.05, 5)
   injected = optax.inject_hyperparams(row.factory)(
-      learning_rate=schedule, **row.numbers
+    learning_rate=schedule, **row.numbers
   )
   fixed = row.factory(schedule, **row.numbers)
   params, state = train(injected, row.extra_args)
@@ -232,7 +230,7 @@ def test_inject_hyperparams(row):
   # A number changed between two steps takes effect.
   state.hyperparams['weight_decay'] = jnp.float32(10.0)
   update = lambda s: injected.update(
-      PARAMS, s, PARAMS, **row.extra_args(loss_fn)
+    PARAMS, s, PARAMS, **row.extra_args(loss_fn)
   )[0]
   changed = update(state)
   state.hyperparams['weight_decay'] = jnp.float32(0.0)
@@ -253,7 +251,7 @@ def test_apply_if_finite(row):
   tx = optax.apply_if_finite(row.factory(0.1), max_consecutive_errors=3)
   state = tx.init(PARAMS)
   update = jax.jit(
-      lambda g, s: tx.update(g, s, PARAMS, **row.extra_args(loss_fn))
+    lambda g, s: tx.update(g, s, PARAMS, **row.extra_args(loss_fn))
   )
   bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
   updates, after = update(bad, state)
@@ -267,11 +265,11 @@ def test_masked(row):
   mask = {'w': True, 'b': False}
   tx = optax.masked(row.factory(0.1), mask)
   updates, _ = tx.update(
-      PARAMS,
-      tx.init(PARAMS),
-      PARAMS,
-      full_params=PARAMS,
-      **row.extra_args(loss_fn),
+    PARAMS,
+    tx.init(PARAMS),
+    PARAMS,
+    full_params=PARAMS,
+    **row.extra_args(loss_fn),
   )
   chex.assert_trees_all_equal(updates['b'], PARAMS['b'])
   assert np.all(np.array(updates['w']) * np.array(PARAMS['w']) < 0)
@@ -280,7 +278,7 @@ def test_masked(row):
 @jax.numpy_dtype_promotion('standard')  # optax.ema itself needs it.
 def test_chain_with_clipping_before_and_ema_after(row):
   tx = optax.chain(
-      optax.clip_by_global_norm(1e-3), row.factory(0.1), optax.ema(0.5)
+    optax.clip_by_global_norm(1e-3), row.factory(0.1), optax.ema(0.5)
   )
   params, state = train(tx, row.extra_args, steps=1)
   # The moment saw the clipped gradient, and the EMA the update: debiased, the
@@ -288,7 +286,7 @@ def test_chain_with_clipping_before_and_ema_after(row):
   assert optax.tree.norm(optax.tree.get(state, 'mu')) < 1e-3
   moved = optax.tree.sub(params, PARAMS)
   chex.assert_trees_all_close(
-      optax.tree.get(state, 'ema'), optax.tree.scale(0.5, moved), atol=2e-7
+    optax.tree.get(state, 'ema'), optax.tree.scale(0.5, moved), atol=2e-7
   )
   assert optax.tree.norm(moved) > 0
 
@@ -297,10 +295,10 @@ def test_map_params(row):
   tx = row.factory(0.1)
   state = tx.init(PARAMS)
   marked = optax.tree.map_params(
-      tx,
-      lambda x: 'like a parameter',
-      state,
-      transform_non_params=lambda x: 'not',
+    tx,
+    lambda x: 'like a parameter',
+    state,
+    transform_non_params=lambda x: 'not',
   )
   sophia_state = optax.tree.get(marked, 'SophiaState')
   same = jax.tree.map(lambda _: 'like a parameter', PARAMS)
@@ -317,11 +315,11 @@ def test_update_keeps_the_dtype(row, dtype):
 
 
 PROBLEMS = {
-    'parabola': (lambda x: jnp.sum((x - jnp.array([1.0, -2.0])) ** 2), [1, -2]),
-    'rosenbrock': (
-        lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
-        [1, 1],
-    ),
+  'parabola': (lambda x: jnp.sum((x - jnp.array([1.0, -2.0])) ** 2), [1, -2]),
+  'rosenbrock': (
+    lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
+    [1, 1],
+  ),
 }
 
 
@@ -335,7 +333,7 @@ def test_converges(row, problem):
     params, state = carry
     grads = jax.grad(problem_fn)(params)
     updates, state = tx.update(
-        grads, state, params, **row.extra_args(problem_fn)
+      grads, state, params, **row.extra_args(problem_fn)
     )
     return (optax.apply_updates(params, updates), state), None
 

@@ -27,9 +27,13 @@ def test_trials_are_drawn_by_their_number_alone():
   for case in cases:
     assert dataclasses.replace(case, seed=1).settings == case.settings
     assert set(case.settings) == set(
-        convergence.RANGES[case.task][case.optimizer])
-  rates = [c.settings['learning_rate'] for c in convergence.trials(200)
-           if (c.task, c.optimizer) == ('gpt_1m_2k', 'adamw')]
+      convergence.RANGES[case.task][case.optimizer]
+    )
+  rates = [
+    c.settings['learning_rate']
+    for c in convergence.trials(200)
+    if (c.task, c.optimizer) == ('gpt_1m_2k', 'adamw')
+  ]
   assert 1e-3 <= min(rates) < 1.2e-3 < 1.7e-2 < max(rates) <= 2e-2
   assert np.median(rates) == pytest.approx(math.sqrt(1e-3 * 2e-2), rel=0.3)
 
@@ -45,9 +49,13 @@ def test_steered_case_differs_in_gamma_alone():
 def result(task, optimizer, trial, losses, seed=0, steered=False):
   case = Case(task, optimizer, trial, seed, steered)
   # 0.5 s a step but for one stretch, when something else was running.
-  return dataclasses.asdict(case) | {'settings': case.settings, 'history': [
+  return dataclasses.asdict(case) | {
+    'settings': case.settings,
+    'history': [
       {'step': 20 * i, 'seconds': 10.0 * i + (i > 1), 'val_loss': loss}
-      for i, loss in enumerate(losses, start=1)]}
+      for i, loss in enumerate(losses, start=1)
+    ],
+  }
 
 
 @pytest.fixture(name='results')
@@ -55,18 +63,25 @@ def _results():
   results = []
   for task in convergence.TASKS:
     for optimizer in gpt_configs.OPTIMIZERS:
-      results += [result(task, optimizer, 0, [5.0, 4.0, math.nan]),
-                  result(task, optimizer, 1, [4.0, 3.0, 2.0]),
-                  result(task, optimizer, 2, [4.0, 3.0, 2.5])]
-    results += [result(task, 'adamw', 1, [4.0, 3.0, 2.0 + seed], seed)
-                for seed in (1, 2)]  # on average 3
-    results += [result(task, 'lion', 1, [4.0, 3.5, 3.1], seed)
-                for seed in (1, 2)]
+      results += [
+        result(task, optimizer, 0, [5.0, 4.0, math.nan]),
+        result(task, optimizer, 1, [4.0, 3.0, 2.0]),
+        result(task, optimizer, 2, [4.0, 3.0, 2.5]),
+      ]
+    results += [
+      result(task, 'adamw', 1, [4.0, 3.0, 2.0 + seed], seed) for seed in (1, 2)
+    ]  # on average 3
+    results += [
+      result(task, 'lion', 1, [4.0, 3.5, 3.1], seed) for seed in (1, 2)
+    ]
     for optimizer in 'sophia_h', 'sophia_g':
-      results += [result(task, optimizer, 1, [3.0, 2.0, 1.0], seed)
-                  for seed in (1, 2)]
-      results += [result(task, optimizer, 1, [4.0, 3.1, 3.0], seed, True)
-                  for seed in (0, 1, 2)]
+      results += [
+        result(task, optimizer, 1, [3.0, 2.0, 1.0], seed) for seed in (1, 2)
+      ]
+      results += [
+        result(task, optimizer, 1, [4.0, 3.1, 3.0], seed, True)
+        for seed in (0, 1, 2)
+      ]
   return results
 
 
@@ -77,14 +92,20 @@ def test_the_best_trial_is_run_with_three_seeds(results):
   assert {c.trial for c in finals} == {1}
   assert convergence.left(finals, results) == []
   assert convergence.left(finals, results[:-1]) == [
-      Case('digits', 'sophia_g', 1, 2, True)]
+    Case('digits', 'sophia_g', 1, 2, True)
+  ]
 
 
 def test_summary(results):
   rows = convergence.summary(results, 'gpt_16k')
   assert [row['label'] for row in rows] == [
-      'AdamW', 'Lion', 'Sophia-H', 'Sophia-H, γ steered',
-      'Sophia-G', 'Sophia-G, γ steered']
+    'AdamW',
+    'Lion',
+    'Sophia-H',
+    'Sophia-H, γ steered',
+    'Sophia-G',
+    'Sophia-G, γ steered',
+  ]
   adamw, lion, sophia, steered = rows[:4]
   assert adamw['mean'] == 3.0
   assert adamw['deviation'] == 1.0
@@ -121,13 +142,26 @@ def test_record_is_read_back(results, tmp_path):
 def test_runs(optimizer, data_dir, monkeypatch, compile_fast):
   del compile_fast
   tiny = dataclasses.replace(
-      convergence.TASKS['gpt_16k'], data_dir=data_dir, vocab_size=64,
-      width=8, num_heads=2, num_layers=1, unroll=1, block_size=8, batch_size=8,
-      micro_batch_size=4, curvature_batch_size=4, num_steps=4, warmup_steps=1,
-      eval_interval=2, eval_batches=1)
+    convergence.TASKS['gpt_16k'],
+    data_dir=data_dir,
+    vocab_size=64,
+    width=8,
+    num_heads=2,
+    num_layers=1,
+    unroll=1,
+    block_size=8,
+    batch_size=8,
+    micro_batch_size=4,
+    curvature_batch_size=4,
+    num_steps=4,
+    warmup_steps=1,
+    eval_interval=2,
+    eval_batches=1,
+  )
   monkeypatch.setitem(convergence.TASKS, 'gpt_16k', tiny)
   monkeypatch.setitem(
-      convergence.TASKS, 'digits', {'steps': 20, 'warmup_steps': 2})
+    convergence.TASKS, 'digits', {'steps': 20, 'warmup_steps': 2}
+  )
   for task, steps in ('gpt_16k', [2, 4]), ('digits', list(range(1, 21))):
     got = convergence.run(Case(task, optimizer, 0, seed=2))
     assert [h['step'] for h in got['history']] == steps

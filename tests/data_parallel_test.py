@@ -17,9 +17,9 @@ def test_pmap_and_shard_map_are_the_same_training():
   for leaf in jax.tree.leaves((params, state)):
     np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
   chex.assert_trees_all_close(
-      jax.tree.map(lambda x: x[0], (params, state)),
-      results['shard_map'][:2],
-      rtol=1e-4,
-      atol=1e-5,
+    jax.tree.map(lambda x: x[0], (params, state)),
+    results['shard_map'][:2],
+    rtol=1e-4,
+    atol=1e-5,
   )
   assert losses[-1] < losses[0] - 0.5

@@ -13,11 +13,13 @@ import sophia_optax
 P = jax.sharding.PartitionSpec
 
 PARAMS = {
-    'layer': {'kernel': jnp.linspace(-1.0, 1.0, 12).reshape(3, 4),
-              'bias': jnp.linspace(0.5, 1.0, 4),
-              'unused': jnp.ones(2)},
-    'wave': jnp.array([1.0 + 2.0j, 0.5 - 1.0j], jnp.complex64),
-    'step': jnp.array([3, 4]),
+  'layer': {
+    'kernel': jnp.linspace(-1.0, 1.0, 12).reshape(3, 4),
+    'bias': jnp.linspace(0.5, 1.0, 4),
+    'unused': jnp.ones(2),
+  },
+  'wave': jnp.array([1.0 + 2.0j, 0.5 - 1.0j], jnp.complex64),
+  'step': jnp.array([3, 4]),
 }
 
 
@@ -25,16 +27,16 @@ def loss_fn(params):
   """Curvatures of both signs, and of the imaginary parts too."""
   layer, wave = params['layer'], params['wave']
   return (
-      jnp.sum(jnp.sin(3 * layer['kernel']))
-      + jnp.sum(layer['bias'] ** 4)
-      + jnp.sum(wave.real**2 - wave.imag**2)
+    jnp.sum(jnp.sin(3 * layer['kernel']))
+    + jnp.sum(layer['bias'] ** 4)
+    + jnp.sum(wave.real**2 - wave.imag**2)
   )
 
 
 def grads_of(params):
   grads = jax.grad(loss_fn, allow_int=True)(params)
   return jax.tree.map(
-      lambda p, g: g.conj() if jnp.iscomplexobj(p) else g, params, grads
+    lambda p, g: g.conj() if jnp.iscomplexobj(p) else g, params, grads
   )
 
 
@@ -44,7 +46,7 @@ def train(tx, num_steps, **extra_args):
   @jax.jit
   def step(state):
     return tx.update(
-        grads_of(PARAMS), state, PARAMS, obj_fn=loss_fn, **extra_args
+      grads_of(PARAMS), state, PARAMS, obj_fn=loss_fn, **extra_args
     )[1]
 
   state = tx.init(PARAMS)
@@ -55,9 +57,11 @@ def train(tx, num_steps, **extra_args):
 
 def real_parts(x):
   x = np.asarray(x)
-  return np.concatenate([x.real.ravel(), x.imag.ravel()]) if (
-      np.iscomplexobj(x)
-  ) else x.ravel()
+  return (
+    np.concatenate([x.real.ravel(), x.imag.ravel()])
+    if (np.iscomplexobj(x))
+    else x.ravel()
+  )
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +77,17 @@ def test_state_counts_refreshes_and_measures_when_asked():
   tx = sophia_optax.sophia(0.1, update_interval=2, diagnostics=True)
   state = train(tx, 5)
   nu = optax.tree.get(state, 'nu')
-  h = np.concatenate([
+  h = np.concatenate(
+    [
       real_parts(nu['layer']['kernel']),
       real_parts(nu['layer']['bias']),
       real_parts(nu['layer']['unused']),
       real_parts(nu['wave']),
-  ])
+    ]
+  )
   assert 0 < np.mean(h < 0) < 1
   assert optax.tree.get(state, 'negative_fraction') == np.float32(
-      np.mean(h < 0)
+    np.mean(h < 0)
   )
   assert optax.tree.get(state, 'refresh_count') == 3
   state = train(tx, 5, may_refresh=False)
@@ -93,23 +99,23 @@ def test_state_counts_refreshes_and_measures_when_asked():
 def test_modules_against_numpy(steered, bias_correction):
   b1, eps, gamma, clip = 0.8, 1e-3, 0.3, 0.7
   tx = sophia_optax.scale_by_sophia(
-      b1=b1,
-      b2=0.5,
-      eps=eps,
-      gamma=gamma,
-      clip_threshold=clip,
-      bias_correction=bias_correction,
-      update_interval=2,
-      target_win_rate=0.4 if steered else None,
+    b1=b1,
+    b2=0.5,
+    eps=eps,
+    gamma=gamma,
+    clip_threshold=clip,
+    bias_correction=bias_correction,
+    update_interval=2,
+    target_win_rate=0.4 if steered else None,
   )
   state = train(tx, 4)
   found = sophia_optax.diagnose(
-      state,
-      b1=b1,
-      eps=eps,
-      gamma=gamma,
-      clip_threshold=clip,
-      bias_correction=bias_correction,
+    state,
+    b1=b1,
+    eps=eps,
+    gamma=gamma,
+    clip_threshold=clip,
+    bias_correction=bias_correction,
   )
   assert list(found) == ['layer', 'step', 'wave']
   assert steered == (state.gamma is not None)
@@ -117,37 +123,47 @@ def test_modules_against_numpy(steered, bias_correction):
     assert state.gamma != np.float32(gamma)
     gamma = float(state.gamma)
   for name, leaves in {
-      'layer': ('bias', 'kernel', 'unused'), 'wave': None
+    'layer': ('bias', 'kernel', 'unused'),
+    'wave': None,
   }.items():
     m, h = (
-        np.concatenate([real_parts(tree[name][x]) for x in leaves])
-        if leaves else real_parts(tree[name])
-        for tree in (state.mu, state.nu)
+      np.concatenate([real_parts(tree[name][x]) for x in leaves])
+      if leaves
+      else real_parts(tree[name])
+      for tree in (state.mu, state.nu)
     )
     u = m / (1 - b1**4 if bias_correction else 1) / np.maximum(gamma * h, eps)
     np.testing.assert_allclose(
-        found[name],
-        [np.mean(np.abs(u) < clip), np.mean(h < 0), 0, np.linalg.norm(h)],
-        rtol=1e-6,
+      found[name],
+      [np.mean(np.abs(u) < clip), np.mean(h < 0), 0, np.linalg.norm(h)],
+      rtol=1e-6,
     )
   np.testing.assert_array_equal(found['step'], 0)  # Integers: no coordinates.
 
 
 def test_modules_make_up_the_whole():
   tx = sophia_optax.scale_by_sophia(
-      b1=0.5, gamma=5.0, update_interval=1, refresh_before_update=True,
-      diagnostics=True,
+    b1=0.5,
+    gamma=5.0,
+    update_interval=1,
+    refresh_before_update=True,
+    diagnostics=True,
   )
   state = train(tx, 3)
   found = sophia_optax.diagnose(state, b1=0.5, gamma=5.0, depth=2)
   assert list(found) == [
-      'layer/bias', 'layer/kernel', 'layer/unused', 'step', 'wave']
+    'layer/bias',
+    'layer/kernel',
+    'layer/unused',
+    'step',
+    'wave',
+  ]
   sizes = [4, 12, 2, 0, 4]
   for name in 'win_rate', 'negative_fraction':
     parts = [getattr(module, name) for module in found.values()]
     assert 0 < np.average(parts, weights=sizes) < 1
     np.testing.assert_allclose(
-        np.average(parts, weights=sizes), getattr(state, name), rtol=1e-6
+      np.average(parts, weights=sizes), getattr(state, name), rtol=1e-6
     )
 
 
@@ -169,22 +185,30 @@ def test_scheduled_gamma_is_that_of_the_last_step():
 def test_entries_that_are_not_finite():
   state = train(sophia_optax.scale_by_sophia(), 1)
   bad = jnp.zeros(4).at[:2].set(jnp.array([jnp.nan, jnp.inf]))
-  found = sophia_optax.diagnose(optax.tree.set(
-      state, mu=state.mu | {'layer': state.mu['layer'] | {'bias': bad}}))
+  found = sophia_optax.diagnose(
+    optax.tree.set(
+      state, mu=state.mu | {'layer': state.mu['layer'] | {'bias': bad}}
+    )
+  )
   assert found['layer'].nonfinite_fraction == np.float32(2 / 18)
   assert found['wave'].nonfinite_fraction == 0
 
 
-@pytest.mark.parametrize('wrap', [
+@pytest.mark.parametrize(
+  'wrap',
+  [
     lambda tx: optax.chain(optax.clip(1.0), tx),
-    lambda tx: optax.masked(tx, lambda params: {
-        name: name == 'layer' for name in params}),
+    lambda tx: optax.masked(
+      tx, lambda params: {name: name == 'layer' for name in params}
+    ),
     lambda tx: sophia_optax.MultiSteps(tx, 1).gradient_transformation(),
-])
+  ],
+)
 def test_finds_the_state_within_others(wrap):
   params = {'layer': PARAMS['layer'], 'rest': jnp.ones(3)}
-  objective = lambda p: jnp.sum(jnp.cos(p['layer']['kernel'])) + jnp.sum(
-      p['layer']['bias'] ** 2)
+  objective = lambda p: (
+    jnp.sum(jnp.cos(p['layer']['kernel'])) + jnp.sum(p['layer']['bias'] ** 2)
+  )
   tx = wrap(sophia_optax.sophia(0.1, gamma=1.0, b2=0.0))
   grads = jax.tree.map(jnp.ones_like, params)
   extra_args = {'obj_fn': objective, 'full_params': params}
@@ -196,7 +220,7 @@ def test_finds_the_state_within_others(wrap):
 
 def test_divided_parameters_are_counted_as_one():
   mesh = jax.make_mesh(
-      (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+    (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   tx = sophia_optax.scale_by_sophia(gamma=1.0, diagnostics=True)
 
@@ -207,14 +231,18 @@ def test_divided_parameters_are_counted_as_one():
     return state.negative_fraction, sophia_optax.diagnose(state, gamma=1.0)
 
   x, curvature = jnp.linspace(0.1, 1.0, 16), jnp.linspace(-1.0, 9.0, 16)
-  got = jax.jit(jax.shard_map(
+  got = jax.jit(
+    jax.shard_map(
       functools.partial(step, lambda loss: jax.lax.psum(loss, 'model')),
-      mesh=mesh, in_specs=(P('model'), P('model')), out_specs=P(),
-  ))(x, curvature)
+      mesh=mesh,
+      in_specs=(P('model'), P('model')),
+      out_specs=P(),
+    )
+  )(x, curvature)
   expected = step(lambda loss: loss, x, curvature)
   assert expected[0] == np.mean(curvature < 0) > 0
   jax.tree.map(
-      functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected
+    functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected
   )
 
 
@@ -227,7 +255,7 @@ def test_more_coordinates_than_int32_counts_are_traced(kwargs):
   def step(params):
     state = tx.init(params)
     return tx.update(
-        params, state, params, obj_fn=lambda p: jnp.sum(p['w'] ** 2)
+      params, state, params, obj_fn=lambda p: jnp.sum(p['w'] ** 2)
     )
 
   updates, _ = jax.eval_shape(step, params)
@@ -240,7 +268,7 @@ def test_more_coordinates_than_int32_counts(shape):
     state = sophia_optax.scale_by_sophia().init({'w': jnp.zeros(3)})
     leaf = jnp.broadcast_to(jnp.float32(-1.0), shape)
     return sophia_optax.diagnose(
-        state._replace(mu={'w': leaf}, nu={'w': leaf})
+      state._replace(mu={'w': leaf}, nu={'w': leaf})
     )['w']
 
   found = jax.jit(found)()

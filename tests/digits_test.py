@@ -25,8 +25,8 @@ def test_images_are_split_without_overlap():
 
 def test_sophia_g_learns_and_the_plot_is_drawn(tmp_path):
   histories = {
-      name: digits.train(make(40), 40)[1]
-      for name, make in digits.OPTIMIZERS.items()
+    name: digits.train(make(40), 40)[1]
+    for name, make in digits.OPTIMIZERS.items()
   }
   for history in histories.values():
     assert history[-1]['step'] == 40

@@ -19,10 +19,10 @@ def public_names(module):
     value = getattr(module, name)
     origin = getattr(value, '__module__', module.__name__)
     if not (
-        name.startswith('_')
-        or name == 'TYPE_CHECKING'
-        or inspect.ismodule(value)
-        or not origin.startswith('sophia_optax')
+      name.startswith('_')
+      or name == 'TYPE_CHECKING'
+      or inspect.ismodule(value)
+      or not origin.startswith('sophia_optax')
     ):
       names.add(name)
   return names
@@ -44,7 +44,7 @@ def linked_pages(index):
 
 
 @pytest.mark.parametrize(
-    'module', [sophia_optax, sophia_optax.likelihoods], ids=lambda m: m.__name__
+  'module', [sophia_optax, sophia_optax.likelihoods], ids=lambda m: m.__name__
 )
 def test_every_public_name_is_in_the_reference_once(module):
   documented = documented_names((DOCS / 'api.md').read_text())

@@ -11,8 +11,8 @@ import sophia_optax
 
 # So near the minimum that the default gamma, 0.01, clips some updates only.
 PARAMS = {
-    'w': 1e-3 * jnp.linspace(-1.0, 1.5, 12).reshape(3, 4),
-    'b': {'c': 1e-3 * jnp.array([0.5, -0.3, 0.8])},
+  'w': 1e-3 * jnp.linspace(-1.0, 1.5, 12).reshape(3, 4),
+  'b': {'c': 1e-3 * jnp.array([0.5, -0.3, 0.8])},
 }
 
 
@@ -25,30 +25,30 @@ def loss_fn(params):
 def absolute_gradient():
   """A user's own estimator, of the old kind without extra arguments."""
   return optax.GradientTransformation(
-      lambda params: optax.EmptyState(),
-      lambda g, s, p=None: (jax.tree.map(jnp.abs, g), s),
+    lambda params: optax.EmptyState(),
+    lambda g, s, p=None: (jax.tree.map(jnp.abs, g), s),
   )
 
 
 CASES = {
-    'default': {},
-    'key': {
-        'estimators': [
-            m.hutchinson_estimator_diag_hessian(jax.random.PRNGKey(3))
-            for m in (sophia_optax, optax.contrib)
-        ]
-    },
-    'own_estimator': {'estimators': [absolute_gradient()] * 2, 'gamma': 10.0},
-    'not_clipped': {'clip_threshold': None, 'eps': 1e-2, 'gamma': 1.0},
-    'low_clip': {'clip_threshold': 0.1, 'gamma': 1.0},
-    'mask_tree': {'weight_decay_mask': {'w': True, 'b': {'c': False}}},
-    'mask_prefix': {'weight_decay_mask': {'w': False, 'b': True}},
-    'mask_fn': {
-        'weight_decay_mask': lambda t: jax.tree.map(lambda x: x.ndim > 1, t)
-    },
-    'schedule': {'learning_rate': optax.cosine_decay_schedule(2e-5, 100)},
-    'mu_bfloat16': {'mu_dtype': jnp.bfloat16},
-    'betas_and_interval': {'b1': 0.9, 'b2': 0.5, 'update_interval': 3},
+  'default': {},
+  'key': {
+    'estimators': [
+      m.hutchinson_estimator_diag_hessian(jax.random.PRNGKey(3))
+      for m in (sophia_optax, optax.contrib)
+    ]
+  },
+  'own_estimator': {'estimators': [absolute_gradient()] * 2, 'gamma': 10.0},
+  'not_clipped': {'clip_threshold': None, 'eps': 1e-2, 'gamma': 1.0},
+  'low_clip': {'clip_threshold': 0.1, 'gamma': 1.0},
+  'mask_tree': {'weight_decay_mask': {'w': True, 'b': {'c': False}}},
+  'mask_prefix': {'weight_decay_mask': {'w': False, 'b': True}},
+  'mask_fn': {
+    'weight_decay_mask': lambda t: jax.tree.map(lambda x: x.ndim > 1, t)
+  },
+  'schedule': {'learning_rate': optax.cosine_decay_schedule(2e-5, 100)},
+  'mu_bfloat16': {'mu_dtype': jnp.bfloat16},
+  'betas_and_interval': {'b1': 0.9, 'b2': 0.5, 'update_interval': 3},
 }
 
 

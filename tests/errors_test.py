@@ -19,24 +19,24 @@ def loss_fn(params):
 
 
 HYPERPARAMETERS = [
-    ({'b1': 1.0}, ValueError, r'b1 must be a number in \[0, 1\), got 1.0'),
-    ({'b1': -0.1}, ValueError, 'b1 must'),
-    ({'b1': float('nan')}, ValueError, 'b1 must'),
-    ({'b2': 1.5}, ValueError, 'b2 must'),
-    ({'b2': '0.9'}, TypeError, "b2 must be a number .* got '0.9'"),
-    ({'eps': 0.0}, ValueError, 'eps must be a number greater than 0, got 0.0'),
-    ({'clip_threshold': 0}, ValueError, 'clip_threshold must'),
-    ({'clip_threshold': -1.0}, ValueError, 'clip_threshold must'),
-    ({'gamma': -0.01}, ValueError, 'gamma must be a number of at least 0'),
-    ({'update_interval': 0}, ValueError, 'whole and at least 1, got 0'),
-    ({'update_interval': 2.5}, ValueError, 'update_interval must'),
-    ({'print_win_rate_every_n_steps': -1}, ValueError, 'print_win_rate'),
-    ({'hessian_diagonal_fn': 3}, TypeError, 'with init and update, got 3'),
-    (
-        {'hessian_diagonal_fn': optax.identity},
-        TypeError,
-        'Call the factory',
-    ),
+  ({'b1': 1.0}, ValueError, r'b1 must be a number in \[0, 1\), got 1.0'),
+  ({'b1': -0.1}, ValueError, 'b1 must'),
+  ({'b1': float('nan')}, ValueError, 'b1 must'),
+  ({'b2': 1.5}, ValueError, 'b2 must'),
+  ({'b2': '0.9'}, TypeError, "b2 must be a number .* got '0.9'"),
+  ({'eps': 0.0}, ValueError, 'eps must be a number greater than 0, got 0.0'),
+  ({'clip_threshold': 0}, ValueError, 'clip_threshold must'),
+  ({'clip_threshold': -1.0}, ValueError, 'clip_threshold must'),
+  ({'gamma': -0.01}, ValueError, 'gamma must be a number of at least 0'),
+  ({'update_interval': 0}, ValueError, 'whole and at least 1, got 0'),
+  ({'update_interval': 2.5}, ValueError, 'update_interval must'),
+  ({'print_win_rate_every_n_steps': -1}, ValueError, 'print_win_rate'),
+  ({'hessian_diagonal_fn': 3}, TypeError, 'with init and update, got 3'),
+  (
+    {'hessian_diagonal_fn': optax.identity},
+    TypeError,
+    'Call the factory',
+  ),
 ]
 
 
@@ -49,16 +49,16 @@ def test_hyperparameters(kwargs, error, match):
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'error', 'match'),
-    [
-        ({'num_samples': 0}, ValueError, 'num_samples must'),
-        ({'num_samples': 1.5}, ValueError, 'num_samples must'),
-        (
-            {'distribution': 'gauss'},
-            ValueError,
-            r"one of \['normal', 'rademacher'\], got 'gauss'",
-        ),
-    ],
+  ('kwargs', 'error', 'match'),
+  [
+    ({'num_samples': 0}, ValueError, 'num_samples must'),
+    ({'num_samples': 1.5}, ValueError, 'num_samples must'),
+    (
+      {'distribution': 'gauss'},
+      ValueError,
+      r"one of \['normal', 'rademacher'\], got 'gauss'",
+    ),
+  ],
 )
 def test_estimator_arguments(kwargs, error, match):
   with pytest.raises(error, match=match):
@@ -74,22 +74,22 @@ def test_seed(seed):
 
 def test_arrays_pass_unvalidated():
   sophia_optax.scale_by_sophia(
-      b1=jnp.float32(0.9), eps=np.array(0.1), update_interval=jnp.int32(3)
+    b1=jnp.float32(0.9), eps=np.array(0.1), update_interval=jnp.int32(3)
   )
 
 
 OBJECTIVES = [
-    (None, ValueError, 'needs obj_fn, got None. Pass it on to update'),
-    (3, TypeError, r'obj_fn must be a function, called as obj_fn\(params\)'),
-    (lambda p: p['w'], TypeError, r'an array of shape \(3,\). Reduce it'),
-    (lambda p: (loss_fn(p), 1), TypeError, r'got a tuple of 2.*has_aux=True'),
-    (lambda p: jnp.sum(p['w']).astype(int), TypeError, 'got dtype int32'),
-    (lambda p: jnp.sum(p['w']).astype(complex), TypeError, 'dtype complex64'),
-    (lambda p: 'loss', TypeError, 'got str'),
-    (lambda p: None, TypeError, 'got NoneType'),
-    (lambda: 0.0, TypeError, r'callable as obj_fn\(params\)'),
-    (lambda p, batch: 0.0, TypeError, r"signature \(p, batch\).*'batch'"),
-    (functools.partial(lambda p, q: 0.0), TypeError, 'obj_fn=lambda params:'),
+  (None, ValueError, 'needs obj_fn, got None. Pass it on to update'),
+  (3, TypeError, r'obj_fn must be a function, called as obj_fn\(params\)'),
+  (lambda p: p['w'], TypeError, r'an array of shape \(3,\). Reduce it'),
+  (lambda p: (loss_fn(p), 1), TypeError, r'got a tuple of 2.*has_aux=True'),
+  (lambda p: jnp.sum(p['w']).astype(int), TypeError, 'got dtype int32'),
+  (lambda p: jnp.sum(p['w']).astype(complex), TypeError, 'dtype complex64'),
+  (lambda p: 'loss', TypeError, 'got str'),
+  (lambda p: None, TypeError, 'got NoneType'),
+  (lambda: 0.0, TypeError, r'callable as obj_fn\(params\)'),
+  (lambda p, batch: 0.0, TypeError, r"signature \(p, batch\).*'batch'"),
+  (functools.partial(lambda p, q: 0.0), TypeError, 'obj_fn=lambda params:'),
 ]
 
 
@@ -110,17 +110,17 @@ def test_objective_of_one_argument_with_a_batch():
   tx = sophia_optax.sophia(0.1)
   with pytest.raises(TypeError, match=r'callable as obj_fn\(params, batch\)'):
     tx.update(
-        PARAMS, tx.init(PARAMS), PARAMS, obj_fn=lambda p: 0.0, batch=jnp.ones(3)
+      PARAMS, tx.init(PARAMS), PARAMS, obj_fn=lambda p: 0.0, batch=jnp.ones(3)
     )
 
 
 @pytest.mark.parametrize(
-    'part',
-    [
-        sophia_optax.sophia(0.1),
-        sophia_optax.scale_by_sophia(),
-        sophia_optax.hutchinson_estimator_diag_hessian(),
-    ],
+  'part',
+  [
+    sophia_optax.sophia(0.1),
+    sophia_optax.scale_by_sophia(),
+    sophia_optax.hutchinson_estimator_diag_hessian(),
+  ],
 )
 def test_missing_params(part):
   with pytest.raises(ValueError, match='needs params, got None'):
@@ -129,17 +129,17 @@ def test_missing_params(part):
 
 def returning(estimate):
   return optax.GradientTransformation(
-      lambda params: optax.EmptyState(), lambda g, s, p=None: (estimate, s)
+    lambda params: optax.EmptyState(), lambda g, s, p=None: (estimate, s)
   )
 
 
 @pytest.mark.parametrize(
-    ('estimate', 'match'),
-    [
-        ({'w': jnp.ones(3)}, "like params. Needed: .*'b'.*, got: "),
-        ({'w': jnp.ones(3), 'b': jnp.ones(3)}, r"\['b'\] has shape \(3,\)"),
-        (jnp.ones(3), 'Hessian diagonal estimate must be a tree like params'),
-    ],
+  ('estimate', 'match'),
+  [
+    ({'w': jnp.ones(3)}, "like params. Needed: .*'b'.*, got: "),
+    ({'w': jnp.ones(3), 'b': jnp.ones(3)}, r"\['b'\] has shape \(3,\)"),
+    (jnp.ones(3), 'Hessian diagonal estimate must be a tree like params'),
+  ],
 )
 def test_estimate_unlike_params(estimate, match):
   tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=returning(estimate))
@@ -159,36 +159,36 @@ def predict_fn(params):
 
 GAUSS_NEWTON = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
 PREDICTIONS = [
-    ({}, ValueError, 'needs predict_fn, got None. Pass it on to update'),
-    (
-        {'obj_fn': loss_fn},
-        ValueError,
-        'needs predict_fn, got obj_fn, which another estimator needs',
-    ),
-    ({'predict_fn': 3}, TypeError, 'predict_fn must be a function'),
-    ({'predict_fn': lambda: 0.0}, TypeError, r'as predict_fn\(params\)'),
-    (
-        {'predict_fn': lambda p: (predict_fn(p), 1)},
-        TypeError,
-        'got a tuple of 2. Select them',
-    ),
-    (
-        {'predict_fn': lambda p: jnp.argmax(predict_fn(p), -1)},
-        TypeError,
-        'got dtype int32. Return them before any argmax',
-    ),
-    ({'predict_fn': lambda p: None}, TypeError, 'got NoneType'),
-    ({'predict_fn': loss_fn}, TypeError, r'at least 1 axes .* got shape \(\)'),
-    (
-        {'predict_fn': predict_fn, 'label_mask': jnp.ones(3, bool)},
-        ValueError,
-        r'predictions, of shape \(4,\), got shape \(3,\)',
-    ),
-    (
-        {'predict_fn': predict_fn, 'label_mask': jnp.ones((4, 3), bool)},
-        ValueError,
-        'no axis for classes',
-    ),
+  ({}, ValueError, 'needs predict_fn, got None. Pass it on to update'),
+  (
+    {'obj_fn': loss_fn},
+    ValueError,
+    'needs predict_fn, got obj_fn, which another estimator needs',
+  ),
+  ({'predict_fn': 3}, TypeError, 'predict_fn must be a function'),
+  ({'predict_fn': lambda: 0.0}, TypeError, r'as predict_fn\(params\)'),
+  (
+    {'predict_fn': lambda p: (predict_fn(p), 1)},
+    TypeError,
+    'got a tuple of 2. Select them',
+  ),
+  (
+    {'predict_fn': lambda p: jnp.argmax(predict_fn(p), -1)},
+    TypeError,
+    'got dtype int32. Return them before any argmax',
+  ),
+  ({'predict_fn': lambda p: None}, TypeError, 'got NoneType'),
+  ({'predict_fn': loss_fn}, TypeError, r'at least 1 axes .* got shape \(\)'),
+  (
+    {'predict_fn': predict_fn, 'label_mask': jnp.ones(3, bool)},
+    ValueError,
+    r'predictions, of shape \(4,\), got shape \(3,\)',
+  ),
+  (
+    {'predict_fn': predict_fn, 'label_mask': jnp.ones((4, 3), bool)},
+    ValueError,
+    'no axis for classes',
+  ),
 ]
 
 
@@ -203,19 +203,19 @@ def test_predictions(extra, error, match):
 @pytest.mark.parametrize('likelihood', ['poisson', 3, None])
 def test_unknown_likelihood(likelihood):
   with pytest.raises(
-      ValueError, match=r"one of \['bernoulli', 'categorical', 'gaussian'\]"
+    ValueError, match=r"one of \['bernoulli', 'categorical', 'gaussian'\]"
   ):
     GAUSS_NEWTON(likelihood=likelihood)
 
 
 @pytest.mark.parametrize(
-    'make',
-    [
-        lambda: GAUSS_NEWTON(num_samples=0),
-        lambda: sophia_optax.microbatched(GAUSS_NEWTON(), 0),
-        lambda: sophia_optax.squared_gradient_estimator_diag_hessian(0),
-        lambda: sophia_optax.likelihoods.gaussian(scale=-1.0),
-    ],
+  'make',
+  [
+    lambda: GAUSS_NEWTON(num_samples=0),
+    lambda: sophia_optax.microbatched(GAUSS_NEWTON(), 0),
+    lambda: sophia_optax.squared_gradient_estimator_diag_hessian(0),
+    lambda: sophia_optax.likelihoods.gaussian(scale=-1.0),
+  ],
 )
 def test_numbers_of_estimators(make):
   with pytest.raises(ValueError, match='must be a number'):
@@ -223,27 +223,27 @@ def test_numbers_of_estimators(make):
 
 
 @pytest.mark.parametrize(
-    ('extra', 'match'),
-    [
-        ({}, 'needs batch, got None'),
-        ({'batch': jnp.ones((10, 2))}, r'10 examples .* 4 does not divide'),
-        ({'batch': {'x': jnp.ones(8), 'y': jnp.ones(4)}}, 'same leading axis'),
-        ({'batch': {'x': jnp.ones(8), 'rate': 0.1}}, 'same leading axis'),
-        (
-            {'batch': jnp.ones(8), 'label_mask': jnp.ones(6, bool)},
-            r'shape \(8,\), got shape \(6,\)',
-        ),
-    ],
+  ('extra', 'match'),
+  [
+    ({}, 'needs batch, got None'),
+    ({'batch': jnp.ones((10, 2))}, r'10 examples .* 4 does not divide'),
+    ({'batch': {'x': jnp.ones(8), 'y': jnp.ones(4)}}, 'same leading axis'),
+    ({'batch': {'x': jnp.ones(8), 'rate': 0.1}}, 'same leading axis'),
+    (
+      {'batch': jnp.ones(8), 'label_mask': jnp.ones(6, bool)},
+      r'shape \(8,\), got shape \(6,\)',
+    ),
+  ],
 )
 def test_batches_that_do_not_split(extra, match):
   estimator = sophia_optax.microbatched(GAUSS_NEWTON(), 4)
   with pytest.raises(ValueError, match=match):
     estimator.update(
-        None,
-        estimator.init(PARAMS),
-        PARAMS,
-        predict_fn=lambda p, batch: predict_fn(p),
-        **extra,
+      None,
+      estimator.init(PARAMS),
+      PARAMS,
+      predict_fn=lambda p, batch: predict_fn(p),
+      **extra,
     )
 
 

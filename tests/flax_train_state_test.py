@@ -30,23 +30,40 @@ def test_replicas_stay_equal_and_statistics_move_once():
   images, labels = (x[:16].reshape(2, 8, *x.shape[1:]) for x in training)
   before = flax_train_state.create(seed=0, steps=2, axis_name='batch')
   step = jax.pmap(
-      lambda state, batch: flax_train_state.train_step(state, batch, 'batch'),
-      axis_name='batch', in_axes=(None, 0), devices=jax.devices()[:2])
+    lambda state, batch: flax_train_state.train_step(state, batch, 'batch'),
+    axis_name='batch',
+    in_axes=(None, 0),
+    devices=jax.devices()[:2],
+  )
   after, _ = step(before, digits.Split(images, labels))
 
-  for leaf in jax.tree.leaves((after.params, after.batch_stats, after.opt_state,
-                               jax.random.key_data(after.dropout_key))):
+  for leaf in jax.tree.leaves(
+    (
+      after.params,
+      after.batch_stats,
+      after.opt_state,
+      jax.random.key_data(after.dropout_key),
+    )
+  ):
     np.testing.assert_array_equal(leaf[0], leaf[1])
   np.testing.assert_array_equal(
-      jax.random.key_data(after.dropout_key[0]),
-      jax.random.key_data(before.dropout_key))
+    jax.random.key_data(after.dropout_key[0]),
+    jax.random.key_data(before.dropout_key),
+  )
   # As of one pass over the images of both, though the curvature took another.
   channels = jax.lax.conv_general_dilated(
-      training.images[:16], before.params['Conv_0']['kernel'], (1, 1), 'SAME',
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    training.images[:16],
+    before.params['Conv_0']['kernel'],
+    (1, 1),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
   np.testing.assert_allclose(
-      after.batch_stats['BatchNorm_0']['mean'][0],
-      0.1 * channels.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    after.batch_stats['BatchNorm_0']['mean'][0],
+    0.1 * channels.mean((0, 1, 2)),
+    rtol=1e-4,
+    atol=1e-6,
+  )
 
 
 def test_devices_that_do_not_divide_the_batch(monkeypatch):

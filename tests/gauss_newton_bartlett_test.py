@@ -22,8 +22,8 @@ def network(params, inputs, outputs=3):
 
 def make_params(dtype=jnp.float32):
   return {
-      'shared': jnp.array([[0.3, -0.8], [1.1, 0.4]], dtype),
-      'out': jnp.array([[0.5, -1.0, 0.2], [-0.7, 0.1, 0.9]], dtype),
+    'shared': jnp.array([[0.3, -0.8], [1.1, 0.4]], dtype),
+    'out': jnp.array([[0.5, -1.0, 0.2], [-0.7, 0.1, 0.9]], dtype),
   }
 
 
@@ -36,9 +36,7 @@ def dense_diagonal(predict_fn, params, fisher, mask=None):
   jacobian = jax.jacobian(lambda x: predict_fn(unravel(x)).ravel())(flat)
   jacobian = jacobian.reshape(-1, size, flat.size)
   metric = fisher(outputs).reshape(-1, size, size)
-  per_prediction = jnp.einsum(
-      'bcp,bcd,bdp->bp', jacobian, metric, jacobian
-  )
+  per_prediction = jnp.einsum('bcp,bcd,bdp->bp', jacobian, metric, jacobian)
   mask = jnp.ones(len(jacobian)) if mask is None else mask.ravel()
   mask = mask.astype(flat.dtype)
   return unravel(mask @ per_prediction / jnp.maximum(mask.sum(), 1))
@@ -46,9 +44,12 @@ def dense_diagonal(predict_fn, params, fisher, mask=None):
 
 def fisher_of_classes(logits):
   p = jax.nn.softmax(logits)
-  return jax.vmap(jnp.diag)(p.reshape(-1, p.shape[-1])).reshape(
+  return (
+    jax.vmap(jnp.diag)(p.reshape(-1, p.shape[-1])).reshape(
       *p.shape, p.shape[-1]
-  ) - p[..., :, None] * p[..., None, :]
+    )
+    - p[..., :, None] * p[..., None, :]
+  )
 
 
 def fisher_of_bits(logits):
@@ -69,33 +70,29 @@ def enumerated_mean(likelihood, labels, weights, predict_fn, params, **kwargs):
     planted = likelihood._replace(sample=lambda key, outputs: these)
     estimator = estimator_of(likelihood=planted)
     return estimator.update(
-        None, estimator.init(params), params, predict_fn=predict_fn, **kwargs
+      None, estimator.init(params), params, predict_fn=predict_fn, **kwargs
     )[0]
 
   estimates = jax.jit(jax.vmap(estimate))(labels)
-  return jax.tree.map(
-      lambda e: jnp.tensordot(weights, e, axes=1), estimates
-  )
+  return jax.tree.map(lambda e: jnp.tensordot(weights, e, axes=1), estimates)
 
 
 def every_label(probabilities):
   """All combinations of labels, from probabilities (*predictions, C)."""
   *predictions, classes = probabilities.shape
   table = np.array(probabilities).reshape(-1, classes)
-  labels = np.array(
-      list(itertools.product(range(classes), repeat=len(table)))
-  )
+  labels = np.array(list(itertools.product(range(classes), repeat=len(table))))
   weights = np.prod(table[np.arange(len(table)), labels], axis=1)
   return jnp.array(labels).reshape(-1, *predictions), jnp.array(weights)
 
 
 CASES = {
-    'one': ((1,), None),
-    'three': ((3,), None),
-    'ranks': ((2, 2), None),
-    'masked': ((4,), [True, False, True, True]),
-    'masked_broadcast': ((2, 2), [[True], [False]]),
-    'all_masked': ((2,), [False, False]),
+  'one': ((1,), None),
+  'three': ((3,), None),
+  'ranks': ((2, 2), None),
+  'masked': ((4,), [True, False, True, True]),
+  'masked_broadcast': ((2, 2), [[True], [False]]),
+  'all_masked': ((2,), [False, False]),
 }
 
 
@@ -131,7 +128,7 @@ def test_mean_over_all_labels_is_the_gauss_newton_diagonal(name, case):
       extra['label_mask'] = jnp.array(mask)
       predictions_mask = jnp.broadcast_to(jnp.array(mask), shape)
     actual = enumerated_mean(
-        likelihood, labels, weights, predict_fn, params, **extra
+      likelihood, labels, weights, predict_fn, params, **extra
     )
     expected = dense_diagonal(predict_fn, params, fisher, predictions_mask)
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
@@ -144,12 +141,17 @@ def test_masked_predictions_may_be_anything():
   estimator = estimator_of(likelihood=lambda key, z: jnp.sign(z))
   mask = jnp.array([True, False, False, True])
   expected, _ = estimator.update(
-      None, estimator.init(params), params,
-      predict_fn=lambda p: network(p, inputs[:2])[:, 0],
+    None,
+    estimator.init(params),
+    params,
+    predict_fn=lambda p: network(p, inputs[:2])[:, 0],
   )
   actual, _ = estimator.update(
-      None, estimator.init(params), params, label_mask=mask,
-      predict_fn=lambda p: padded(p)[:, 0],
+    None,
+    estimator.init(params),
+    params,
+    label_mask=mask,
+    predict_fn=lambda p: padded(p)[:, 0],
   )
   chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
@@ -167,7 +169,7 @@ def test_many_classes_are_drawn_with_their_probabilities():
   # 10 classes make blocks of 4, 4 and 2.
   logits = jax.random.normal(jax.random.PRNGKey(1), (10,))
   labels = likelihoods.categorical.sample(
-      jax.random.PRNGKey(0), jnp.broadcast_to(logits, (50_000, 10))
+    jax.random.PRNGKey(0), jnp.broadcast_to(logits, (50_000, 10))
   )
   frequencies = jax.nn.one_hot(labels, 10).mean(axis=0)
   np.testing.assert_allclose(frequencies, jax.nn.softmax(logits), atol=0.008)
@@ -184,11 +186,11 @@ def test_impossible_classes_are_never_drawn(possible):
 
 
 @pytest.mark.parametrize(
-    ('likelihood', 'moments'),
-    [
-        (likelihoods.bernoulli, lambda z: (jax.nn.sigmoid(z), None)),
-        (likelihoods.gaussian(0.5), lambda z: (z, 0.25)),
-    ],
+  ('likelihood', 'moments'),
+  [
+    (likelihoods.bernoulli, lambda z: (jax.nn.sigmoid(z), None)),
+    (likelihoods.gaussian(0.5), lambda z: (z, 0.25)),
+  ],
 )
 def test_numbers_are_drawn_with_their_moments(likelihood, moments):
   outputs = jnp.array([-1.0, 0.3, 2.0])
@@ -202,36 +204,34 @@ def test_numbers_are_drawn_with_their_moments(likelihood, moments):
 
 
 @pytest.mark.parametrize(
-    ('likelihood', 'negative_log_p'),
-    [
-        (
-            likelihoods.categorical,
-            lambda z, y: -jnp.sum(
-                jax.nn.log_softmax(z) * jax.nn.one_hot(y, z.shape[-1])
-            ),
-        ),
-        (
-            likelihoods.bernoulli,
-            lambda z, y: -jnp.sum(
-                jax.nn.log_sigmoid(jnp.where(y, z, -z))
-            ),
-        ),
-        (
-            likelihoods.gaussian(0.5),
-            lambda z, y: jnp.sum((y - z) ** 2) / (2 * 0.25),
-        ),
-    ],
+  ('likelihood', 'negative_log_p'),
+  [
+    (
+      likelihoods.categorical,
+      lambda z, y: (
+        -jnp.sum(jax.nn.log_softmax(z) * jax.nn.one_hot(y, z.shape[-1]))
+      ),
+    ),
+    (
+      likelihoods.bernoulli,
+      lambda z, y: -jnp.sum(jax.nn.log_sigmoid(jnp.where(y, z, -z))),
+    ),
+    (
+      likelihoods.gaussian(0.5),
+      lambda z, y: jnp.sum((y - z) ** 2) / (2 * 0.25),
+    ),
+  ],
 )
 def test_score_is_the_gradient_of_the_negative_log_likelihood(
-    likelihood, negative_log_p
+  likelihood, negative_log_p
 ):
   outputs = jax.random.normal(jax.random.PRNGKey(0), (2, 3, 4))
   labels = likelihood.sample(jax.random.PRNGKey(1), outputs)
   chex.assert_trees_all_close(
-      likelihood.score(outputs, labels),
-      jax.grad(negative_log_p)(outputs, labels),
-      rtol=1e-5,
-      atol=1e-6,
+    likelihood.score(outputs, labels),
+    jax.grad(negative_log_p)(outputs, labels),
+    rtol=1e-5,
+    atol=1e-6,
   )
 
 
@@ -239,13 +239,13 @@ def test_names_are_the_likelihoods():
   params, inputs = make_params(), jnp.ones((4, 2))
   predict_fn = lambda p: network(p, inputs)
   for name, likelihood in [
-      ('categorical', likelihoods.categorical),
-      ('bernoulli', likelihoods.bernoulli),
-      ('gaussian', likelihoods.gaussian()),
+    ('categorical', likelihoods.categorical),
+    ('bernoulli', likelihoods.bernoulli),
+    ('gaussian', likelihoods.gaussian()),
   ]:
     by_name, by_object = (
-        e.update(None, e.init(params), params, predict_fn=predict_fn)[0]
-        for e in (estimator_of(likelihood=x) for x in (name, likelihood))
+      e.update(None, e.init(params), params, predict_fn=predict_fn)[0]
+      for e in (estimator_of(likelihood=x) for x in (name, likelihood))
     )
     chex.assert_trees_all_equal(by_name, by_object)
 
@@ -256,7 +256,7 @@ def test_likelihood_of_a_user():
   estimator = estimator_of(likelihood=sign)
   params = jnp.array([2.0, 3.0])
   estimate, _ = estimator.update(
-      None, estimator.init(params), params, predict_fn=lambda p: p
+    None, estimator.init(params), params, predict_fn=lambda p: p
   )
   # B ĝ²: 2 predictions, the mean gradient is ±1/2 of each.
   np.testing.assert_allclose(estimate, [0.5, 0.5])
@@ -272,7 +272,7 @@ def test_samples_are_averaged_from_one_forward_pass():
 
   estimator = estimator_of(num_samples=500)
   estimate, _ = estimator.update(
-      None, estimator.init(params), params, predict_fn=predict_fn
+    None, estimator.init(params), params, predict_fn=predict_fn
   )
   assert len(forward) == 1
   expected = dense_diagonal(predict_fn, params, fisher_of_classes)
@@ -291,7 +291,7 @@ def test_first_derivatives_are_enough():
     jax.jvp(cube, (params,), (params,))
   estimator = estimator_of(likelihood=lambda key, z: jnp.ones_like(z))
   update = lambda fn: estimator.update(
-      None, estimator.init(params), params, predict_fn=fn
+    None, estimator.init(params), params, predict_fn=fn
   )[0]
   chex.assert_trees_all_close(update(cube), update(lambda x: x**3))
   assert jnp.all(update(cube) > 0)
@@ -309,7 +309,7 @@ def test_low_precision_outputs_reach_the_likelihood_in_float32():
     params = jnp.ones(2**16, dtype)
     estimator = estimator_of(likelihood=draw_score)
     estimate, _ = estimator.update(
-        None, estimator.init(params), params, predict_fn=lambda p: p
+      None, estimator.init(params), params, predict_fn=lambda p: p
     )
     np.testing.assert_allclose(estimate, 2.0**-16, rtol=1e-2)
     assert estimate.dtype == jnp.float32
@@ -323,7 +323,7 @@ def test_memory_is_two_arrays_of_the_shape_of_the_logits():
   params = {'out': jnp.ones((2, classes))}  # Small against the logits.
   estimator = estimator_of()
   step = lambda p: estimator.update(
-      None, estimator.init(p), p, predict_fn=lambda p: inputs @ p['out']
+    None, estimator.init(p), p, predict_fn=lambda p: inputs @ p['out']
   )[0]
   memory = jax.jit(step).lower(params).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 2.3 * logits_bytes
@@ -331,29 +331,29 @@ def test_memory_is_two_arrays_of_the_shape_of_the_logits():
 
 def test_leaves_of_every_kind():
   params = {
-      'f32': jnp.ones(2),
-      'bf16': jnp.ones(2, jnp.bfloat16),
-      'int': jnp.array([3]),
-      'complex': jnp.array([1.0 + 2.0j]),
-      'none': None,
+    'f32': jnp.ones(2),
+    'bf16': jnp.ones(2, jnp.bfloat16),
+    'int': jnp.array([3]),
+    'complex': jnp.array([1.0 + 2.0j]),
+    'none': None,
   }
 
   def predict_fn(p):
     z = p['complex']
     return jnp.concatenate(
-        [p['f32'], 2 * p['bf16'].astype(jnp.float32), 3 * z.real, 4 * z.imag]
+      [p['f32'], 2 * p['bf16'].astype(jnp.float32), 3 * z.real, 4 * z.imag]
     )
 
   estimator = estimator_of(likelihood=lambda key, z: jnp.ones_like(z))
   estimate, _ = estimator.update(
-      None, estimator.init(params), params, predict_fn=predict_fn
+    None, estimator.init(params), params, predict_fn=predict_fn
   )
   expected = {
-      'f32': jnp.full(2, 1 / 6),
-      'bf16': jnp.full(2, 4 / 6),
-      'int': jnp.array([0]),
-      'complex': jnp.array([9 / 6 + 16j / 6]),
-      'none': None,
+    'f32': jnp.full(2, 1 / 6),
+    'bf16': jnp.full(2, 4 / 6),
+    'int': jnp.array([0]),
+    'complex': jnp.array([9 / 6 + 16j / 6]),
+    'none': None,
   }
   # 1/√6 reaches the bfloat16 leaf in bfloat16.
   chex.assert_trees_all_close(estimate, expected, rtol=1e-3)
@@ -362,24 +362,24 @@ def test_leaves_of_every_kind():
 
 def test_squared_gradient():
   params = {
-      'w': jnp.ones(2),
-      'b': jnp.ones(2, jnp.bfloat16),
-      'z': jnp.array(1j),
-      'int': jnp.array(3),
+    'w': jnp.ones(2),
+    'b': jnp.ones(2, jnp.bfloat16),
+    'z': jnp.array(1j),
+    'int': jnp.array(3),
   }
   grads = {
-      'w': jnp.array([1.0, -2.0]),
-      'b': jnp.array([3.0, 0.5], jnp.bfloat16),
-      'z': jnp.array(3.0 - 4.0j),
-      'int': np.zeros((), jax.dtypes.float0),
+    'w': jnp.array([1.0, -2.0]),
+    'b': jnp.array([3.0, 0.5], jnp.bfloat16),
+    'z': jnp.array(3.0 - 4.0j),
+    'int': np.zeros((), jax.dtypes.float0),
   }
   estimator = sophia_optax.squared_gradient_estimator_diag_hessian(10)
   estimate, _ = estimator.update(grads, estimator.init(params), params)
   expected = {
-      'w': jnp.array([10.0, 40.0]),
-      'b': jnp.array([90.0, 2.5]),
-      'z': jnp.array(90.0 + 160.0j),
-      'int': jnp.array(0),
+    'w': jnp.array([10.0, 40.0]),
+    'b': jnp.array([90.0, 2.5]),
+    'z': jnp.array(90.0 + 160.0j),
+    'int': jnp.array(0),
   }
   chex.assert_trees_all_close(estimate, expected, rtol=1e-6)
   chex.assert_trees_all_equal_dtypes(estimate, expected)

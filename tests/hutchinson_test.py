@@ -47,15 +47,15 @@ def test_mean_over_all_sign_vectors_is_the_diagonal():
   # asking for the signs that optax draws, and average the estimates.
   with jax.enable_x64(True):
     params = {
-        'w': jnp.array([[0.3, -1.2], [0.7, 2.0]]),
-        'b': jnp.array([0.5, -2.0]),
+      'w': jnp.array([[0.3, -1.2], [0.7, 2.0]]),
+      'b': jnp.array([0.5, -2.0]),
     }
     keys = jax.random.split(jax.random.PRNGKey(1), 2000)
 
     @jax.vmap
     def signs(key):
       probe = optax.tree.random_like(
-          jax.random.split(key)[1], params, jax.random.rademacher, jnp.float32
+        jax.random.split(key)[1], params, jax.random.rademacher, jnp.float32
       )
       return jax.flatten_util.ravel_pytree(probe)[0]
 
@@ -72,16 +72,14 @@ def test_mean_over_all_sign_vectors_is_the_diagonal():
     variance = jax.tree.map(lambda x: x.var(axis=0), estimates)
     expected = jnp.sum(hessian**2, axis=1) - jnp.diag(hessian) ** 2
     np.testing.assert_allclose(
-        jax.flatten_util.ravel_pytree(variance)[0], expected, rtol=1e-10
+      jax.flatten_util.ravel_pytree(variance)[0], expected, rtol=1e-10
     )
 
 
 def test_samples_are_averaged_and_lower_the_variance(params):
   keys = jax.random.split(jax.random.PRNGKey(2), 2000)
   variance = lambda **kwargs: optax.tree.sum(
-      jax.tree.map(
-          lambda x: x.var(axis=0), estimates_for(keys, params, **kwargs)
-      )
+    jax.tree.map(lambda x: x.var(axis=0), estimates_for(keys, params, **kwargs))
   )
   assert 7 < variance() / variance(num_samples=8) < 9
 
@@ -89,15 +87,15 @@ def test_samples_are_averaged_and_lower_the_variance(params):
   key = jax.random.PRNGKey(3)
   subkeys = jax.random.split(jax.random.split(key)[1], 8)
   probes = jax.vmap(
-      lambda k: optax.tree.random_like(k, params, jax.random.rademacher)
+    lambda k: optax.tree.random_like(k, params, jax.random.rademacher)
   )(subkeys)
-  hvps = jax.vmap(
-      lambda v: jax.jvp(jax.grad(loss_fn), (params,), (v,))[1]
-  )(probes)
+  hvps = jax.vmap(lambda v: jax.jvp(jax.grad(loss_fn), (params,), (v,))[1])(
+    probes
+  )
   expected = jax.tree.map(lambda v, hv: jnp.mean(v * hv, 0), probes, hvps)
   actual = estimates_for(key[None], params, num_samples=8)
   chex.assert_trees_all_close(
-      jax.tree.map(lambda x: x[0], actual), expected, rtol=1e-5, atol=1e-5
+    jax.tree.map(lambda x: x[0], actual), expected, rtol=1e-5, atol=1e-5
   )
 
 
@@ -106,10 +104,10 @@ def test_memory_does_not_grow_with_the_samples():
 
   def temp_bytes(num_samples):
     estimator = sophia_optax.hutchinson_estimator_diag_hessian(
-        num_samples=num_samples
+      num_samples=num_samples
     )
     step = lambda p: estimator.update(
-        None, estimator.init(p), p, obj_fn=lambda x: jnp.sum(x**4)
+      None, estimator.init(p), p, obj_fn=lambda x: jnp.sum(x**4)
     )[0]
     return jax.jit(step).lower(params).compile().memory_analysis()
 
@@ -121,7 +119,7 @@ def test_normal_probes():
   # For f = x² the estimate is 2 v², so it shows the probe itself.
   keys = jax.random.split(jax.random.PRNGKey(4), 20_000)
   square = estimates_for(
-      keys, jnp.ones(2), lambda x: jnp.sum(x**2), distribution='normal'
+    keys, jnp.ones(2), lambda x: jnp.sum(x**2), distribution='normal'
   )
   np.testing.assert_allclose(square.mean(0), 2.0, rtol=0.05)
   np.testing.assert_allclose(square.var(0), 8.0, rtol=0.1)
@@ -130,9 +128,7 @@ def test_normal_probes():
 def test_draws_change_with_each_call_and_repeat_from_the_same_key(params):
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(7)
   state = estimator.init(params)
-  update = jax.jit(
-      lambda s: estimator.update(None, s, params, obj_fn=loss_fn)
-  )
+  update = jax.jit(lambda s: estimator.update(None, s, params, obj_fn=loss_fn))
   first, state_2 = update(state)
   second, state_3 = update(state_2)
   again, _ = update(estimator.init(params))
@@ -142,7 +138,7 @@ def test_draws_change_with_each_call_and_repeat_from_the_same_key(params):
 
 
 @pytest.mark.parametrize(
-    'make_seed', [int, np.int32, jax.random.PRNGKey, jax.random.key]
+  'make_seed', [int, np.int32, jax.random.PRNGKey, jax.random.key]
 )
 def test_seeds(make_seed, params):
   seed = make_seed(5)
@@ -153,20 +149,20 @@ def test_seeds(make_seed, params):
     update = lambda s: estimator.update(None, s, params, obj_fn=loss_fn)
     estimate, _ = jax.jit(update, donate_argnums=0)(state)
     chex.assert_trees_all_close(
-        estimate, jax.tree.map(lambda x: x[0], expected), rtol=1e-5
+      estimate, jax.tree.map(lambda x: x[0], expected), rtol=1e-5
     )
 
 
 def test_leaves_of_every_kind():
   params = {
-      'f32': jnp.array([1.0, 2.0]),
-      'bf16': jnp.array([1.0, 2.0], jnp.bfloat16),
-      'f16': jnp.array(3.0, jnp.float16),
-      'int': jnp.array([3, 4]),
-      'bool': jnp.array(True),
-      'complex': jnp.array([1.0 + 2.0j]),
-      'none': None,
-      'empty': jnp.zeros((0, 3)),
+    'f32': jnp.array([1.0, 2.0]),
+    'bf16': jnp.array([1.0, 2.0], jnp.bfloat16),
+    'f16': jnp.array(3.0, jnp.float16),
+    'int': jnp.array([3, 4]),
+    'bool': jnp.array(True),
+    'complex': jnp.array([1.0 + 2.0j]),
+    'none': None,
+    'empty': jnp.zeros((0, 3)),
   }
   dtypes = []
 
@@ -174,27 +170,27 @@ def test_leaves_of_every_kind():
     z = p['complex']
     dtypes.append(jax.tree.map(lambda x: x.dtype, p))
     return (
-        jnp.sum(p['f32'] ** 3)
-        + jnp.sum(p['bf16'].astype(jnp.float32) ** 2)
-        + p['f16'].astype(jnp.float32) ** 2
-        # The real part is curved with 6, the imaginary part with -10.
-        + jnp.sum(3 * z.real**2 - 5 * z.imag**2)
-        + jnp.sum(p['int']).astype(jnp.float32)
+      jnp.sum(p['f32'] ** 3)
+      + jnp.sum(p['bf16'].astype(jnp.float32) ** 2)
+      + p['f16'].astype(jnp.float32) ** 2
+      # The real part is curved with 6, the imaginary part with -10.
+      + jnp.sum(3 * z.real**2 - 5 * z.imag**2)
+      + jnp.sum(p['int']).astype(jnp.float32)
     )
 
   estimator = sophia_optax.hutchinson_estimator_diag_hessian()
   estimate, _ = estimator.update(
-      None, estimator.init(params), params, obj_fn=loss
+    None, estimator.init(params), params, obj_fn=loss
   )
   expected = {
-      'f32': jnp.array([6.0, 12.0]),
-      'bf16': jnp.array([2.0, 2.0]),
-      'f16': jnp.array(2.0),
-      'int': jnp.array([0, 0]),
-      'bool': jnp.array(False),
-      'complex': jnp.array([6.0 - 10.0j]),
-      'none': None,
-      'empty': jnp.zeros((0, 3)),
+    'f32': jnp.array([6.0, 12.0]),
+    'bf16': jnp.array([2.0, 2.0]),
+    'f16': jnp.array(2.0),
+    'int': jnp.array([0, 0]),
+    'bool': jnp.array(False),
+    'complex': jnp.array([6.0 - 10.0j]),
+    'none': None,
+    'empty': jnp.zeros((0, 3)),
   }
   chex.assert_trees_all_close(estimate, expected, rtol=1e-6)
   chex.assert_trees_all_equal_dtypes(estimate, expected)
@@ -210,10 +206,10 @@ def test_trees_of_every_size(params):
       estimator.update(None, estimator.init(params), params, obj_fn=obj_fn)
     return
   estimate, _ = estimator.update(
-      None, estimator.init(params), params, obj_fn=obj_fn
+    None, estimator.init(params), params, obj_fn=obj_fn
   )
   chex.assert_trees_all_close(
-      estimate, jax.tree.map(lambda x: jnp.float32(12.0), params)
+    estimate, jax.tree.map(lambda x: jnp.float32(12.0), params)
   )
 
 
@@ -222,9 +218,9 @@ def test_batch_is_handed_to_the_objective(params):
   state = estimator.init(params)
   scaled = lambda p, batch: batch['scale'] * loss_fn(p)
   given, _ = estimator.update(
-      None, state, params, obj_fn=scaled, batch={'scale': jnp.float32(2)}
+    None, state, params, obj_fn=scaled, batch={'scale': jnp.float32(2)}
   )
   bound, _ = estimator.update(
-      None, state, params, obj_fn=lambda p: 2 * loss_fn(p), unknown='ignored'
+    None, state, params, obj_fn=lambda p: 2 * loss_fn(p), unknown='ignored'
   )
   chex.assert_trees_all_close(given, bound, rtol=1e-6)

@@ -18,8 +18,8 @@ X = jax.random.normal(jax.random.key(1), (16, 4))
 LABELS = jnp.argmax(X[:, :3], axis=-1)
 
 OPTIMIZERS = {
-    'sophia': sophia_optax.sophia(0.05, update_interval=2),
-    'sophia_g': sophia_optax.sophia_g(0.05, update_interval=2),
+  'sophia': sophia_optax.sophia(0.05, update_interval=2),
+  'sophia_g': sophia_optax.sophia_g(0.05, update_interval=2),
 }
 
 
@@ -30,15 +30,15 @@ def _tx(request):
 
 def cross_entropy(logits):
   return jnp.mean(
-      optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+    optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
   )
 
 
 def extra_args(predict_fn):
   """What either optimizer needs, given parameters -> logits."""
   return {
-      'obj_fn': lambda params: cross_entropy(predict_fn(params)),
-      'predict_fn': predict_fn,
+    'obj_fn': lambda params: cross_entropy(predict_fn(params)),
+    'predict_fn': predict_fn,
   }
 
 
@@ -66,7 +66,6 @@ def assert_close(trees, others):
 
 
 class NNXModel(nnx.Module):
-
   def __init__(self, dropout_rate):
     rngs = nnx.Rngs(0)
     # A bias in front of the normalization has a gradient of rounding errors.
@@ -137,12 +136,12 @@ class EquinoxModel(eqx.Module):
 def test_equinox(tx):
   keys = jax.random.split(jax.random.key(0))
   model = EquinoxModel(
-      layers=[
-          eqx.nn.Linear(4, 5, key=keys[0]),
-          eqx.nn.Linear(5, 3, use_bias=False, key=keys[1]),
-      ],
-      num_calls=jnp.array(7),
-      activation='gelu',
+    layers=[
+      eqx.nn.Linear(4, 5, key=keys[0]),
+      eqx.nn.Linear(5, 3, use_bias=False, key=keys[1]),
+    ],
+    num_calls=jnp.array(7),
+    activation='gelu',
   )
   plain = [model.layers[0].weight, model.layers[0].bias, model.layers[1].weight]
 
@@ -165,8 +164,6 @@ def test_equinox(tx):
 
   params, expected = train_plain(tx, predict_with_plain_list, plain)
   assert_close(eqx.filter(model, eqx.is_inexact_array), params)
-  assert_close(
-      (state[0].mu, state[0].nu), (expected[0].mu, expected[0].nu)
-  )
+  assert_close((state[0].mu, state[0].nu), (expected[0].mu, expected[0].nu))
   assert model.num_calls == 7
   assert model.layers[1].bias is None

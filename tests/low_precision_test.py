@@ -26,11 +26,11 @@ def loss_fn(params, scale=1.0):
 
 
 ESTIMATORS = {
-    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
-    'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-        likelihood='gaussian'
-    ),
-    'squared': sophia_optax.squared_gradient_estimator_diag_hessian(64),
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
+  'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood='gaussian'
+  ),
+  'squared': sophia_optax.squared_gradient_estimator_diag_hessian(64),
 }
 
 
@@ -42,7 +42,7 @@ def half(tree, dtype=jnp.float16):
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_loss_scale_leaves_the_optimizer_as_it_was(name, scale):
   tx = sophia_optax.sophia(
-      0.1, gamma=1.0, update_interval=1, hessian_diagonal_fn=ESTIMATORS[name]
+    0.1, gamma=1.0, update_interval=1, hessian_diagonal_fn=ESTIMATORS[name]
   )
 
   def train(scale, **extra):
@@ -50,19 +50,19 @@ def test_loss_scale_leaves_the_optimizer_as_it_was(name, scale):
       params, state = carry
       scaled = lambda p: loss_fn(p, scale)
       updates, state = tx.update(
-          jax.grad(scaled)(params),
-          state,
-          params,
-          obj_fn=scaled,
-          predict_fn=predict,
-          **extra,
+        jax.grad(scaled)(params),
+        state,
+        params,
+        obj_fn=scaled,
+        predict_fn=predict,
+        **extra,
       )
       return (optax.apply_updates(params, updates), state), None
 
     return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=5)[0]
 
   chex.assert_trees_all_close(
-      train(scale, loss_scale=scale), train(1.0), rtol=1e-5
+    train(scale, loss_scale=scale), train(1.0), rtol=1e-5
   )
 
 
@@ -81,20 +81,20 @@ def test_float16_underflows_without_loss_scale_and_not_with_it(name):
   params = {'w': half(jnp.array([0.5, -1.0, 2.0]))}
   likelihood = lambda key, means: jnp.full_like(means, 2.0**-10)
   estimator = {
-      'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
-      'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-          likelihood=likelihood
-      ),
+    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
+    'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      likelihood=likelihood
+    ),
   }[name]
 
   def estimate(params, scale, **extra):
     return estimator.update(
-        None,
-        estimator.init(params),
-        params,
-        obj_fn=lambda p: obj_fn(p, scale),
-        predict_fn=predict_fn,
-        **extra,
+      None,
+      estimator.init(params),
+      params,
+      obj_fn=lambda p: obj_fn(p, scale),
+      predict_fn=predict_fn,
+      **extra,
     )[0]['w']
 
   exact = estimate(optax.tree.cast(params, jnp.float32), 1.0)
@@ -110,19 +110,19 @@ def test_float32_copies_of_half_precision_parameters(name, dtype):
   """The model computes in half precision; what is trained is float32."""
   rounded = lambda fn: lambda p, *args: fn(half(p, dtype), *args)
   tx = sophia_optax.sophia(
-      0.05, gamma=1.0, update_interval=2, hessian_diagonal_fn=ESTIMATORS[name]
+    0.05, gamma=1.0, update_interval=2, hessian_diagonal_fn=ESTIMATORS[name]
   )
 
   @jax.jit
   def step(params, state):
     scaled = lambda p: rounded(loss_fn)(p, SCALE)
     updates, state = tx.update(
-        jax.grad(scaled)(params),
-        state,
-        params,
-        obj_fn=scaled,
-        predict_fn=rounded(predict),
-        loss_scale=SCALE,
+      jax.grad(scaled)(params),
+      state,
+      params,
+      obj_fn=scaled,
+      predict_fn=rounded(predict),
+      loss_scale=SCALE,
     )
     return optax.apply_updates(params, updates), state
 
@@ -136,14 +136,14 @@ def test_float32_copies_of_half_precision_parameters(name, dtype):
 
 IMAGES = jax.random.normal(jax.random.PRNGKey(1), (256, 8))
 LABELS = jax.random.categorical(
-    jax.random.PRNGKey(2),
-    2 * jnp.tanh(IMAGES @ jax.random.normal(jax.random.PRNGKey(3), (8, 4))),
+  jax.random.PRNGKey(2),
+  2 * jnp.tanh(IMAGES @ jax.random.normal(jax.random.PRNGKey(3), (8, 4))),
 )
 LINEAR = {'w': jnp.zeros((8, 4)), 'b': jnp.zeros(4)}
 NETWORK = {
-    'hidden': jax.random.normal(jax.random.PRNGKey(4), (8, 16)) / 3,
-    'w': jax.random.normal(jax.random.PRNGKey(5), (16, 4)) / 4,
-    'b': jnp.zeros(4),
+  'hidden': jax.random.normal(jax.random.PRNGKey(4), (8, 16)) / 3,
+  'w': jax.random.normal(jax.random.PRNGKey(5), (16, 4)) / 4,
+  'b': jnp.zeros(4),
 }
 
 
@@ -156,19 +156,19 @@ def logits(params):
 
 def cross_entropy(logits):
   return optax.softmax_cross_entropy_with_integer_labels(
-      logits.astype(jnp.float32), LABELS
+    logits.astype(jnp.float32), LABELS
   ).mean()
 
 
 def train(
-    estimator, params, cast=lambda params: params, num_steps=300, scale=1.0
+  estimator, params, cast=lambda params: params, num_steps=300, scale=1.0
 ):
   """Returns the loss, in float32, of what 300 steps end with."""
   tx = sophia_optax.sophia(
-      optax.cosine_decay_schedule(0.01, 300),
-      gamma=0.05,
-      mu_dtype=jnp.float32,
-      hessian_diagonal_fn=estimator,
+    optax.cosine_decay_schedule(0.01, 300),
+    gamma=0.05,
+    mu_dtype=jnp.float32,
+    hessian_diagonal_fn=estimator,
   )
   predict_fn = lambda params: logits(cast(params))
   obj_fn = lambda params: scale * cross_entropy(predict_fn(params))
@@ -176,17 +176,17 @@ def train(
   def step(carry, _):
     params, state = carry
     updates, state = tx.update(
-        jax.grad(obj_fn)(params),
-        state,
-        params,
-        obj_fn=obj_fn,
-        predict_fn=predict_fn,
-        loss_scale=scale,
+      jax.grad(obj_fn)(params),
+      state,
+      params,
+      obj_fn=obj_fn,
+      predict_fn=predict_fn,
+      loss_scale=scale,
     )
     return (optax.apply_updates(params, updates), state), None
 
   run = jax.jit(
-      lambda p: jax.lax.scan(step, (p, tx.init(p)), length=num_steps)[0][0]
+    lambda p: jax.lax.scan(step, (p, tx.init(p)), length=num_steps)[0][0]
   )
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
     params = run(params)
@@ -194,13 +194,13 @@ def train(
 
 
 @pytest.mark.parametrize(
-    'estimator',
-    [
-        sophia_optax.hutchinson_estimator_diag_hessian(),
-        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(),
-        sophia_optax.squared_gradient_estimator_diag_hessian(256),
-    ],
-    ids=['hutchinson', 'gauss_newton', 'squared'],
+  'estimator',
+  [
+    sophia_optax.hutchinson_estimator_diag_hessian(),
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(),
+    sophia_optax.squared_gradient_estimator_diag_hessian(256),
+  ],
+  ids=['hutchinson', 'gauss_newton', 'squared'],
 )
 def test_half_precision_ends_near_float32(estimator):
   full = train(estimator, LINEAR)
@@ -216,7 +216,7 @@ def test_half_precision_ends_near_float32(estimator):
   # float32 copies of them it is the model alone that is coarse.
   full = train(estimator, NETWORK)
   copied = train(
-      estimator, NETWORK, cast=lambda params: half(params, jnp.bfloat16)
+    estimator, NETWORK, cast=lambda params: half(params, jnp.bfloat16)
   )
   assert copied != full
   assert abs(copied / full - 1) < 0.04

@@ -22,10 +22,10 @@ def predict_fn(params, batch):
 
 
 ESTIMATORS = {
-    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
-    'gnb': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-        likelihood='gaussian'
-    ),
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
+  'gnb': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood='gaussian'
+  ),
 }
 
 
@@ -36,11 +36,11 @@ def own_estimator():
     del updates, extra_args
     seen = jnp.roll(state, 1, axis=0).at[0].set(batch['x'][:, 0])
     return jax.tree.map(
-        lambda p: jnp.full(p.shape, jnp.mean(batch['y'])), params
+      lambda p: jnp.full(p.shape, jnp.mean(batch['y'])), params
     ), seen
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: jnp.zeros((4, 6)), update
+    lambda params: jnp.zeros((4, 6)), update
   )
 
 
@@ -48,12 +48,10 @@ def test_parts_are_strided_and_averaged():
   estimator = sophia_optax.microbatched(own_estimator(), 4)
   batch = {'x': jnp.arange(24.0)[:, None], 'y': jnp.arange(24.0) ** 2}
   estimate, seen = estimator.update(
-      None, estimator.init(PARAMS), PARAMS, batch=batch
+    None, estimator.init(PARAMS), PARAMS, batch=batch
   )
   np.testing.assert_allclose(estimate['w'], np.mean(np.arange(24.0) ** 2))
-  np.testing.assert_allclose(
-      seen[::-1], np.arange(24.0).reshape(6, 4).T
-  )
+  np.testing.assert_allclose(seen[::-1], np.arange(24.0).reshape(6, 4).T)
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)
@@ -62,13 +60,11 @@ def test_is_the_average_of_the_parts(name):
   estimator = sophia_optax.microbatched(inner, 3)
   extra = {'obj_fn': obj_fn, 'predict_fn': predict_fn}
   actual, last = jax.jit(
-      lambda s: estimator.update(None, s, PARAMS, batch=BATCH, **extra)
+    lambda s: estimator.update(None, s, PARAMS, batch=BATCH, **extra)
   )(estimator.init(PARAMS))
   state, parts = inner.init(PARAMS), []
   for m in range(3):
-    part, state = inner.update(
-        None, state, PARAMS, batch=BATCH[m::3], **extra
-    )
+    part, state = inner.update(None, state, PARAMS, batch=BATCH[m::3], **extra)
     parts.append(part['w'])
   chex.assert_trees_all_close(actual['w'], sum(parts) / 3, rtol=1e-5)
   chex.assert_trees_all_equal(last, state)
@@ -85,15 +81,17 @@ def test_variance_falls_and_the_mean_does_not_move():
   def estimates(num_microbatches):
     inner = ESTIMATORS['gnb']
     estimator = sophia_optax.microbatched(inner, num_microbatches)
-    return jax.jit(jax.vmap(
+    return jax.jit(
+      jax.vmap(
         lambda key: estimator.update(
-            None,
-            sophia_optax.GaussNewtonBartlettState(key),
-            params,
-            predict_fn=lambda w, x: x @ w,
-            batch=x,
+          None,
+          sophia_optax.GaussNewtonBartlettState(key),
+          params,
+          predict_fn=lambda w, x: x @ w,
+          batch=x,
         )[0]
-    ))(keys)
+      )
+    )(keys)
 
   whole, parts = estimates(1), estimates(8)
   np.testing.assert_allclose(whole.mean(), 1.0, atol=0.1)
@@ -105,20 +103,28 @@ def test_variance_falls_and_the_mean_does_not_move():
 def test_masked_parts_weigh_by_what_counts():
   # Scores of ±1 make B ĝ² deterministic where a part has one prediction.
   inner = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-      likelihood=lambda key, z: jnp.ones_like(z)
+    likelihood=lambda key, z: jnp.ones_like(z)
   )
   estimator = sophia_optax.microbatched(inner, 2)
   x = jnp.array([1.0, 2.0, 3.0, 4.0])
   mask = jnp.array([True, True, True, False])
   estimate, _ = estimator.update(
-      None, estimator.init(1.0), 1.0, predict_fn=lambda w, x: w * x,
-      batch=x, label_mask=mask,
+    None,
+    estimator.init(1.0),
+    1.0,
+    predict_fn=lambda w, x: w * x,
+    batch=x,
+    label_mask=mask,
   )
   # Parts (1, 3) and (2, masked): (4²/2)·2/3 + (2²/1)·1/3.
   np.testing.assert_allclose(estimate, 8 * 2 / 3 + 4 / 3, rtol=1e-6)
   none, _ = estimator.update(
-      None, estimator.init(1.0), 1.0, predict_fn=lambda w, x: w * x,
-      batch=x, label_mask=jnp.zeros(4, bool),
+    None,
+    estimator.init(1.0),
+    1.0,
+    predict_fn=lambda w, x: w * x,
+    batch=x,
+    label_mask=jnp.zeros(4, bool),
   )
   assert none == 0
 
@@ -129,11 +135,14 @@ def test_memory_falls_with_the_number_of_parts():
 
   def temp_bytes(num_microbatches):
     estimator = sophia_optax.microbatched(
-        ESTIMATORS['hutchinson'], num_microbatches
+      ESTIMATORS['hutchinson'], num_microbatches
     )
     step = lambda p: estimator.update(
-        None, estimator.init(p), p, batch=inputs,
-        obj_fn=lambda p, x: jnp.mean(jnp.tanh(jnp.tanh(x @ p) @ p) ** 2),
+      None,
+      estimator.init(p),
+      p,
+      batch=inputs,
+      obj_fn=lambda p, x: jnp.mean(jnp.tanh(jnp.tanh(x @ p) @ p) ** 2),
     )[0]
     return jax.jit(step).lower(params).compile().memory_analysis()
 
@@ -143,20 +152,22 @@ def test_memory_falls_with_the_number_of_parts():
 
 def test_split_keeps_the_sharding():
   mesh = jax.make_mesh(
-      (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   spec = jax.sharding.PartitionSpec('data')
   sharded = jax.device_put(
-      jnp.ones((64, 3)), jax.sharding.NamedSharding(mesh, spec)
+    jnp.ones((64, 3)), jax.sharding.NamedSharding(mesh, spec)
   )
   estimator = sophia_optax.microbatched(ESTIMATORS['hutchinson'], 4)
-  step = jax.jit(lambda s, batch: estimator.update(
+  step = jax.jit(
+    lambda s, batch: estimator.update(
       None, s, PARAMS, obj_fn=obj_fn, batch=batch
-  ))
+    )
+  )
   state = estimator.init(PARAMS)
   compiled = step.lower(state, sharded).compile()
   assert 'all-gather' not in compiled.as_text()
   assert 'all-to-all' not in compiled.as_text()
   chex.assert_trees_all_close(
-      step(state, sharded)[0], step(state, jnp.ones((64, 3)))[0], rtol=1e-5
+    step(state, sharded)[0], step(state, jnp.ones((64, 3)))[0], rtol=1e-5
   )

@@ -15,8 +15,14 @@ PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'migrating.md'
 STEPS = 40
 # Tokens of the curvature batch, and a bs that is another number.
 SETTINGS = {
-    'lr': 0.01, 'b1': 0.9, 'b2': 0.8, 'eps': 1e-3, 'wd': 0.1, 'k': 4, 'B': 6,
-    'bs': 15,
+  'lr': 0.01,
+  'b1': 0.9,
+  'b2': 0.8,
+  'eps': 1e-3,
+  'wd': 0.1,
+  'k': 4,
+  'B': 6,
+  'bs': 15,
 }
 
 
@@ -69,7 +75,7 @@ class Paper(Transcript):
     self.refresh(estimate)
     theta = theta - self.lr * self.wd * theta
     return theta - self.lr * clip(
-        self.m / np.maximum(self.gamma * self.h, self.eps)
+      self.m / np.maximum(self.gamma * self.h, self.eps)
     )
 
 
@@ -97,23 +103,23 @@ class AuthorsJax(Transcript):
     self.average(g)
     self.refresh(curvature_gradient**2)
     return self.move(
-        theta, clip(self.m / np.maximum(self.gamma * self.h, self.eps))
+      theta, clip(self.m / np.maximum(self.gamma * self.h, self.eps))
     )
 
 
 # Transcript, its gamma or rho, and how the estimator here turns what the
 # transcript is given into an estimate.
 ROWS = {
-    '`optax.contrib.sophia`': (OptaxContrib, 0.5, lambda h: h),
-    'Levanter': (OptaxContrib, 0.5, lambda h: h),
-    'Paper, Algorithm 3': (Paper, 0.3, lambda h: h),
-    'PyTorch `SophiaG`': (PyTorch, 0.04, lambda g: SETTINGS['B'] * g**2),
-    'Zeta `SophiaG`': (Zeta, 0.01, None),
-    'Authors\' JAX (older Levanter)': (
-        AuthorsJax,
-        0.7,
-        lambda g: SETTINGS['B'] * g**2,
-    ),
+  '`optax.contrib.sophia`': (OptaxContrib, 0.5, lambda h: h),
+  'Levanter': (OptaxContrib, 0.5, lambda h: h),
+  'Paper, Algorithm 3': (Paper, 0.3, lambda h: h),
+  'PyTorch `SophiaG`': (PyTorch, 0.04, lambda g: SETTINGS['B'] * g**2),
+  'Zeta `SophiaG`': (Zeta, 0.01, None),
+  "Authors' JAX (older Levanter)": (
+    AuthorsJax,
+    0.7,
+    lambda g: SETTINGS['B'] * g**2,
+  ),
 }
 
 
@@ -135,21 +141,21 @@ def test_row(name):
     return estimates[step], state
 
   names = {
-      name: getattr(sophia_optax, name)
-      for name in re.findall(r'\w+', calls()[name])
-      if hasattr(sophia_optax, name)
+    name: getattr(sophia_optax, name)
+    for name in re.findall(r'\w+', calls()[name])
+    if hasattr(sophia_optax, name)
   }
   tx = eval(  # It is the page that is tested.
-      calls()[name],
-      names
-      | SETTINGS
-      | {
-          'gamma': gamma,
-          'rho': gamma,
-          'estimator': optax.GradientTransformationExtraArgs(
-              lambda params: optax.EmptyState(), estimate
-          ),
-      },
+    calls()[name],
+    names
+    | SETTINGS
+    | {
+      'gamma': gamma,
+      'rho': gamma,
+      'estimator': optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), estimate
+      ),
+    },
   )
   params = jnp.asarray(theta, jnp.float32)
   state, other = tx.init(params), transcript(gamma)

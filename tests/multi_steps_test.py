@@ -56,18 +56,18 @@ def train(multi_steps, every_k, tx):
 
 # 12 micro-steps are 4 steps of 3; of these, 0 and 2 refresh when k = 2.
 @pytest.mark.parametrize(
-    ('multi_steps', 'every_k', 'expected'),
-    [
-        (sophia_optax.MultiSteps, 3, 2),
-        (sophia_optax.MultiSteps, lambda step: 3, 2),
-        (sophia_optax.MultiSteps, 1, 6),
-        (optax.MultiSteps, 3, 6),
-    ],
+  ('multi_steps', 'every_k', 'expected'),
+  [
+    (sophia_optax.MultiSteps, 3, 2),
+    (sophia_optax.MultiSteps, lambda step: 3, 2),
+    (sophia_optax.MultiSteps, 1, 6),
+    (optax.MultiSteps, 3, 6),
+  ],
 )
 def test_number_of_estimates(multi_steps, every_k, expected):
   calls = []
   tx = sophia_optax.sophia(
-      0.1, update_interval=2, hessian_diagonal_fn=counted(calls)
+    0.1, update_interval=2, hessian_diagonal_fn=counted(calls)
   )
   train(multi_steps, every_k, tx)
   assert len(calls) == expected
@@ -76,26 +76,26 @@ def test_number_of_estimates(multi_steps, every_k, expected):
 def test_is_otherwise_that_of_optax():
   tx = sophia_optax.sophia(0.1, update_interval=2)
   chex.assert_trees_all_equal(
-      train(sophia_optax.MultiSteps, 3, tx), train(optax.MultiSteps, 3, tx)
+    train(sophia_optax.MultiSteps, 3, tx), train(optax.MultiSteps, 3, tx)
   )
 
 
 def test_as_a_transformation_in_a_chain_and_with_other_optimizers():
   for tx in (sophia_optax.sophia(0.1), optax.sgd(0.1)):
     multi_steps = sophia_optax.MultiSteps(
-        optax.chain(optax.clip(1.0), tx), 2, use_grad_mean=False
+      optax.chain(optax.clip(1.0), tx), 2, use_grad_mean=False
     )
     chained = optax.chain(
-        multi_steps.gradient_transformation(), optax.identity()
+      multi_steps.gradient_transformation(), optax.identity()
     )
     state = chained.init(PARAMS)
     moved = []
     for batch in BATCHES[:4]:
       updates, state = chained.update(
-          jax.grad(loss_fn)(PARAMS, batch),
-          state,
-          PARAMS,
-          obj_fn=lambda x, batch=batch: loss_fn(x, batch),
+        jax.grad(loss_fn)(PARAMS, batch),
+        state,
+        PARAMS,
+        obj_fn=lambda x, batch=batch: loss_fn(x, batch),
       )
       moved.append(bool(jnp.any(updates != 0)))
     assert moved == [False, True, False, True]
@@ -103,38 +103,36 @@ def test_as_a_transformation_in_a_chain_and_with_other_optimizers():
 
 def test_curvature_of_all_micro_batches():
   tx = sophia_optax.MultiSteps(
-      sophia_optax.scale_by_sophia(
-          b2=0.0,
-          hessian_diagonal_fn=sophia_optax.microbatched(
-              sophia_optax.hutchinson_estimator_diag_hessian(), 3
-          ),
+    sophia_optax.scale_by_sophia(
+      b2=0.0,
+      hessian_diagonal_fn=sophia_optax.microbatched(
+        sophia_optax.hutchinson_estimator_diag_hessian(), 3
       ),
-      3,
+    ),
+    3,
   )
   state = tx.init(PARAMS)
   for batch in BATCHES[:3]:
     _, state = tx.update(
-        jax.grad(loss_fn)(PARAMS, batch),
-        state,
-        PARAMS,
-        obj_fn=loss_fn,
-        batch=BATCHES[:3].reshape(12, 2),
+      jax.grad(loss_fn)(PARAMS, batch),
+      state,
+      PARAMS,
+      obj_fn=loss_fn,
+      batch=BATCHES[:3].reshape(12, 2),
     )
   exact = jnp.diag(jax.hessian(loss_fn)(PARAMS, BATCHES[:3]))
-  chex.assert_trees_all_close(
-      optax.tree.get(state, 'nu'), exact, rtol=1e-5
-  )
+  chex.assert_trees_all_close(optax.tree.get(state, 'nu'), exact, rtol=1e-5)
 
 
 def test_may_refresh():
   tx = sophia_optax.scale_by_sophia()
   extra = {'obj_fn': lambda x: loss_fn(x, BATCHES[0])}
   _, state = tx.update(
-      PARAMS, tx.init(PARAMS), PARAMS, may_refresh=False, **extra
+    PARAMS, tx.init(PARAMS), PARAMS, may_refresh=False, **extra
   )
   assert not jnp.any(state.nu)
   assert state.count == 1
   _, state = tx.update(
-      PARAMS, tx.init(PARAMS), PARAMS, may_refresh=jnp.array(True), **extra
+    PARAMS, tx.init(PARAMS), PARAMS, may_refresh=jnp.array(True), **extra
   )
   assert jnp.all(state.nu != 0)

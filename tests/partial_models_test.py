@@ -13,11 +13,11 @@ pytestmark = pytest.mark.usefixtures('compile_fast')
 
 INPUTS = jax.random.normal(jax.random.PRNGKey(0), (32, 3))
 PARAMS = {
-    'embedding': jax.random.normal(jax.random.PRNGKey(1), (3, 4)),
-    'layer': {
-        'kernel': jax.random.normal(jax.random.PRNGKey(2), (4,)),
-        'bias': jnp.array(0.3),
-    },
+  'embedding': jax.random.normal(jax.random.PRNGKey(1), (3, 4)),
+  'layer': {
+    'kernel': jax.random.normal(jax.random.PRNGKey(2), (4,)),
+    'bias': jnp.array(0.3),
+  },
 }
 
 
@@ -32,19 +32,19 @@ def loss_fn(params):
 
 EXTRA = {'obj_fn': loss_fn, 'predict_fn': predict, 'full_params': PARAMS}
 ESTIMATORS = {
-    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(
-        num_samples=1000
-    ),
-    'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-        likelihood='gaussian', num_samples=1000
-    ),
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(
+    num_samples=1000
+  ),
+  'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood='gaussian', num_samples=1000
+  ),
 }
 
 
 def labels(params):
   return jax.tree.map_with_path(
-      lambda path, _: 'adamw' if path[0].key == 'embedding' else 'sophia',
-      params,
+    lambda path, _: 'adamw' if path[0].key == 'embedding' else 'sophia',
+    params,
   )
 
 
@@ -53,7 +53,7 @@ def test_curvature_is_that_of_the_dense_block(name):
   mask = {'embedding': False, 'layer': {'kernel': True, 'bias': True}}
   estimator = optax.masked(ESTIMATORS[name], mask)
   estimate, _ = estimator.update(
-      PARAMS, estimator.init(PARAMS), PARAMS, **EXTRA
+    PARAMS, estimator.init(PARAMS), PARAMS, **EXTRA
   )
   chex.assert_trees_all_equal(estimate['embedding'], PARAMS['embedding'])
 
@@ -72,17 +72,15 @@ def test_curvature_is_that_of_the_dense_block(name):
 def test_partition(name):
   sophia = sophia_optax.sophia(0.01, hessian_diagonal_fn=ESTIMATORS[name])
   with jax.numpy_dtype_promotion('standard'):  # optax.adamw needs it.
-    tx = optax.partition(
-        {'sophia': sophia, 'adamw': optax.adamw(0.01)}, labels
-    )
+    tx = optax.partition({'sophia': sophia, 'adamw': optax.adamw(0.01)}, labels)
 
     @jax.jit
     def step(params, state):
       updates, state = tx.update(
-          jax.grad(loss_fn)(params),
-          state,
-          params,
-          **EXTRA | {'full_params': params},
+        jax.grad(loss_fn)(params),
+        state,
+        params,
+        **EXTRA | {'full_params': params},
       )
       return optax.apply_updates(params, updates), state
 
@@ -99,13 +97,13 @@ def test_partition(name):
 def test_fine_tuning_of_a_part():
   frozen = {'embedding': True, 'layer': {'kernel': False, 'bias': True}}
   tx = optax.chain(
-      optax.masked(
-          sophia_optax.sophia(0.01), jax.tree.map(lambda x: not x, frozen)
-      ),
-      optax.freeze(frozen),
+    optax.masked(
+      sophia_optax.sophia(0.01), jax.tree.map(lambda x: not x, frozen)
+    ),
+    optax.freeze(frozen),
   )
   updates, _ = tx.update(
-      jax.grad(loss_fn)(PARAMS), tx.init(PARAMS), PARAMS, **EXTRA
+    jax.grad(loss_fn)(PARAMS), tx.init(PARAMS), PARAMS, **EXTRA
   )
   assert jnp.all(updates['layer']['kernel'] != 0)
   assert not jnp.any(updates['embedding'])
@@ -115,8 +113,8 @@ def test_fine_tuning_of_a_part():
 def test_low_rank_adapters():
   # Only the adapters are parameters; the loss closes over what they adapt.
   adapters = {
-      'down': jax.random.normal(jax.random.PRNGKey(4), (3, 1)),
-      'up': jnp.zeros((1, 4)),
+    'down': jax.random.normal(jax.random.PRNGKey(4), (3, 1)),
+    'up': jnp.zeros((1, 4)),
   }
 
   def adapted_loss(adapters):
@@ -128,7 +126,7 @@ def test_low_rank_adapters():
   @jax.jit
   def step(adapters, state):
     updates, state = tx.update(
-        jax.grad(adapted_loss)(adapters), state, adapters, obj_fn=adapted_loss
+      jax.grad(adapted_loss)(adapters), state, adapters, obj_fn=adapted_loss
     )
     return optax.apply_updates(adapters, updates), state
 
@@ -147,23 +145,23 @@ def test_microbatches_of_a_part():
     return hidden @ params['layer']['kernel'] + params['layer']['bias']
 
   parts = sophia_optax.microbatched(
-      sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-          likelihood=lambda key, means: jnp.ones_like(means)
-      ),
-      2,
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      likelihood=lambda key, means: jnp.ones_like(means)
+    ),
+    2,
   )
   estimator = optax.masked(parts, mask)
   got, _ = estimator.update(
-      PARAMS,
-      estimator.init(PARAMS),
-      PARAMS,
-      predict_fn=predict_on,
-      full_params=PARAMS,
-      batch=INPUTS,
+    PARAMS,
+    estimator.init(PARAMS),
+    PARAMS,
+    predict_fn=predict_on,
+    full_params=PARAMS,
+    batch=INPUTS,
   )
   grads = [
-      jax.grad(lambda p, x=x: jnp.mean(predict_on(p, x)))(PARAMS)['layer']
-      for x in (INPUTS[::2], INPUTS[1::2])
+    jax.grad(lambda p, x=x: jnp.mean(predict_on(p, x)))(PARAMS)['layer']
+    for x in (INPUTS[::2], INPUTS[1::2])
   ]
   expected = jax.tree.map(lambda a, b: 16 * (a**2 + b**2) / 2, *grads)
   chex.assert_trees_all_close(got['layer'], expected, rtol=1e-5)

@@ -24,11 +24,23 @@ import text
 import train_gpt
 
 _SETTINGS = {
-    'num_layers': 2, 'num_heads': 2, 'width': 16, 'block_size': 8,
-    'vocab_size': 64, 'batch_size': 16, 'micro_batch_size': 8,
-    'curvature_batch_size': 16, 'curvature_parts': 2, 'eval_batches': 1,
-    'num_steps': 6, 'warmup_steps': 2, 'eval_interval': 3, 'unroll': 1,
-    'checkpoint_interval': 2, 'update_interval': 2, 'learning_rate': 1e-3,
+  'num_layers': 2,
+  'num_heads': 2,
+  'width': 16,
+  'block_size': 8,
+  'vocab_size': 64,
+  'batch_size': 16,
+  'micro_batch_size': 8,
+  'curvature_batch_size': 16,
+  'curvature_parts': 2,
+  'eval_batches': 1,
+  'num_steps': 6,
+  'warmup_steps': 2,
+  'eval_interval': 3,
+  'unroll': 1,
+  'checkpoint_interval': 2,
+  'update_interval': 2,
+  'learning_rate': 1e-3,
 }
 _TIMEOUT = 240  # seconds, for processes that a few are enough for
 
@@ -49,10 +61,10 @@ def _process():
   def train_and_write(config):
     result = train(config)
     leaves = {
-        jax.tree_util.keystr(path): [
-            (shard.index, np.asarray(shard.data))
-            for shard in x.addressable_shards
-        ] for path, x in jax.tree_util.tree_leaves_with_path(result.state)
+      jax.tree_util.keystr(path): [
+        (shard.index, np.asarray(shard.data)) for shard in x.addressable_shards
+      ]
+      for path, x in jax.tree_util.tree_leaves_with_path(result.state)
     }
     losses = [entry['val_loss'] for entry in result.history]
     pathlib.Path(out).write_bytes(pickle.dumps((leaves, losses, steps)))
@@ -75,19 +87,29 @@ class _Processes:
     self._all = []
     for i in range(2):
       environment = os.environ | {
-          'PYTHONPATH': os.pathsep.join(sys.path), 'JAX_PLATFORMS': 'cpu',
-          'JAX_NUM_CPU_DEVICES': '4', 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
-          'TEST_OUT': str(self.outs[i]),
-          'TEST_KILLED_AT': str(killed_at if i == 1 else -1),
+        'PYTHONPATH': os.pathsep.join(sys.path),
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_NUM_CPU_DEVICES': '4',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+        'TEST_OUT': str(self.outs[i]),
+        'TEST_KILLED_AT': str(killed_at if i == 1 else -1),
       }
       environment.pop('XLA_FLAGS', None)
       settings = config | {
-          'coordinator_address': address, 'num_processes': 2, 'process_id': i}
+        'coordinator_address': address,
+        'num_processes': 2,
+        'process_id': i,
+      }
       with self._logs[i].open('w') as log:
-        self._all.append(subprocess.Popen(
+        self._all.append(
+          subprocess.Popen(
             [sys.executable, __file__]
             + [f'--{name}={value}' for name, value in settings.items()],
-            env=environment, stdout=log, stderr=subprocess.STDOUT))
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+          )
+        )
 
   def __enter__(self):
     return self
@@ -105,8 +127,9 @@ class _Processes:
       if None not in statuses or any(statuses):
         return statuses
       if time.monotonic() > deadline:
-        pytest.fail(f'No end after {_TIMEOUT} s.\n{self.output(0)}'
-                    f'\n{self.output(1)}')
+        pytest.fail(
+          f'No end after {_TIMEOUT} s.\n{self.output(0)}\n{self.output(1)}'
+        )
       time.sleep(0.02)
 
   def output(self, i):
@@ -128,8 +151,10 @@ def _run(tmp_path, config):
   first, second = (pickle.loads(out.read_bytes()) for out in processes.outs)
   assert first[1:] == second[1:]
   assert first[0].keys() == second[0].keys()
-  return ({name: first[0][name] + second[0][name] for name in first[0]},
-          *first[1:])
+  return (
+    {name: first[0][name] + second[0][name] for name in first[0]},
+    *first[1:],
+  )
 
 
 def _whole(shards):
@@ -138,8 +163,9 @@ def _whole(shards):
   for index, part in shards:
     parts[str(index)].append((index, part))
   shape = tuple(
-      max(index[axis].stop or part.shape[axis] for index, part in shards)
-      for axis in range(shards[0][1].ndim))
+    max(index[axis].stop or part.shape[axis] for index, part in shards)
+    for axis in range(shards[0][1].ndim)
+  )
   whole = np.empty(shape, shards[0][1].dtype)
   for copies in parts.values():
     for index, part in copies:
@@ -158,19 +184,25 @@ def _train_in_one_process(config):
     jax.config.update('jax_disable_most_optimizations', False)
 
 
-@pytest.mark.parametrize(('optimizer', 'mesh'), [
-    ('sophia_h', 'data:8'), ('sophia_g', 'data:2,fsdp:4')])
+@pytest.mark.parametrize(
+  ('optimizer', 'mesh'), [('sophia_h', 'data:8'), ('sophia_g', 'data:2,fsdp:4')]
+)
 def test_two_processes_train_as_one_does(tmp_path, data_dir, optimizer, mesh):
   config = _SETTINGS | {
-      'optimizer': optimizer, 'mesh': mesh, 'data_dir': data_dir}
+    'optimizer': optimizer,
+    'mesh': mesh,
+    'data_dir': data_dir,
+  }
   leaves, losses, _ = _run(tmp_path, config | {'out_dir': tmp_path / 'run'})
   result = _train_in_one_process(config)
   np.testing.assert_allclose(
-      losses, [entry['val_loss'] for entry in result.history], rtol=1e-5)
+    losses, [entry['val_loss'] for entry in result.history], rtol=1e-5
+  )
   for path, x in jax.tree_util.tree_leaves_with_path(result.state):
     name = jax.tree_util.keystr(path)
     np.testing.assert_allclose(
-        _whole(leaves[name]), x, rtol=1e-5, atol=1e-6, err_msg=name)
+      _whole(leaves[name]), x, rtol=1e-5, atol=1e-6, err_msg=name
+    )
 
   if mesh == 'data:8':
     return

@@ -21,10 +21,10 @@ SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]
 DTYPES = ['float32', 'bfloat16', 'float16', 'complex64', 'int32', 'bool']
 LARGE = 1e4  # In the range of float16, and so are the squares of 0.01 of it.
 SETTINGS = hypothesis.settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
+  max_examples=200,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 
 
@@ -40,10 +40,12 @@ def leaves(draw):
 
 
 TREES = st.recursive(
-    leaves() | st.none(),
-    lambda inner: st.dictionaries(st.sampled_from('abc'), inner, max_size=3)
-    | st.lists(inner, max_size=2).map(tuple),
-    max_leaves=5,
+  leaves() | st.none(),
+  lambda inner: (
+    st.dictionaries(st.sampled_from('abc'), inner, max_size=3)
+    | st.lists(inner, max_size=2).map(tuple)
+  ),
+  max_leaves=5,
 )
 DECAYS = st.sampled_from([0.0, 0.5, 0.965, 0.9999])
 
@@ -62,38 +64,39 @@ def cases(draw):
   params = {'params': draw(TREES)}  # None alone would be a missing argument.
   # What a mask hides is put in place of the leaves, as optax.masked does it.
   hidden = jax.tree.map(lambda _: draw(st.integers(0, 3)) == 0, params)
-  scales = draw(st.lists(st.sampled_from([0, 1e-4, 1, LARGE]), min_size=3,
-                         max_size=3))
+  scales = draw(
+    st.lists(st.sampled_from([0, 1e-4, 1, LARGE]), min_size=3, max_size=3)
+  )
   random = np.random.default_rng(draw(st.integers(0, 99)))
 
   def gradient(scale):
     return jax.tree.map(
-        lambda p: jnp.asarray(
-            scale * np.clip(random.standard_normal(p.shape), -1, 1)
-        ).astype(p.dtype),
-        params,
+      lambda p: jnp.asarray(
+        scale * np.clip(random.standard_normal(p.shape), -1, 1)
+      ).astype(p.dtype),
+      params,
     )
 
   name = draw(st.sampled_from(list(ESTIMATORS)))
   return Case(
-      params,
-      jax.tree.map(lambda h: not h, hidden),
-      [gradient(s) for s in scales],
-      name,
-      {
-          'learning_rate': draw(st.sampled_from([0.0, 1e-3, 1.0])),
-          'b1': draw(DECAYS),
-          'b2': draw(DECAYS),
-          'eps': draw(st.sampled_from([1e-12, 1e-8, 0.1])),
-          'weight_decay': draw(st.sampled_from([0.0, 0.1])),
-          'gamma': draw(st.sampled_from([1e-12, 1e-3, 1.0, 1e3])),
-          'clip_threshold': draw(st.sampled_from([0.5, 1.0, 3.0])),
-          'update_interval': draw(st.integers(1, 3)),
-          'bias_correction': draw(st.booleans()),
-          'refresh_before_update': draw(st.booleans()),
-          'mu_dtype': draw(st.sampled_from([None, 'float32'])),
-          'target_win_rate': draw(st.sampled_from([None, None, 0.3])),
-      },
+    params,
+    jax.tree.map(lambda h: not h, hidden),
+    [gradient(s) for s in scales],
+    name,
+    {
+      'learning_rate': draw(st.sampled_from([0.0, 1e-3, 1.0])),
+      'b1': draw(DECAYS),
+      'b2': draw(DECAYS),
+      'eps': draw(st.sampled_from([1e-12, 1e-8, 0.1])),
+      'weight_decay': draw(st.sampled_from([0.0, 0.1])),
+      'gamma': draw(st.sampled_from([1e-12, 1e-3, 1.0, 1e3])),
+      'clip_threshold': draw(st.sampled_from([0.5, 1.0, 3.0])),
+      'update_interval': draw(st.integers(1, 3)),
+      'bias_correction': draw(st.booleans()),
+      'refresh_before_update': draw(st.booleans()),
+      'mu_dtype': draw(st.sampled_from([None, 'float32'])),
+      'target_win_rate': draw(st.sampled_from([None, None, 0.3])),
+    },
   )
 
 
@@ -109,8 +112,8 @@ def real(tree):
 
 
 EXTRA = {
-    'obj_fn': lambda p: jnp.sum(jnp.sin(real(p))),
-    'predict_fn': real,
+  'obj_fn': lambda p: jnp.sum(jnp.sin(real(p))),
+  'predict_fn': real,
 }
 
 
@@ -127,30 +130,30 @@ def hostile(updates, state, params=None):
 
 
 ESTIMATORS = {
-    'hostile': optax.GradientTransformation(
-        lambda params: optax.EmptyState(), hostile
-    ),
-    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
-    'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-        likelihood='gaussian'
-    ),
-    'squared': sophia_optax.squared_gradient_estimator_diag_hessian(4),
+  'hostile': optax.GradientTransformation(
+    lambda params: optax.EmptyState(), hostile
+  ),
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian(),
+  'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood='gaussian'
+  ),
+  'squared': sophia_optax.squared_gradient_estimator_diag_hessian(4),
 }
 
 
 def run(case):
   """Three steps; returns updates and state of each."""
   tx = optax.masked(
-      sophia_optax.sophia(
-          **case.options, hessian_diagonal_fn=ESTIMATORS[case.name]
-      ),
-      case.mask,
+    sophia_optax.sophia(
+      **case.options, hessian_diagonal_fn=ESTIMATORS[case.name]
+    ),
+    case.mask,
   )
   state = tx.init(case.params)
   history = [(None, state)]
   for grads in case.grads:
     updates, state = tx.update(
-        grads, state, case.params, full_params=case.params, **EXTRA
+      grads, state, case.params, full_params=case.params, **EXTRA
     )
     history.append((updates, state))
   return history
@@ -158,9 +161,9 @@ def run(case):
 
 def all_finite(tree):
   return all(
-      bool(jnp.all(jnp.isfinite(x)))
-      for x in jax.tree.leaves(tree)
-      if jnp.issubdtype(x.dtype, jnp.inexact)
+    bool(jnp.all(jnp.isfinite(x)))
+    for x in jax.tree.leaves(tree)
+    if jnp.issubdtype(x.dtype, jnp.inexact)
   )
 
 
@@ -175,11 +178,11 @@ def test_any_tree_and_any_hyperparameters(case):
     history, again = run(case), run(case)
 
   for (updates, state), (same_updates, same_state) in zip(
-      history, again, strict=True
+    history, again, strict=True
   ):
     for x, y in zip(
-        *map(jax.tree.leaves, ((updates, state), (same_updates, same_state))),
-        strict=True,
+      *map(jax.tree.leaves, ((updates, state), (same_updates, same_state))),
+      strict=True,
     ):
       np.testing.assert_array_equal(x, y)
 
@@ -189,11 +192,11 @@ def test_any_tree_and_any_hyperparameters(case):
     assert types(state) == types(before)
     assert all_finite(state)
     for p, m, u in zip(
-        *map(jax.tree.leaves, (case.params, case.mask, updates)), strict=True
+      *map(jax.tree.leaves, (case.params, case.mask, updates)), strict=True
     ):
       if m:
         bound = rate * (
-            case.options['clip_threshold'] + decay * jnp.abs(real(p))
+          case.options['clip_threshold'] + decay * jnp.abs(real(p))
         )
         ulp = float(jnp.finfo(p.dtype).eps) if real(p).size else 0.0
         assert jnp.all(jnp.abs(real(u)) <= bound * (1 + 4 * ulp))

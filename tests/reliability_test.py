@@ -32,12 +32,15 @@ TESTS = pathlib.Path(__file__).parent
 PAGE = TESTS.parent / 'docs' / 'reliability.md'
 # Rows that are tested with what they are about.
 ELSEWHERE = {
-    'ctrl_c_in_train_gpt_py':
-        'train_gpt_test::test_interrupt_leaves_checkpoint_table_and_plot',
-    'the_process_is_killed':
-        'train_gpt_test::test_killed_and_resumed_run_ends_with_the_same_bits',
-    'one_of_several_processes_is_killed':
-        'processes_test::test_two_processes_train_as_one_does',
+  'ctrl_c_in_train_gpt_py': (
+    'train_gpt_test::test_interrupt_leaves_checkpoint_table_and_plot'
+  ),
+  'the_process_is_killed': (
+    'train_gpt_test::test_killed_and_resumed_run_ends_with_the_same_bits'
+  ),
+  'one_of_several_processes_is_killed': (
+    'processes_test::test_two_processes_train_as_one_does'
+  ),
 }
 
 NUM_STEPS, INTERVAL = 40, 5
@@ -50,13 +53,13 @@ LABELS = np.argmax(INPUTS[:, :4] + INPUTS[:, 4:8] ** 2, axis=1)
 def test_every_row_has_a_test_and_every_test_a_row():
   cells = re.findall(r'^\| (.*?) \|', PAGE.read_text(), re.MULTILINE)
   rows = {
-      re.sub(r'\W+', '_', cell.lower()).strip('_')
-      for cell in cells if cell != 'fault'
+    re.sub(r'\W+', '_', cell.lower()).strip('_')
+    for cell in cells
+    if cell != 'fault'
   }
   assert len(rows) == len(cells) - cells.count('fault')
   here = {
-      name.removeprefix('test_') for name in globals()
-      if name.startswith('test_')
+    name.removeprefix('test_') for name in globals() if name.startswith('test_')
   }
   here.remove('every_row_has_a_test_and_every_test_a_row')
   assert rows == here | ELSEWHERE.keys()
@@ -85,7 +88,8 @@ class Faults(NamedTuple):
 
 
 NO_FAULTS = Faults(
-    *np.float32([[0], [1], [0]]) * np.ones(NUM_STEPS, np.float32))
+  *np.float32([[0], [1], [0]]) * np.ones(NUM_STEPS, np.float32)
+)
 
 
 def faults(steps=FAULT, **values):
@@ -99,8 +103,8 @@ def faults(steps=FAULT, **values):
 def init_params():
   keys = jax.random.split(jax.random.PRNGKey(0))
   return {
-      'hidden': jax.random.normal(keys[0], (16, 32)) / 4,
-      'output': jax.random.normal(keys[1], (32, 4)) / 6,
+    'hidden': jax.random.normal(keys[0], (16, 32)) / 4,
+    'output': jax.random.normal(keys[1], (32, 4)) / 6,
   }
 
 
@@ -110,7 +114,8 @@ def predict(params, inputs):
 
 def loss_fn(params, inputs, labels):
   return optax.softmax_cross_entropy_with_integer_labels(
-      predict(params, inputs), labels).mean()
+    predict(params, inputs), labels
+  ).mean()
 
 
 def poisoned(estimator):
@@ -127,15 +132,20 @@ def poisoned(estimator):
 def make_optimizer(name, axis_name=None):
   if name == 'sophia_h':
     estimator = sophia_optax.hutchinson_estimator_diag_hessian(
-        axis_name=axis_name)
+      axis_name=axis_name
+    )
     factory = functools.partial(sophia_optax.sophia, gamma=0.1)
   else:
     estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-        axis_name=axis_name)
+      axis_name=axis_name
+    )
     factory = functools.partial(sophia_optax.sophia_g, rho=0.1)
   return factory(
-      LEARNING_RATE, weight_decay=0.0, update_interval=INTERVAL,
-      hessian_diagonal_fn=poisoned(estimator))
+    LEARNING_RATE,
+    weight_decay=0.0,
+    update_interval=INTERVAL,
+    hessian_diagonal_fn=poisoned(estimator),
+  )
 
 
 class Steps(NamedTuple):
@@ -157,9 +167,13 @@ def training(tx, axis_name=None):
       if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
       updates, state = tx.update(
-          grads, state, params, entry_fault=fault.entry,
-          obj_fn=lambda p: fault.curvature * loss_fn(p, inputs, labels),
-          predict_fn=lambda p: fault.curvature * predict(p, inputs))
+        grads,
+        state,
+        params,
+        entry_fault=fault.entry,
+        obj_fn=lambda p: fault.curvature * loss_fn(p, inputs, labels),
+        predict_fn=lambda p: fault.curvature * predict(p, inputs),
+      )
       params = optax.apply_updates(params, updates)
       return (params, state), Steps(params, state, loss)
 
@@ -208,8 +222,7 @@ both = pytest.mark.parametrize('name', ['sophia_h', 'sophia_g'])
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 def test_an_entry_of_an_estimate_is_nan_or_infinite(name, value):
   steps, usual = train(name, faults(entry=value)), undisturbed(name)
-  chex.assert_trees_all_equal(
-      at(steps, slice(FAULT)), at(usual, slice(FAULT)))
+  chex.assert_trees_all_equal(at(steps, slice(FAULT)), at(usual, slice(FAULT)))
   # This entry keeps its value, and the others get theirs.
   nu, usual_nu = get(steps, 'nu')['hidden'], get(usual, 'nu')['hidden']
   kept = nu[FAULT] == nu[FAULT - 1]
@@ -218,7 +231,8 @@ def test_an_entry_of_an_estimate_is_nan_or_infinite(name, value):
   np.testing.assert_array_equal(nu[FAULT][~kept], usual_nu[FAULT][~kept])
   assert nu[FAULT + INTERVAL, 0, 0] != nu[FAULT, 0, 0]
   np.testing.assert_array_equal(
-      get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT)
+    get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT
+  )
   assert_trains_on(steps, name)
 
 
@@ -230,7 +244,8 @@ def test_a_whole_estimate_is_nan_or_infinite(name, value):
   chex.assert_trees_all_equal(at(nu, FAULT), at(nu, FAULT - 1))
   assert (nu['hidden'][FAULT + INTERVAL] != nu['hidden'][FAULT]).all()
   np.testing.assert_array_equal(
-      get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT)
+    get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT
+  )
   assert_trains_on(steps, name)
 
 
@@ -242,12 +257,14 @@ def test_a_gradient_is_nan_or_infinite_in_apply_if_finite(name, value):
   # The step is as if it had not been: count, mu, nu, the key of the probes.
   kept = lambda steps: (steps.params, steps.state.inner_state)
   chex.assert_trees_all_equal(
-      at(kept(steps), slice(FAULT)), at(kept(usual), slice(FAULT)))
+    at(kept(steps), slice(FAULT)), at(kept(usual), slice(FAULT))
+  )
   chex.assert_trees_all_equal(
-      at(kept(steps), slice(FAULT, None)),
-      at(kept(usual), slice(FAULT - 1, -1)))
+    at(kept(steps), slice(FAULT, None)), at(kept(usual), slice(FAULT - 1, -1))
+  )
   np.testing.assert_array_equal(
-      steps.state.total_notfinite, np.arange(NUM_STEPS) >= FAULT)
+    steps.state.total_notfinite, np.arange(NUM_STEPS) >= FAULT
+  )
   assert_trains_on(steps, name)
 
 
@@ -265,7 +282,7 @@ def test_a_gradient_is_nan_and_nothing_is_done_about_it(name):
   for tree in steps.params, get(steps, 'mu'):
     assert np.isfinite(tree['hidden'][FAULT - 1]).all()
     assert np.isnan(tree['hidden'][FAULT:, 0, 0]).all()
-  assert np.isnan(steps.loss[FAULT + 1:]).all()
+  assert np.isnan(steps.loss[FAULT + 1 :]).all()
   chex.assert_tree_all_finite(get(steps, 'nu'))
 
 
@@ -275,7 +292,7 @@ def test_a_gradient_is_infinite_and_nothing_is_done_about_it(name, sign):
   steps = train(name, faults(gradient=sign * np.inf))
   chex.assert_tree_all_finite((steps.params, steps.loss, get(steps, 'nu')))
   assert (get(steps, 'mu')['hidden'][FAULT:, 0, 0] == sign * np.inf).all()
-  moves = np.diff(steps.params['hidden'][FAULT - 1:, 0, 0])
+  moves = np.diff(steps.params['hidden'][FAULT - 1 :, 0, 0])
   np.testing.assert_allclose(moves, -sign * LEARNING_RATE, rtol=1e-3)
 
 
@@ -290,9 +307,11 @@ def train_replicas(name, **values):
   num_devices = jax.device_count()
   each = [NO_FAULTS] * (num_devices - 1) + [faults(**values)]
   shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])
-  replicas = jax.device_get(mapped(name)(
-      jax.tree.map(lambda *x: np.stack(x), *each), shard(INPUTS),
-      shard(LABELS)))
+  replicas = jax.device_get(
+    mapped(name)(
+      jax.tree.map(lambda *x: np.stack(x), *each), shard(INPUTS), shard(LABELS)
+    )
+  )
   for i in range(num_devices):
     chex.assert_trees_all_equal(at(replicas, i), at(replicas, 0))
   return at(replicas, 0)
@@ -304,7 +323,8 @@ def test_the_estimate_of_one_replica_is_nan(name):
   nu = get(steps, 'nu')
   chex.assert_trees_all_equal(at(nu, FAULT), at(nu, FAULT - 1))
   np.testing.assert_array_equal(
-      get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT)
+    get(steps, 'nonfinite_count'), np.arange(NUM_STEPS) >= FAULT
+  )
   assert_trains_on(steps, name)
 
 
@@ -313,10 +333,11 @@ def test_the_gradient_of_one_replica_is_nan_in_apply_if_finite(name):
   steps, usual = train_replicas(name, gradient=np.nan), train_replicas(name)
   kept = lambda steps: (steps.params, steps.state.inner_state)
   chex.assert_trees_all_equal(
-      at(kept(steps), slice(FAULT, None)),
-      at(kept(usual), slice(FAULT - 1, -1)))
+    at(kept(steps), slice(FAULT, None)), at(kept(usual), slice(FAULT - 1, -1))
+  )
   np.testing.assert_array_equal(
-      steps.state.total_notfinite, np.arange(NUM_STEPS) >= FAULT)
+    steps.state.total_notfinite, np.arange(NUM_STEPS) >= FAULT
+  )
   assert_trains_on(steps, name)
 
 
@@ -344,7 +365,8 @@ def python_step(donate):
       if len(batch[0]) != len(INPUTS):
         raise UsersError(f'a batch of {len(batch[0])}')
       one = jax.pure_callback(
-          check, jax.ShapeDtypeStruct((), np.float32), fails)
+        check, jax.ShapeDtypeStruct((), np.float32), fails
+      )
       return one * loss_fn(params, *batch)
 
     grads = jax.grad(loss_fn)(params, *batch)
@@ -388,7 +410,8 @@ def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
   def fault(step, carry):
     # JAX's error has the user's text.
     with pytest.raises(
-        (RuntimeError, ValueError), match='UsersError: raised in a callback'):
+      (RuntimeError, ValueError), match='UsersError: raised in a callback'
+    ):
       jax.block_until_ready(step(carry, (INPUTS, LABELS), True))
 
   if donate:
@@ -434,7 +457,10 @@ def train_with_checkpoints(out_dir, num_steps, fault=lambda step, state: state):
   saver = checkpoints.Checkpoints(config)
   begin, step_fn = python_step(donate=True)
   step, state, record = saver.restore(abstract(begin)) or (
-      0, begin(), {'first': [], 'run': 0})
+    0,
+    begin(),
+    {'first': [], 'run': 0},
+  )
   record['run'] += 1
   while step < num_steps:
     state = step_fn(state, (INPUTS, LABELS), False)
@@ -448,8 +474,9 @@ def train_with_checkpoints(out_dir, num_steps, fault=lambda step, state: state):
 def abstract(begin):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      jax.eval_shape(begin))
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    jax.eval_shape(begin),
+  )
 
 
 @functools.cache
@@ -493,9 +520,10 @@ def check_each_file(three_steps, out_dir, damage):
       assert step == 3
       chex.assert_trees_all_equal(state, whole)
   assert set(errors) == {
-      f'{out_dir / "3"} could not be restored, for the reason above. If its '
-      'files are damaged, delete that folder: the same command then goes on '
-      'from step 2.'}
+    f'{out_dir / "3"} could not be restored, for the reason above. If its '
+    'files are damaged, delete that folder: the same command then goes on '
+    'from step 2.'
+  }
   shutil.rmtree(out_dir / '3')
   assert_goes_on(out_dir)
 
@@ -538,13 +566,21 @@ def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
   # no record can be written, at 1500 no parameters.
   out_dir = tmp_path / 'out'
   process = subprocess.run(
-      [sys.executable, __file__, str(out_dir), str(num_bytes)],
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path),
-                        'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8',
-                        'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'},
-      stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    [sys.executable, __file__, str(out_dir), str(num_bytes)],
+    env=os.environ
+    | {
+      'PYTHONPATH': os.pathsep.join(sys.path),
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': '8',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+    },
+    stderr=subprocess.PIPE,
+    text=True,
+    timeout=240,
+    check=False,
+  )
   assert process.returncode == 1, process.stderr[-4000:]
-  error = process.stderr[process.stderr.index('\nRuntimeError: '):]
+  error = process.stderr[process.stderr.index('\nRuntimeError: ') :]
   assert f'step 3 could not be written to {out_dir}' in error
   assert 'the same command goes on from step 2.' in error
   assert 'File too large' in process.stderr
@@ -559,10 +595,12 @@ def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
     if step < 3:
       return state
     return optax.tree.set(
-        state, mu=jax.tree.map(lambda x: x * jnp.inf, state[0]))
+      state, mu=jax.tree.map(lambda x: x * jnp.inf, state[0])
+    )
 
   with pytest.raises(
-      FloatingPointError, match=r'3 steps must be .* goes on from step 2;'):
+    FloatingPointError, match=r'3 steps must be .* goes on from step 2;'
+  ):
     train_with_checkpoints(tmp_path, 4, fault)
   assert sorted(os.listdir(tmp_path)) == ['1', '2']
   assert_goes_on(tmp_path)
@@ -570,7 +608,8 @@ def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
 
 def restore(out_dir, tree, **settings):
   config = gpt_configs.get_config(
-      'demo', 'sophia_h', out_dir=str(out_dir), **settings)
+    'demo', 'sophia_h', out_dir=str(out_dir), **settings
+  )
   return checkpoints.Checkpoints(config).restore(tree)
 
 
@@ -584,15 +623,16 @@ def test_restored_into_other_shapes(three_steps):
   begin, _ = python_step(donate=True)
   tree = abstract(begin)
   hidden = jax.ShapeDtypeStruct(
-      (16, 8), np.float32, sharding=tree[0]['hidden'].sharding)
+    (16, 8), np.float32, sharding=tree[0]['hidden'].sharding
+  )
   tree = (tree[0] | {'hidden': hidden}, tree[1])
   message = r'\(16, 8\) is not compatible with the stored shape: \(16, 32\)'
   with pytest.raises(RuntimeError, match='could not be restored') as info:
     restore(three_steps, tree)
   assert re.search(message, str(info.value.__cause__))
   with (
-      ocp.StandardCheckpointer() as checkpointer,
-      pytest.raises(ValueError, match=message),
+    ocp.StandardCheckpointer() as checkpointer,
+    pytest.raises(ValueError, match=message),
   ):
     checkpointer.restore(three_steps / '3' / 'state', tree)
 
@@ -603,8 +643,10 @@ def test_restored_on_another_number_of_devices(three_steps, num_devices):
   begin, _ = python_step(donate=True)
   one = abstract(begin)
   several = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      one, sharding.state_sharding(sharding.make_mesh(spec), one))
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    one,
+    sharding.state_sharding(sharding.make_mesh(spec), one),
+  )
   _, expected, _ = restore(three_steps, one)
   step, state, _ = restore(three_steps, several, mesh=spec)
   assert step == 3

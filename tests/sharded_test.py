@@ -14,58 +14,69 @@ import sophia_optax
 P = jax.sharding.PartitionSpec
 AxisType = jax.sharding.AxisType
 AXIS_TYPES = {
-    'auto': (AxisType.Auto, AxisType.Auto),
-    'explicit': (AxisType.Explicit, AxisType.Explicit),
+  'auto': (AxisType.Auto, AxisType.Auto),
+  'explicit': (AxisType.Explicit, AxisType.Explicit),
 }
 # (w1, w2, batch, hidden, outputs): the last two are what an explicit mesh asks
 # for where a product sums over a divided axis.
 LAYOUTS = {
-    'data': (P(), P(), P(('data', 'model')), P(('data', 'model')), None),
-    'fsdp': (
-        P('model'), P('model'), P(('data', 'model')), P(('data', 'model')),
-        P(('data', 'model')),
-    ),
-    'tensor': (
-        P(None, 'model'), P('model'), P('data'), P('data', 'model'), P('data')
-    ),
-    'vocabulary': (
-        P(), P(None, 'model'), P('data'), P('data'), P('data', 'model')
-    ),
+  'data': (P(), P(), P(('data', 'model')), P(('data', 'model')), None),
+  'fsdp': (
+    P('model'),
+    P('model'),
+    P(('data', 'model')),
+    P(('data', 'model')),
+    P(('data', 'model')),
+  ),
+  'tensor': (
+    P(None, 'model'),
+    P('model'),
+    P('data'),
+    P('data', 'model'),
+    P('data'),
+  ),
+  'vocabulary': (
+    P(),
+    P(None, 'model'),
+    P('data'),
+    P('data'),
+    P('data', 'model'),
+  ),
 }
 NUM_CLASSES = 12
 KEYS = {'typed': jax.random.key, 'raw': jax.random.PRNGKey}
 PARAMS = {
-    'w1': jax.random.normal(jax.random.PRNGKey(0), (16, 32)) / 4,
-    'w2': jax.random.normal(jax.random.PRNGKey(1), (32, NUM_CLASSES)) / 6,
+  'w1': jax.random.normal(jax.random.PRNGKey(0), (16, 32)) / 4,
+  'w2': jax.random.normal(jax.random.PRNGKey(1), (32, NUM_CLASSES)) / 6,
 }
 BATCH = {
-    'x': jax.random.normal(jax.random.PRNGKey(2), (64, 16)),
-    'y': jax.random.randint(jax.random.PRNGKey(3), (64,), 0, NUM_CLASSES),
+  'x': jax.random.normal(jax.random.PRNGKey(2), (64, 16)),
+  'y': jax.random.randint(jax.random.PRNGKey(3), (64,), 0, NUM_CLASSES),
 }
 ESTIMATORS = {
-    'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
-    'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
+  'gauss_newton': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
 }
 
 
 def make_mesh(axis_types):
   return jax.make_mesh(
-      (2, 4), ('data', 'model'), axis_types=AXIS_TYPES[axis_types]
+    (2, 4), ('data', 'model'), axis_types=AXIS_TYPES[axis_types]
   )
 
 
 def place(tree, specs, mesh):
   return jax.tree.map(
-      lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s)),
-      tree,
-      specs,
+    lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s)),
+    tree,
+    specs,
   )
 
 
 def train(estimator, params, batch, matmuls=(jnp.matmul, jnp.matmul)):
   """Three steps; returns parameters and state of before and after."""
   tx = sophia_optax.sophia(
-      0.01, update_interval=2, hessian_diagonal_fn=estimator
+    0.01, update_interval=2, hessian_diagonal_fn=estimator
   )
 
   def predict_fn(params, batch):  # (B, 12)
@@ -82,7 +93,7 @@ def train(estimator, params, batch, matmuls=(jnp.matmul, jnp.matmul)):
   def step(params, state, batch):
     grads = jax.grad(obj_fn)(params, batch)
     updates, state = tx.update(
-        grads, state, params, obj_fn=obj_fn, predict_fn=predict_fn, batch=batch
+      grads, state, params, obj_fn=obj_fn, predict_fn=predict_fn, batch=batch
     )
     return optax.apply_updates(params, updates), state
 
@@ -108,40 +119,42 @@ def one_device(*arguments):
 def comparable(tree):
   """Typed keys have no difference."""
   return jax.tree.map(
-      lambda x: jax.random.key_data(x)
+    lambda x: (
+      jax.random.key_data(x)
       if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-      else x,
-      tree,
+      else x
+    ),
+    tree,
   )
 
 
 @pytest.mark.usefixtures('compile_fast')
 @pytest.mark.parametrize('axis_types', AXIS_TYPES)
 @pytest.mark.parametrize(
-    ('layout', 'estimator'),
-    [
-        ('data', ('hutchinson', 'raw', 1)),
-        ('data', ('gauss_newton', 'typed', 2)),
-        ('fsdp', ('hutchinson', 'typed', 2)),
-        ('fsdp', ('gauss_newton', 'raw', 1)),
-        ('tensor', ('hutchinson', 'typed', 2)),
-        ('tensor', ('gauss_newton', 'typed', 2)),
-        ('vocabulary', ('gauss_newton', 'raw', 1)),
-    ],
+  ('layout', 'estimator'),
+  [
+    ('data', ('hutchinson', 'raw', 1)),
+    ('data', ('gauss_newton', 'typed', 2)),
+    ('fsdp', ('hutchinson', 'typed', 2)),
+    ('fsdp', ('gauss_newton', 'raw', 1)),
+    ('tensor', ('hutchinson', 'typed', 2)),
+    ('tensor', ('gauss_newton', 'typed', 2)),
+    ('vocabulary', ('gauss_newton', 'raw', 1)),
+  ],
 )
 def test_equals_one_device(layout, estimator, axis_types):
   w1, w2, rows, hidden, outputs = LAYOUTS[layout]
   mesh = make_mesh(axis_types)
   with jax.set_mesh(mesh):
     matmuls = [
-        functools.partial(jnp.matmul, out_sharding=spec)
-        for spec in (hidden, outputs)
+      functools.partial(jnp.matmul, out_sharding=spec)
+      for spec in (hidden, outputs)
     ]
     before, after = train(
-        make_estimator(*estimator),
-        place(PARAMS, {'w1': w1, 'w2': w2}, mesh),
-        place(BATCH, {'x': rows, 'y': rows}, mesh),
-        matmuls if axis_types == 'explicit' else (jnp.matmul, jnp.matmul),
+      make_estimator(*estimator),
+      place(PARAMS, {'w1': w1, 'w2': w2}, mesh),
+      place(BATCH, {'x': rows, 'y': rows}, mesh),
+      matmuls if axis_types == 'explicit' else (jnp.matmul, jnp.matmul),
     )
   # Moments are laid out like the parameters, and nothing moves.
   params, (state, *_) = before
@@ -153,10 +166,10 @@ def test_equals_one_device(layout, estimator, axis_types):
     assert old.sharding.is_equivalent_to(new.sharding, old.ndim)
 
   chex.assert_trees_all_close(
-      comparable(jax.device_get(after)),
-      comparable(jax.device_get(one_device(*estimator))),
-      rtol=1e-4,
-      atol=1e-6,
+    comparable(jax.device_get(after)),
+    comparable(jax.device_get(one_device(*estimator))),
+    rtol=1e-4,
+    atol=1e-6,
   )
 
 
@@ -169,7 +182,7 @@ SHAPE = (48, 80)
 def test_no_probe_of_full_size(distribution, num_samples, axis_types):
   """A loss that needs no array of full size finds none in the program."""
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(
-      distribution=distribution, num_samples=num_samples
+    distribution=distribution, num_samples=num_samples
   )
 
   def program(spec):
@@ -178,13 +191,13 @@ def test_no_probe_of_full_size(distribution, num_samples, axis_types):
       sharding = jax.sharding.NamedSharding(mesh, spec)
       w = jax.device_put(jnp.ones(SHAPE), sharding)
       update = lambda state, w: estimator.update(
-          None, state, w, obj_fn=lambda w: jnp.sum(w**2) ** 2
+        None, state, w, obj_fn=lambda w: jnp.sum(w**2) ** 2
       )[0]
       return (
-          jax.jit(update, out_shardings=sharding)
-          .lower(estimator.init(w), w)
-          .compile()
-          .as_text()
+        jax.jit(update, out_shardings=sharding)
+        .lower(estimator.init(w), w)
+        .compile()
+        .as_text()
       )
 
   def full_size(text):
@@ -205,13 +218,13 @@ def test_no_logits_of_full_size(axis_types):
     sharding = jax.sharding.NamedSharding(mesh, P('data', 'model'))
     logits = jax.device_put(jnp.ones((6, num_classes)), sharding)
     update = lambda state, w: estimator.update(
-        None, state, w, predict_fn=lambda w: w
+      None, state, w, predict_fn=lambda w: w
     )[0]
     text = (
-        jax.jit(update, out_shardings=sharding)
-        .lower(estimator.init(logits), logits)
-        .compile()
-        .as_text()
+      jax.jit(update, out_shardings=sharding)
+      .lower(estimator.init(logits), logits)
+      .compile()
+      .as_text()
     )
   assert re.findall(r'f32\[3,1000\]', text)  # What one device has of them.
   assert not re.findall(r'\[[36],4000\]|\[6,1000\]', text)

@@ -61,43 +61,41 @@ def test_transcript_of_pytorch(maximize):
   lr, betas, rho, decay, bs, k = 0.01, (0.9, 0.8), 0.04, 0.1, 5, 10
   rng = np.random.default_rng(0)
   params = {
-      'decayed': rng.normal(size=(3, 2)),
-      'not_decayed': rng.normal(size=4),
-      'complex': rng.normal(size=2) + 1j * rng.normal(size=2),
+    'decayed': rng.normal(size=(3, 2)),
+    'not_decayed': rng.normal(size=4),
+    'complex': rng.normal(size=2) + 1j * rng.normal(size=2),
   }
   groups = {
-      name: (ComplexSophiaG if name == 'complex' else SophiaG)(
-          lr, betas, rho, 0 if name == 'not_decayed' else decay, maximize, bs
-      )
-      for name in params
+    name: (ComplexSophiaG if name == 'complex' else SophiaG)(
+      lr, betas, rho, 0 if name == 'not_decayed' else decay, maximize, bs
+    )
+    for name in params
   }
 
   def draw():
     return {
-        name: rng.normal(size=p.shape)
-        + (1j * rng.normal(size=p.shape) if name == 'complex' else 0)
-        for name, p in params.items()
+      name: rng.normal(size=p.shape)
+      + (1j * rng.normal(size=p.shape) if name == 'complex' else 0)
+      for name, p in params.items()
     }
 
   tx = sophia_optax.sophia_g(
-      lr,
-      *betas,
-      rho,
-      decay,
-      weight_decay_mask={name: name != 'not_decayed' for name in params},
-      update_interval=k,
-      maximize=maximize,
-      hessian_diagonal_fn=curvature_gradients(bs),
+    lr,
+    *betas,
+    rho,
+    decay,
+    weight_decay_mask={name: name != 'not_decayed' for name in params},
+    update_interval=k,
+    maximize=maximize,
+    hessian_diagonal_fn=curvature_gradients(bs),
   )
   to_jax = lambda tree: jax.tree.map(
-      lambda x: jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else 'f4'),
-      tree,
+    lambda x: jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else 'f4'),
+    tree,
   )
   actual = to_jax(params)
   state = tx.init(actual)
-  update = jax.jit(
-      lambda g, s, p, c: tx.update(g, s, p, curvature_grads=c)
-  )
+  update = jax.jit(lambda g, s, p, c: tx.update(g, s, p, curvature_grads=c))
   for step in range(100):
     grads, curvature = draw(), draw()
     updates, state = update(to_jax(grads), state, actual, to_jax(curvature))
@@ -114,18 +112,18 @@ def test_maximize_turns_the_curvature_of_hutchinson():
   # A maximum at 1, where the objective curves with -2.
   objective = lambda x: -jnp.sum((x - 1.0) ** 2)
   tx = sophia_optax.sophia_g(
-      0.5,
-      b1=0.0,
-      b2=0.0,
-      rho=1.0,
-      weight_decay=0.0,
-      maximize=True,
-      refresh_before_update=True,
-      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(),
+    0.5,
+    b1=0.0,
+    b2=0.0,
+    rho=1.0,
+    weight_decay=0.0,
+    maximize=True,
+    refresh_before_update=True,
+    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(),
   )
   x = jnp.array([0.6, 1.2])
   update = lambda x: tx.update(
-      jax.grad(objective)(x), tx.init(x), x, obj_fn=objective
+    jax.grad(objective)(x), tx.init(x), x, obj_fn=objective
   )
   updates, state = update(x)
   np.testing.assert_allclose(optax.tree.get(state, 'nu'), [2.0, 2.0])
@@ -141,12 +139,12 @@ def test_maximize_does_not_turn_the_curvature_of_gauss_newton():
   nus = []
   for maximize in (False, True):
     tx = sophia_optax.sophia_g(
-        maximize=maximize,
-        hessian_diagonal_fn=(
-            sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-                likelihood='gaussian'
-            )
-        ),
+      maximize=maximize,
+      hessian_diagonal_fn=(
+        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+          likelihood='gaussian'
+        )
+      ),
     )
     w = jnp.ones(2)
     _, state = tx.update(w, tx.init(w), w, predict_fn=lambda w: inputs @ w)
@@ -157,10 +155,10 @@ def test_maximize_does_not_turn_the_curvature_of_gauss_newton():
 
 def test_hyperparameters_change_between_steps_without_recompilation():
   tx = optax.inject_hyperparams(sophia_optax.sophia_g)(
-      hessian_diagonal_fn=sophia_optax.squared_gradient_estimator_diag_hessian(
-          1.0
-      ),
-      update_interval=1,
+    hessian_diagonal_fn=sophia_optax.squared_gradient_estimator_diag_hessian(
+      1.0
+    ),
+    update_interval=1,
   )
   params, grads = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
   traces = []
@@ -188,15 +186,15 @@ def test_hyperparameters_change_between_steps_without_recompilation():
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'match'),
-    [
-        ({'learning_rate': -1e-3}, r'learning_rate .* got -0\.001'),
-        ({'b1': 1.0}, r'b1 .* got 1\.0'),
-        ({'b2': -0.5}, r'b2 .* got -0\.5'),
-        ({'rho': -0.04}, r'rho .* got -0\.04'),
-        ({'weight_decay': -0.1}, r'weight_decay .* got -0\.1'),
-        ({'update_interval': 0}, r'update_interval .* got 0'),
-    ],
+  ('kwargs', 'match'),
+  [
+    ({'learning_rate': -1e-3}, r'learning_rate .* got -0\.001'),
+    ({'b1': 1.0}, r'b1 .* got 1\.0'),
+    ({'b2': -0.5}, r'b2 .* got -0\.5'),
+    ({'rho': -0.04}, r'rho .* got -0\.04'),
+    ({'weight_decay': -0.1}, r'weight_decay .* got -0\.1'),
+    ({'update_interval': 0}, r'update_interval .* got 0'),
+  ],
 )
 def test_validation(kwargs, match):
   with pytest.raises(ValueError, match=match):
@@ -205,7 +203,7 @@ def test_validation(kwargs, match):
 
 def test_schedules_are_accepted():
   sophia_optax.sophia_g(
-      optax.constant_schedule(0.1), weight_decay=optax.constant_schedule(0.1)
+    optax.constant_schedule(0.1), weight_decay=optax.constant_schedule(0.1)
   )
 
 

@@ -28,7 +28,7 @@ def scripted(estimates):
     return jax.tree.map(lambda e: e[count], estimates), count + 1
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: jnp.zeros([], jnp.int32), update
+    lambda params: jnp.zeros([], jnp.int32), update
   )
 
 
@@ -52,17 +52,17 @@ def test_algorithm_3_in_numpy(k, bias_correction, refresh_first):
   estimates = rng.normal(size=(steps, *shape)).astype(np.float32) + 0.5
 
   tx = sophia_optax.sophia(
-      lr,
-      b1,
-      b2,
-      eps,
-      decay,
-      gamma=gamma,
-      clip_threshold=clip,
-      update_interval=k,
-      hessian_diagonal_fn=scripted(list(jnp.asarray(estimates))),
-      bias_correction=bias_correction,
-      refresh_before_update=refresh_first,
+    lr,
+    b1,
+    b2,
+    eps,
+    decay,
+    gamma=gamma,
+    clip_threshold=clip,
+    update_interval=k,
+    hessian_diagonal_fn=scripted(list(jnp.asarray(estimates))),
+    bias_correction=bias_correction,
+    refresh_before_update=refresh_first,
   )
   theta = rng.normal(size=shape)
   params = jnp.asarray(theta, jnp.float32)
@@ -90,21 +90,21 @@ def test_algorithm_3_in_numpy(k, bias_correction, refresh_first):
     np.testing.assert_allclose(sophia_state.nu, h, rtol=2e-5, atol=2e-6)
     if (t - 1) % k == 0:
       np.testing.assert_allclose(
-          sophia_state.win_rate, np.mean(np.abs(ratio) < clip), atol=1e-6
+        sophia_state.win_rate, np.mean(np.abs(ratio) < clip), atol=1e-6
       )
   assert sophia_state.hessian_fn_state == refreshes == -(-steps // k)
 
 
 def test_state_and_update_dtypes():
   params = {
-      'f32': jnp.ones(2),
-      'bf16': jnp.ones(2, jnp.bfloat16),
-      'f16': jnp.ones([], jnp.float16),
-      'int': jnp.array([3, -4]),
-      'bool': jnp.array(True),
-      'complex': jnp.array([1.0 + 2.0j]),
-      'none': None,
-      'empty': jnp.zeros((0, 3)),
+    'f32': jnp.ones(2),
+    'bf16': jnp.ones(2, jnp.bfloat16),
+    'f16': jnp.ones([], jnp.float16),
+    'int': jnp.array([3, -4]),
+    'bool': jnp.array(True),
+    'complex': jnp.array([1.0 + 2.0j]),
+    'none': None,
+    'empty': jnp.zeros((0, 3)),
   }
 
   def loss(p):
@@ -116,19 +116,19 @@ def test_state_and_update_dtypes():
     tx = sophia_optax.sophia(0.1, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     state = tx.init(params)
     updates, new_state = jax.jit(
-        lambda g, s, p, tx=tx: tx.update(g, s, p, obj_fn=loss)
+      lambda g, s, p, tx=tx: tx.update(g, s, p, obj_fn=loss)
     )(grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal(updates['int'], jnp.array([0, 0]))
     chex.assert_trees_all_equal(
-        optax.apply_updates(params, updates)['int'], params['int']
+      optax.apply_updates(params, updates)['int'], params['int']
     )
     dtypes = lambda tree: {k: v.dtype for k, v in tree.items() if k != 'none'}
     real = {'f32', 'bf16', 'f16', 'empty'}
     for moment, dtype, default in [
-        (state[0].mu, mu_dtype, params),
-        (state[0].nu, nu_dtype, {k: jnp.float32(0) for k in real}),
+      (state[0].mu, mu_dtype, params),
+      (state[0].nu, nu_dtype, {k: jnp.float32(0) for k in real}),
     ]:
       for k, actual in dtypes(moment).items():
         expected = params[k].dtype
@@ -140,12 +140,12 @@ def test_state_and_update_dtypes():
 def test_x64():
   with jax.enable_x64(True):
     params = {'f64': jnp.ones(2), 'f32': jnp.ones(2, jnp.float32)}
-    loss = lambda p: jnp.sum(p['f64'] ** 3) + jnp.sum(p['f32'] ** 2).astype(
-        jnp.float64
+    loss = lambda p: (
+      jnp.sum(p['f64'] ** 3) + jnp.sum(p['f32'] ** 2).astype(jnp.float64)
     )
     numbers = {'b1': 0.9, 'b2': 0.99, 'gamma': 0.01, 'clip_threshold': 1.0}
     tx = sophia_optax.scale_by_sophia(
-        **{name: jnp.array(value) for name, value in numbers.items()}
+      **{name: jnp.array(value) for name, value in numbers.items()}
     )
     state = tx.init(params)
     step = jax.jit(lambda s, p: tx.update(jax.grad(loss)(p), s, p, obj_fn=loss))
@@ -161,10 +161,10 @@ def test_trees_of_every_size(params):
   loss = lambda p: sum((x**2 for x in jax.tree.leaves(p)), jnp.zeros([]))
   tx = sophia_optax.sophia(0.1, weight_decay=0.0)
   updates, state = tx.update(
-      jax.grad(loss)(params), tx.init(params), params, obj_fn=loss
+    jax.grad(loss)(params), tx.init(params), params, obj_fn=loss
   )
   chex.assert_trees_all_close(
-      updates, jax.tree.map(lambda _: jnp.float32(-0.1), params)
+    updates, jax.tree.map(lambda _: jnp.float32(-0.1), params)
   )
   assert jnp.isfinite(optax.tree.get(state, 'win_rate'))
 
@@ -181,9 +181,9 @@ def test_gradients_wider_than_the_parameters():
 def test_nonfinite_entries_never_enter_nu(bad):
   first, second = jnp.array([1.0, 2.0]), jnp.array([3.0, bad])
   tx = sophia_optax.scale_by_sophia(
-      b2=0.5,
-      update_interval=1,
-      hessian_diagonal_fn=scripted([first, second, first]),
+    b2=0.5,
+    update_interval=1,
+    hessian_diagonal_fn=scripted([first, second, first]),
   )
   states = [s for _, s in run(tx, [jnp.ones(2)] * 3, jnp.ones(2))]
   np.testing.assert_allclose(states[0].nu, [0.5, 1.0])
@@ -194,10 +194,10 @@ def test_nonfinite_entries_never_enter_nu(bad):
 
 def test_estimate_that_overflows_nu_dtype_is_left_out():
   tx = sophia_optax.scale_by_sophia(
-      b2=0.0,
-      nu_dtype=jnp.float16,
-      update_interval=1,
-      hessian_diagonal_fn=scripted([jnp.array([1.0, 1e6])]),
+    b2=0.0,
+    nu_dtype=jnp.float16,
+    update_interval=1,
+    hessian_diagonal_fn=scripted([jnp.array([1.0, 1e6])]),
   )
   ((_, state),) = run(tx, [jnp.ones(2)], jnp.ones(2))
   np.testing.assert_allclose(state.nu, [1.0, 0.0])
@@ -209,7 +209,7 @@ def test_complex_curvature_and_clipping_are_apart():
   loss = lambda z: jnp.sum(z.real**2 + 100 * z.imag**2)
   z = jnp.array([0.25 + 0.5j, -3.0 + 0.001j])
   tx = sophia_optax.scale_by_sophia(
-      b1=0.0, b2=0.0, gamma=1.0, refresh_before_update=True
+    b1=0.0, b2=0.0, gamma=1.0, refresh_before_update=True
   )
   grads = jnp.conj(jax.grad(loss)(z))
   updates, state = tx.update(grads, tx.init(z), z, obj_fn=loss)
@@ -222,10 +222,10 @@ def test_complex_quadratic_converges():
   target = jnp.array([1.0 - 2.0j, -0.5 + 3.0j])
   # The cross term couples real and imaginary parts.
   loss = lambda z: jnp.sum(
-      jnp.abs(z - target) ** 2 + (z - target).real * (z - target).imag
+    jnp.abs(z - target) ** 2 + (z - target).real * (z - target).imag
   )
   tx = sophia_optax.sophia(
-      optax.linear_schedule(0.3, 0.0, 200), b1=0.9, weight_decay=0.0, gamma=1.0
+    optax.linear_schedule(0.3, 0.0, 200), b1=0.9, weight_decay=0.0, gamma=1.0
   )
 
   def step(carry, _):
@@ -242,7 +242,7 @@ def test_complex_quadratic_converges():
 def test_win_rate_is_measured_on_refresh_steps(params):
   tx = sophia_optax.sophia(0.01, b2=0.0, gamma=1.0, update_interval=3)
   update = jax.jit(
-      lambda s, p: tx.update(jax.grad(loss_fn)(p), s, p, obj_fn=loss_fn)
+    lambda s, p: tx.update(jax.grad(loss_fn)(p), s, p, obj_fn=loss_fn)
   )
   state, rates = tx.init(params), []
   assert optax.tree.get(state, 'win_rate') == 0
@@ -257,7 +257,7 @@ def test_win_rate_is_measured_on_refresh_steps(params):
 
 def test_win_rate_without_clipping_is_one():
   tx = sophia_optax.scale_by_sophia(
-      clip_threshold=None, hessian_diagonal_fn=optax.identity()
+    clip_threshold=None, hessian_diagonal_fn=optax.identity()
   )
   ((_, state),) = run(tx, [jnp.ones(2)], jnp.ones(2))
   assert state.win_rate == 1
@@ -269,12 +269,10 @@ def test_printed_win_rate(params, capsys, n, injected):
   factory = sophia_optax.scale_by_sophia
   if injected:
     factory = optax.inject_hyperparams(factory)
-  tx = factory(
-      b2=0.0, gamma=1.0, verbose=True, print_win_rate_every_n_steps=n
-  )
+  tx = factory(b2=0.0, gamma=1.0, verbose=True, print_win_rate_every_n_steps=n)
   state = tx.init(params)
   step = jax.jit(
-      lambda s: tx.update(jax.grad(loss_fn)(params), s, params, obj_fn=loss_fn)
+    lambda s: tx.update(jax.grad(loss_fn)(params), s, params, obj_fn=loss_fn)
   )
   for _ in range(5):
     _, state = step(state)
@@ -301,7 +299,7 @@ def test_no_print_costs_nothing(params):
 
 def test_gamma_zero_is_sign_momentum():
   tx = sophia_optax.scale_by_sophia(
-      gamma=0.0, hessian_diagonal_fn=optax.identity()
+    gamma=0.0, hessian_diagonal_fn=optax.identity()
   )
   seen = run(tx, [jnp.array([1e-3, -5.0, 0.0])] * 3, jnp.ones(3))
   for updates, _ in seen:
@@ -312,13 +310,13 @@ def test_hyperparameters_may_be_of_any_numeric_type():
   results = []
   for number in (int, float, np.float64, np.array, jnp.array):
     tx = sophia_optax.scale_by_sophia(
-        b1=number(0),
-        b2=number(0),
-        eps=number(1),
-        gamma=number(2),
-        clip_threshold=number(1),
-        update_interval=number(2),
-        hessian_diagonal_fn=optax.identity(),
+      b1=number(0),
+      b2=number(0),
+      eps=number(1),
+      gamma=number(2),
+      clip_threshold=number(1),
+      update_interval=number(2),
+      hessian_diagonal_fn=optax.identity(),
     )
     grads = [jnp.array([0.5, -3.0, 0.1])] * 3
     results.append(run(tx, grads, jnp.ones(3)))
@@ -327,10 +325,10 @@ def test_hyperparameters_may_be_of_any_numeric_type():
 
 def test_negative_curvature_takes_the_full_step():
   tx = sophia_optax.scale_by_sophia(
-      b2=0.0,
-      refresh_before_update=True,
-      hessian_diagonal_fn=scripted([jnp.array([-5.0, 5.0])]),
-      gamma=1.0,
+    b2=0.0,
+    refresh_before_update=True,
+    hessian_diagonal_fn=scripted([jnp.array([-5.0, 5.0])]),
+    gamma=1.0,
   )
   ((updates, _),) = run(tx, [jnp.array([0.1, 0.1])], jnp.ones(2))
   np.testing.assert_allclose(updates, [1.0, 0.02], rtol=1e-5)
@@ -340,15 +338,15 @@ def test_integer_parameters_do_not_decay():
   # In float32 this integer would be another one.
   params = {'w': jnp.ones(2), 'steps': jnp.array(2**24 + 1)}
   for mask in (
-      None,
-      {'w': True, 'steps': True},
-      lambda tree: jax.tree.map(lambda _: True, tree),
+    None,
+    {'w': True, 'steps': True},
+    lambda tree: jax.tree.map(lambda _: True, tree),
   ):
     tx = sophia_optax.sophia(
-        0.1,
-        weight_decay=0.5,
-        weight_decay_mask=mask,
-        hessian_diagonal_fn=optax.identity(),
+      0.1,
+      weight_decay=0.5,
+      weight_decay_mask=mask,
+      hessian_diagonal_fn=optax.identity(),
     )
     grads = {'w': jnp.zeros(2), 'steps': jnp.array(0)}
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -362,23 +360,23 @@ def test_gamma_may_be_a_schedule_of_the_step(name):
   loss_fn = lambda x: jnp.sum(x**2)
   x = jnp.array([0.3])
   factory = {
-      'sophia': lambda gamma: sophia_optax.sophia(
-          1.0,
-          b1=0.0,
-          b2=0.0,
-          weight_decay=0.0,
-          gamma=gamma,
-          refresh_before_update=True,
-      ),
-      'sophia_g': lambda rho: sophia_optax.sophia_g(
-          1.0,
-          b1=0.0,
-          b2=0.0,
-          rho=rho,
-          weight_decay=0.0,
-          refresh_before_update=True,
-          hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(),
-      ),
+    'sophia': lambda gamma: sophia_optax.sophia(
+      1.0,
+      b1=0.0,
+      b2=0.0,
+      weight_decay=0.0,
+      gamma=gamma,
+      refresh_before_update=True,
+    ),
+    'sophia_g': lambda rho: sophia_optax.sophia_g(
+      1.0,
+      b1=0.0,
+      b2=0.0,
+      rho=rho,
+      weight_decay=0.0,
+      refresh_before_update=True,
+      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(),
+    ),
   }[name]
   gammas = jnp.array([1.0, 2.0, 4.0])
   tx = factory(lambda step: gammas[step])

@@ -11,17 +11,29 @@ import stability
 
 def run_of(trouble, remedy, val_loss, seed=0):
   history = [
-      {'step': 10 * i, 'loss': 3.0, 'win_rate': 0.3, 'negative_fraction': 0.4,
-       'curvature_norm': 2.0} for i in (1, 2)]
-  return {'trouble': trouble, 'remedy': remedy, 'seed': seed,
-          'val_loss': val_loss, 'history': history}
+    {
+      'step': 10 * i,
+      'loss': 3.0,
+      'win_rate': 0.3,
+      'negative_fraction': 0.4,
+      'curvature_norm': 2.0,
+    }
+    for i in (1, 2)
+  ]
+  return {
+    'trouble': trouble,
+    'remedy': remedy,
+    'seed': seed,
+    'val_loss': val_loss,
+    'history': history,
+  }
 
 
 def test_table_and_plot(tmp_path):
   runs = [
-      run_of(trouble, remedy, 2.0 + i)
-      for i, trouble in enumerate(stability.TROUBLES)
-      for remedy in stability.REMEDIES
+    run_of(trouble, remedy, 2.0 + i)
+    for i, trouble in enumerate(stability.TROUBLES)
+    for remedy in stability.REMEDIES
   ]
   runs.append(run_of('none', 'eps=1e-4', 3.0, seed=1))
   lines = stability.render(runs).splitlines()
@@ -33,11 +45,22 @@ def test_table_and_plot(tmp_path):
 
 def test_runs(data_dir, monkeypatch, compile_fast):
   del compile_fast
-  monkeypatch.setattr(stability, '_CONFIG', dataclasses.replace(
-      stability._CONFIG, data_dir=data_dir, vocab_size=64, width=8,
-      num_heads=2, num_layers=1, block_size=8))
+  monkeypatch.setattr(
+    stability,
+    '_CONFIG',
+    dataclasses.replace(
+      stability._CONFIG,
+      data_dir=data_dir,
+      vocab_size=64,
+      width=8,
+      num_heads=2,
+      num_layers=1,
+      block_size=8,
+    ),
+  )
   settings = stability.Settings(
-      sequences=4, num_steps=20, parts=2, target_win_rate=0.3)
+    sequences=4, num_steps=20, parts=2, target_win_rate=0.3
+  )
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
     result = stability.run(settings, seed=1)
   assert [h['step'] for h in result['history']] == [10, 20]

@@ -31,14 +31,24 @@ import train_gpt
 pytestmark = pytest.mark.usefixtures('compile_fast')
 
 _TINY = {
-    'num_layers': 2, 'num_heads': 2, 'width': 16, 'block_size': 8,
-    'vocab_size': 64, 'batch_size': 8, 'micro_batch_size': 4,
-    'curvature_batch_size': 4, 'curvature_parts': 2, 'eval_batches': 1,
-    'warmup_steps': 2,
+  'num_layers': 2,
+  'num_heads': 2,
+  'width': 16,
+  'block_size': 8,
+  'vocab_size': 64,
+  'batch_size': 8,
+  'micro_batch_size': 4,
+  'curvature_batch_size': 4,
+  'curvature_parts': 2,
+  'eval_batches': 1,
+  'warmup_steps': 2,
 }
 # With sequences for eight devices.
 _DIVISIBLE = {
-    'batch_size': 16, 'micro_batch_size': 8, 'curvature_batch_size': 16}
+  'batch_size': 16,
+  'micro_batch_size': 8,
+  'curvature_batch_size': 16,
+}
 _SCRIPT = pathlib.Path(train_gpt.__file__)
 
 
@@ -68,8 +78,10 @@ def _setup(config):
   model = train_gpt.make_model(config)
   optimizer = train_gpt.make_optimizer(config)
   predict_fn = train_gpt.make_predict(model)
-  return (train_gpt.make_init(config, model, optimizer),
-          train_gpt.make_step(predict_fn, optimizer))
+  return (
+    train_gpt.make_init(config, model, optimizer),
+    train_gpt.make_step(predict_fn, optimizer),
+  )
 
 
 # Data.
@@ -127,11 +139,12 @@ def test_decay_is_for_matrices_only():
   init, _ = _setup(_config())
   mask = gpt.decay_mask(jax.eval_shape(init).params)
   decayed = {
-      jax.tree_util.keystr(path, simple=True, separator='/')
-      for path, x in jax.tree_util.tree_leaves_with_path(mask) if x
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, x in jax.tree_util.tree_leaves_with_path(mask)
+    if x
   }
   assert decayed == {'tokens/embedding'} | {
-      f'layers/Dense_{i}/kernel' for i in range(4)
+    f'layers/Dense_{i}/kernel' for i in range(4)
   }
 
 
@@ -149,8 +162,10 @@ def test_model_is_causal():
 
 def test_micro_batches_and_layer_scan_do_not_change_the_step():
   results = []
-  for overrides in ({'micro_batch_size': 8, 'unroll': 2, 'num_steps': 10},
-                    {'micro_batch_size': 2, 'remat': True, 'num_steps': 10}):
+  for overrides in (
+    {'micro_batch_size': 8, 'unroll': 2, 'num_steps': 10},
+    {'micro_batch_size': 2, 'remat': True, 'num_steps': 10},
+  ):
     config = _config(**overrides)
     init, step = _setup(config)
     batch = np.random.default_rng(0).integers(0, 64, (8, 9), np.int32)
@@ -160,9 +175,16 @@ def test_micro_batches_and_layer_scan_do_not_change_the_step():
 
 
 def test_gpt2_124m_trains_on_bin_files(data_dir):
-  result = train_gpt.train(_config(
-      'gpt2_124m', data_dir=data_dir, num_steps=6, eval_interval=3,
-      learning_rate=1e-2, update_interval=2))
+  result = train_gpt.train(
+    _config(
+      'gpt2_124m',
+      data_dir=data_dir,
+      num_steps=6,
+      eval_interval=3,
+      learning_rate=1e-2,
+      update_interval=2,
+    )
+  )
   assert result.finished
   assert [entry['step'] for entry in result.history] == [3, 6]
   assert all(np.isfinite(entry['val_loss']) for entry in result.history)
@@ -181,7 +203,9 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
   assert config.final_learning_rate == 0.05
 
 
-@pytest.mark.parametrize(('overrides', 'message'), [
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
     ({'batch_size': 6}, r'multiple of micro_batch_size; got 6 and 4'),
     ({'curvature_batch_size': 9}, r'1 to batch_size = 8; got 9'),
     ({'curvature_parts': 3}, r'curvature_batch_size = 4; got 3'),
@@ -196,7 +220,8 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
     ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),
     ({'name': 'gpt5'}, r'one of demo, gpt2_124m; got .gpt5.'),
     ({'optimizer': 'sgd'}, r'one of adamw, sophia_h, sophia_g; got .sgd.'),
-])
+  ],
+)
 def test_bad_settings_are_a_clear_error(overrides, message):
   with pytest.raises(ValueError, match=message):
     _config(**overrides)
@@ -206,22 +231,29 @@ def test_bad_settings_are_a_clear_error(overrides, message):
 
 
 _COLLECTIVE = re.compile(
-    r' = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter'
-    r'|collective-permute)(?:-start)?\(')
+  r' = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter'
+  r'|collective-permute)(?:-start)?\('
+)
 
 
 def _collectives(hlo):
   """Counts the collectives of an ordinary step, and those of a refresh only."""
-  bodies = dict(re.findall(
-      r'^(?:ENTRY )?(%\S+) .*?\{$(.*?)^\}', hlo, re.MULTILINE | re.DOTALL))
+  bodies = dict(
+    re.findall(
+      r'^(?:ENTRY )?(%\S+) .*?\{$(.*?)^\}', hlo, re.MULTILINE | re.DOTALL
+    )
+  )
   callees = {
-      name: set(re.findall(r'%[\w.-]+', body)) & set(bodies)
-      for name, body in bodies.items()
+    name: set(re.findall(r'%[\w.-]+', body)) & set(bodies)
+    for name, body in bodies.items()
   }
   branches = {
-      name for body in bodies.values() for line in body.splitlines()
-      if ' conditional(' in line
-      for name in re.findall(r'%[\w.-]+', line) if name in bodies
+    name
+    for body in bodies.values()
+    for line in body.splitlines()
+    if ' conditional(' in line
+    for name in re.findall(r'%[\w.-]+', line)
+    if name in bodies
   }
   while not (called := set().union(*map(callees.get, branches))) <= branches:
     branches |= called
@@ -236,13 +268,20 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
   counters = {}
   for optimizer in gpt_configs.CONFIGS['demo']:
     config = _config(
-        optimizer=optimizer, mesh='data:2,fsdp:4', unroll=1, num_layers=3,
-        block_size=5, batch_size=32, micro_batch_size=16,
-        curvature_batch_size=16)
+      optimizer=optimizer,
+      mesh='data:2,fsdp:4',
+      unroll=1,
+      num_layers=3,
+      block_size=5,
+      batch_size=32,
+      micro_batch_size=16,
+      curvature_batch_size=16,
+    )
     mesh = sharding.make_mesh(config.mesh)
     program = train_gpt.make_program(config, mesh)
     batch = jax.ShapeDtypeStruct(
-        (2, 16, 6), jnp.int32, sharding=sharding.batch_sharding(mesh, axis=1))
+      (2, 16, 6), jnp.int32, sharding=sharding.batch_sharding(mesh, axis=1)
+    )
     with jax.set_mesh(mesh):
       step = program.step.lower(program.state, batch).compile()
     counters[optimizer] = _collectives(step.as_text())
@@ -259,9 +298,9 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
     size = x.size // 3 if path[0].key == 'layers' else x.size
     sizes |= {size, size // 4}
   sent = {
-      (dtype, math.prod(map(int, filter(None, shape.split(',')))))
-      for collective in ordinary
-      for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', collective)
+    (dtype, math.prod(map(int, filter(None, shape.split(',')))))
+    for collective in ordinary
+    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', collective)
   }
   assert ('f32', 3 * 16 * 16) in sent
   assert sent <= {('f32', size) for size in sizes}
@@ -270,16 +309,24 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
 @pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
 def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
   config = _config(
-      optimizer=optimizer, data_dir=data_dir, num_steps=4, update_interval=2,
-      eval_interval=4, unroll=1, learning_rate=1e-3, **_DIVISIBLE)
+    optimizer=optimizer,
+    data_dir=data_dir,
+    num_steps=4,
+    update_interval=2,
+    eval_interval=4,
+    unroll=1,
+    learning_rate=1e-3,
+    **_DIVISIBLE,
+  )
   one = train_gpt.train(config)
   config = dataclasses.replace(config, mesh='data:2,fsdp:4')
   several = train_gpt.train(config)
   chex.assert_trees_all_close(several.state, one.state, rtol=1e-4, atol=1e-6)
 
   begin = train_gpt.make_program(config, sharding.make_mesh(config.mesh)).init()
-  jax.tree.map(lambda x, y: chex.assert_equal(x.sharding, y.sharding),
-               begin, several.state)
+  jax.tree.map(
+    lambda x, y: chex.assert_equal(x.sharding, y.sharding), begin, several.state
+  )
   nu = optax.tree.get(several.state.opt_state, 'nu')
   for tree in several.state.params, nu:
     kernel = tree['layers']['Dense_0']['kernel']  # (L, C, 3·C)
@@ -288,22 +335,35 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
 
 def test_run_is_taken_up_on_another_mesh(tmp_path, data_dir):
   config = _config(
-      optimizer='adamw', data_dir=data_dir, out_dir=str(tmp_path / 'run'),
-      num_steps=4, eval_interval=4, checkpoint_interval=2, unroll=1,
-      mesh='data:2,fsdp:4', learning_rate=1e-3, **_DIVISIBLE)
+    optimizer='adamw',
+    data_dir=data_dir,
+    out_dir=str(tmp_path / 'run'),
+    num_steps=4,
+    eval_interval=4,
+    checkpoint_interval=2,
+    unroll=1,
+    mesh='data:2,fsdp:4',
+    learning_rate=1e-3,
+    **_DIVISIBLE,
+  )
   whole = train_gpt.train(config)
   shutil.rmtree(tmp_path / 'run' / '4')
   resumed = train_gpt.train(dataclasses.replace(config, mesh='fsdp:2'))
-  assert {len(x.sharding.device_set) for x in jax.tree.leaves(resumed.state)
-          } == {2}
+  assert {
+    len(x.sharding.device_set) for x in jax.tree.leaves(resumed.state)
+  } == {2}
   chex.assert_trees_all_close(
-      jax.device_get(resumed.state), jax.device_get(whole.state),
-      rtol=1e-4, atol=1e-6)
+    jax.device_get(resumed.state),
+    jax.device_get(whole.state),
+    rtol=1e-4,
+    atol=1e-6,
+  )
 
 
 def test_mesh_of_too_many_devices_is_a_clear_error():
-  config = _config(mesh='data:16', batch_size=32, micro_batch_size=16,
-                   curvature_batch_size=32)
+  config = _config(
+    mesh='data:16', batch_size=32, micro_batch_size=16, curvature_batch_size=32
+  )
   for fn in train_gpt.train, train_gpt.describe:
     with pytest.raises(ValueError, match=r'needs 16 devices; there are 8'):
       fn(config)
@@ -333,7 +393,8 @@ def test_dry_run_counts_as_the_textbook_does():
   parameters = 2 * (12 * 32**2 + 2 * 32) + 64 * 32 + 8 * 32 + 32
   assert f'parameter count: {parameters:,}' in described
   assert 'layers/Dense_0/kernel                float32   (2, 32, 96)' in (
-      described)
+    described
+  )
   # Forward and twice that backward: layers, attention, tied output matrix.
   matrices = 2 * 12 * 32**2 + 64 * 32
   flops = 3 * 2 * 64 * (matrices + 2 * 2 * 8 * 32)
@@ -345,8 +406,9 @@ def test_dry_run_counts_as_the_textbook_does():
 
 
 def test_dry_run_counts_what_each_device_of_a_mesh_holds():
-  described = train_gpt.describe(_config(
-      mesh='data:2,fsdp:4', unroll=1, **_DIVISIBLE))
+  described = train_gpt.describe(
+    _config(mesh='data:2,fsdp:4', unroll=1, **_DIVISIBLE)
+  )
   divided = 2 * (12 * 16**2 + 2 * 16) + 64 * 16 + 8 * 16
   whole = 16  # the last norm
   assert 'bytes on each of 8 devices' in described
@@ -359,16 +421,28 @@ def test_dry_run_counts_what_each_device_of_a_mesh_holds():
 
 def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
   config = _config(
-      data_dir=data_dir, num_steps=60, eval_interval=20, update_interval=3,
-      checkpoint_interval=1, out_dir=str(tmp_path / 'killed'))
+    data_dir=data_dir,
+    num_steps=60,
+    eval_interval=20,
+    update_interval=3,
+    checkpoint_interval=1,
+    out_dir=str(tmp_path / 'killed'),
+  )
   command = [sys.executable, str(_SCRIPT)] + [
-      f'--{name}={value}' for name, value in dataclasses.asdict(config).items()
+    f'--{name}={value}' for name, value in dataclasses.asdict(config).items()
   ]
   process = subprocess.Popen(
-      command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path),
-                        'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8',
-                        'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'})
+    command,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    env=os.environ
+    | {
+      'PYTHONPATH': os.pathsep.join(sys.path),
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': '8',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+    },
+  )
   try:
     deadline = time.monotonic() + 200
     while not (tmp_path / 'killed' / '4').exists():
@@ -383,8 +457,9 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
   undisturbed = train_gpt.train(dataclasses.replace(config, out_dir=''))
   # Parameters, moments, curvature, counts, the key of the probes.
   chex.assert_trees_all_equal(resumed.state, undisturbed.state)
-  assert ([entry['val_loss'] for entry in resumed.history]
-          == [entry['val_loss'] for entry in undisturbed.history])
+  assert [entry['val_loss'] for entry in resumed.history] == [
+    entry['val_loss'] for entry in undisturbed.history
+  ]
 
   with pytest.raises(ValueError, match=r'width: 16 then, 32 now'):
     train_gpt.train(dataclasses.replace(config, width=32))
@@ -416,13 +491,13 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert all(result.finished for result in results.values())
   steps = [entry['step'] for entry in results['adamw'].history]
   assert steps == [2, 4, 6, 8]
-  assert all(
-      name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
+  assert all(name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
   demo.plot(results, str(tmp_path / 'plot.png'))
 
 
 def test_demo_reports_a_run_that_was_stopped_before_its_first_validation(
-    tmp_path):
+  tmp_path,
+):
   results = {'adamw': train_gpt.Result(None, [], 1.0, False)}
   assert 'AdamW           -' in demo.table(results)
   demo.plot(results, str(tmp_path / 'plot.png'))

@@ -38,21 +38,21 @@ def init_params():  # Made anew for each test, as some donate them.
 
 def make_optimizer(**kwargs):
   return sophia_optax.sophia(
-      0.1,
-      update_interval=2,
-      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-          **kwargs
-      ),
+    0.1,
+    update_interval=2,
+    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+      **kwargs
+    ),
   )
 
 
 def create(tx, params=None):
   return TrainState.create(
-      apply_fn=loss_fn,
-      params=init_params() if params is None else params,
-      tx=tx,
-      batch_stats={'mean': jnp.zeros(2)},
-      dropout_key=jax.random.key(0),
+    apply_fn=loss_fn,
+    params=init_params() if params is None else params,
+    tx=tx,
+    batch_stats={'mean': jnp.zeros(2)},
+    dropout_key=jax.random.key(0),
   )
 
 
@@ -63,7 +63,7 @@ def train_step(state, x=1.0, axis_name=None):
   if axis_name is not None:
     grads = jax.lax.pmean(grads, axis_name)
   return state.apply_gradients(
-      grads=grads, obj_fn=local_loss, batch_stats={'mean': mean}
+    grads=grads, obj_fn=local_loss, batch_stats={'mean': mean}
   )
 
 
@@ -85,7 +85,7 @@ def test_is_the_loop_written_out():
   @jax.jit
   def expected_step(params, opt_state):
     updates, opt_state = tx.update(
-        jax.grad(loss_fn)(params), opt_state, params, obj_fn=loss_fn
+      jax.grad(loss_fn)(params), opt_state, params, obj_fn=loss_fn
     )
     return optax.apply_updates(params, updates), opt_state
 
@@ -124,10 +124,10 @@ def test_a_step_is_compiled_once():
 def test_fields_are_replaced_and_the_rest_is_forwarded():
   state = create(recorder())
   state = state.apply_gradients(
-      grads=init_params(),
-      dropout_key=jax.random.key(1),
-      value=1.0,
-      obj_fn=loss_fn,
+    grads=init_params(),
+    dropout_key=jax.random.key(1),
+    value=1.0,
+    obj_fn=loss_fn,
   )
   assert state.opt_state == ('obj_fn', 'value')
   chex.assert_trees_all_equal(state.dropout_key, jax.random.key(1))
@@ -170,7 +170,7 @@ def test_collections_that_are_overwritten():
     grads = jax.grad(loss_fn)(plain.params)
     # The curvature, too, is that of the parameters that are trained.
     state = state.apply_gradients(
-        grads={'params': grads, OVERWRITTEN: new_scales}, obj_fn=loss_fn
+      grads={'params': grads, OVERWRITTEN: new_scales}, obj_fn=loss_fn
     )
     return state, plain.apply_gradients(grads=grads, obj_fn=loss_fn)
 
@@ -188,16 +188,16 @@ def test_goes_on_from_bytes():
 
   def make(seed):
     return Stored.create(
-        apply_fn=loss_fn,
-        params=init_params(),
-        tx=tx,
-        dropout_key=jax.random.PRNGKey(seed),
+      apply_fn=loss_fn,
+      params=init_params(),
+      tx=tx,
+      dropout_key=jax.random.PRNGKey(seed),
     )
 
   @jax.jit
   def step(state):
     return state.apply_gradients(
-        grads=jax.grad(loss_fn)(state.params), obj_fn=loss_fn
+      grads=jax.grad(loss_fn)(state.params), obj_fn=loss_fn
     )
 
   state = step(make(seed=1))
@@ -213,18 +213,18 @@ def test_replicas():
   devices = jax.devices()[:2]
   x = jnp.array([0.5, 1.5])
   state = jax_utils.replicate(
-      create(make_optimizer(axis_name='data')), devices, axis_name='data'
+    create(make_optimizer(axis_name='data')), devices, axis_name='data'
   )
   step = jax.pmap(
-      lambda state, x: train_step(state, x, axis_name='data'),
-      axis_name='data',
-      devices=devices,
-      donate_argnums=0,
+    lambda state, x: train_step(state, x, axis_name='data'),
+    axis_name='data',
+    devices=devices,
+    donate_argnums=0,
   )
   # The Hessian is diagonal, so that every probe finds it.
-  mean_loss = lambda params, x: (loss_fn(params, x[0]) + loss_fn(params, x[1]))
+  mean_loss = lambda params, x: loss_fn(params, x[0]) + loss_fn(params, x[1])
   whole = create(make_optimizer()).replace(
-      apply_fn=lambda params, x: mean_loss(params, x) / 2
+    apply_fn=lambda params, x: mean_loss(params, x) / 2
   )
   step_of_whole = jax.jit(train_step)
   for _ in range(3):
@@ -258,11 +258,11 @@ except ImportError as error:
   print(error)
 """
   finished = subprocess.run(
-      [sys.executable, '-c', script],
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
-      check=True,
-      capture_output=True,
-      text=True,
+    [sys.executable, '-c', script],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    check=True,
+    capture_output=True,
+    text=True,
   )
   assert "pip install 'sophia-optax[flax]'" in finished.stdout
 
@@ -270,7 +270,7 @@ except ImportError as error:
 def test_flax_is_not_imported_unasked():
   script = "import sys, sophia_optax; sys.exit('flax' in sys.modules)"
   subprocess.run(
-      [sys.executable, '-c', script],
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
-      check=True,
+    [sys.executable, '-c', script],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    check=True,
   )

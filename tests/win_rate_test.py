@@ -24,24 +24,24 @@ def history(tx, params, loss_fn, num_steps, predict_fn=None):
     batch = loss_fn.sample(key)
     obj_fn = lambda params: loss_fn(params, batch)
     updates, state = tx.update(
-        jax.grad(obj_fn)(params),
-        state,
-        params,
-        obj_fn=obj_fn,
-        predict_fn=predict_fn and (lambda params: predict_fn(params, batch)),
+      jax.grad(obj_fn)(params),
+      state,
+      params,
+      obj_fn=obj_fn,
+      predict_fn=predict_fn and (lambda params: predict_fn(params, batch)),
     )
     observed = {
-        'gamma': optax.tree.get(state, 'gamma'),
-        'win_rate': optax.tree.get(state, 'win_rate'),
-        'norm': optax.tree.norm(updates),
+      'gamma': optax.tree.get(state, 'gamma'),
+      'win_rate': optax.tree.get(state, 'win_rate'),
+      'norm': optax.tree.norm(updates),
     }
     return (optax.apply_updates(params, updates), state), observed
 
   keys = jax.random.split(jax.random.PRNGKey(1), num_steps)
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
-    return jax.jit(
-        lambda p: jax.lax.scan(step, (p, tx.init(p)), keys)[1]
-    )(params)
+    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), keys)[1])(
+      params
+    )
 
 
 class Quadratic:
@@ -67,9 +67,9 @@ class LanguageModel:
     self.scale = scale
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
     self.params = {
-        'embedding': jax.random.normal(keys[0], (64, 8)) / 3,
-        'hidden': jax.random.normal(keys[1], (24, 32)) / 8,
-        'output': jax.random.normal(keys[2], (32, 64)) / 8,
+      'embedding': jax.random.normal(keys[0], (64, 8)) / 3,
+      'hidden': jax.random.normal(keys[1], (24, 32)) / 8,
+      'output': jax.random.normal(keys[2], (32, 64)) / 8,
     }
 
   def sample(self, key):  # (B, 4)
@@ -81,23 +81,24 @@ class LanguageModel:
     return jnp.tanh(x @ params['hidden']) @ params['output']
 
   def __call__(self, params, batch):
-    return self.scale * optax.softmax_cross_entropy_with_integer_labels(
+    return (
+      self.scale
+      * optax.softmax_cross_entropy_with_integer_labels(
         self.predict(params, batch), batch[:, 3]
-    ).mean()
+      ).mean()
+    )
 
 
 def sophia(gamma, **kwargs):
   rate = optax.cosine_decay_schedule(3e-3, 400)
   return sophia_optax.sophia(
-      rate, b1=0.9, gamma=gamma, target_win_rate=TARGET, **kwargs
+    rate, b1=0.9, gamma=gamma, target_win_rate=TARGET, **kwargs
   )
 
 
 def sophia_g(gamma):
   rate = optax.cosine_decay_schedule(3e-3, 400)
-  return sophia_optax.sophia_g(
-      rate, b1=0.9, rho=gamma, target_win_rate=TARGET
-  )
+  return sophia_optax.sophia_g(rate, b1=0.9, rho=gamma, target_win_rate=TARGET)
 
 
 # γ is right near 0.3 in all of these.
@@ -113,9 +114,7 @@ def test_quadratic_from_anywhere(gamma):
 @pytest.mark.parametrize('factory', [sophia, sophia_g])
 def test_language_model_from_anywhere(factory, gamma):
   problem = LanguageModel()
-  got = history(
-      factory(gamma), problem.params, problem, 400, problem.predict
-  )
+  got = history(factory(gamma), problem.params, problem, 400, problem.predict)
   np.testing.assert_allclose(got['win_rate'][300:], TARGET, atol=0.1)
 
 
@@ -124,16 +123,12 @@ def test_scale_of_the_loss_makes_no_difference(factory):
   settled = []
   for scale in (1.0, 1000.0):
     problem = LanguageModel(scale)
-    got = history(
-        factory(0.3), problem.params, problem, 400, problem.predict
-    )
+    got = history(factory(0.3), problem.params, problem, 400, problem.predict)
     settled.append(jax.tree.map(lambda x: jnp.mean(x[300:]), got))
   np.testing.assert_allclose(
-      settled[0]['win_rate'], settled[1]['win_rate'], atol=0.02
+    settled[0]['win_rate'], settled[1]['win_rate'], atol=0.02
   )
-  np.testing.assert_allclose(
-      settled[0]['norm'], settled[1]['norm'], rtol=0.02
-  )
+  np.testing.assert_allclose(settled[0]['norm'], settled[1]['norm'], rtol=0.02)
 
 
 def steer(*numbers):  # gamma, target, positive, positive and won, won
@@ -155,7 +150,7 @@ def test_law():
 
 
 @pytest.mark.parametrize(
-    ('positive', 'always'), [(0.2, 0.0), (0.2, 0.8), (0.0, 0.5), (0.0, 0.0)]
+  ('positive', 'always'), [(0.2, 0.0), (0.2, 0.8), (0.0, 0.5), (0.0, 0.0)]
 )
 def test_target_out_of_reach_does_not_drive_gamma_away(positive, always):
   gamma = 0.02
@@ -174,17 +169,17 @@ def test_fixed_gamma_is_not_in_the_state():
 
 @pytest.mark.parametrize('refresh_before_update', [False, True])
 def test_gamma_is_used_with_the_curvature_that_it_was_found_for(
-    refresh_before_update,
+  refresh_before_update,
 ):
   loss_fn = lambda x: jnp.sum(jnp.array([1.0, 2.0, 4.0]) * x**2)
   x = jnp.array([0.3, 0.4, -0.45])
   tx = sophia_optax.scale_by_sophia(
-      b1=0.0,
-      b2=0.0,
-      gamma=0.5,
-      update_interval=2,
-      target_win_rate=TARGET,
-      refresh_before_update=refresh_before_update,
+    b1=0.0,
+    b2=0.0,
+    gamma=0.5,
+    update_interval=2,
+    target_win_rate=TARGET,
+    refresh_before_update=refresh_before_update,
   )
   grads = jax.grad(loss_fn)(x)
   first, state = tx.update(grads, tx.init(x), x, obj_fn=loss_fn)
@@ -201,14 +196,14 @@ def test_gamma_is_used_with_the_curvature_that_it_was_found_for(
 @pytest.mark.parametrize('check_vma', [True, False])
 def test_replicas_have_one_gamma(check_vma):
   mesh = jax.make_mesh(
-      (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   tx = sophia_optax.scale_by_sophia(
-      update_interval=1,
-      target_win_rate=TARGET,
-      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-          axis_name='data'
-      ),
+    update_interval=1,
+    target_win_rate=TARGET,
+    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
+      axis_name='data'
+    ),
   )
 
   def train(x, data):
@@ -222,13 +217,13 @@ def test_replicas_have_one_gamma(check_vma):
     return jax.lax.scan(step, tx.init(x), length=5)[0].gamma
 
   gamma = jax.jit(
-      jax.shard_map(
-          train,
-          mesh=mesh,
-          in_specs=(P(), P('data')),
-          out_specs=P(),
-          check_vma=check_vma,
-      )
+    jax.shard_map(
+      train,
+      mesh=mesh,
+      in_specs=(P(), P('data')),
+      out_specs=P(),
+      check_vma=check_vma,
+    )
   )(jnp.linspace(0.1, 1.0, 16), jnp.arange(8.0))
   shards = [np.asarray(s.data) for s in gamma.addressable_shards]
   assert len(shards) == 8
@@ -238,10 +233,10 @@ def test_replicas_have_one_gamma(check_vma):
 
 def test_divided_parameters_are_counted_as_one():
   mesh = jax.make_mesh(
-      (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+    (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   tx = sophia_optax.scale_by_sophia(
-      b1=0.5, update_interval=1, target_win_rate=TARGET
+    b1=0.5, update_interval=1, target_win_rate=TARGET
   )
 
   def train(add, x, curvature):
@@ -254,27 +249,27 @@ def test_divided_parameters_are_counted_as_one():
 
   x, curvature = jnp.linspace(0.1, 1.0, 16), 10 ** jnp.linspace(-3, 3, 16)
   got = jax.jit(
-      jax.shard_map(
-          functools.partial(train, lambda loss: jax.lax.psum(loss, 'model')),
-          mesh=mesh,
-          in_specs=(P('model'), P('model')),
-          out_specs=P(),
-      )
+    jax.shard_map(
+      functools.partial(train, lambda loss: jax.lax.psum(loss, 'model')),
+      mesh=mesh,
+      in_specs=(P('model'), P('model')),
+      out_specs=P(),
+    )
   )(x, curvature)
   expected = train(lambda loss: loss, x, curvature)
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'error', 'match'),
-    [
-        ({'target_win_rate': 1.0}, ValueError, r'in \(0, 1\), got 1\.0'),
-        ({'target_win_rate': 0}, ValueError, r'in \(0, 1\), got 0'),
-        ({'target_win_rate': 'half'}, TypeError, 'must be a number'),
-        ({'gamma': 0.0}, ValueError, 'greater than 0, to begin with'),
-        ({'gamma': lambda step: 0.1}, ValueError, 'gamma must be a number'),
-        ({'clip_threshold': None}, ValueError, 'needs a clip_threshold'),
-    ],
+  ('kwargs', 'error', 'match'),
+  [
+    ({'target_win_rate': 1.0}, ValueError, r'in \(0, 1\), got 1\.0'),
+    ({'target_win_rate': 0}, ValueError, r'in \(0, 1\), got 0'),
+    ({'target_win_rate': 'half'}, TypeError, 'must be a number'),
+    ({'gamma': 0.0}, ValueError, 'greater than 0, to begin with'),
+    ({'gamma': lambda step: 0.1}, ValueError, 'gamma must be a number'),
+    ({'clip_threshold': None}, ValueError, 'needs a clip_threshold'),
+  ],
 )
 def test_errors(kwargs, error, match):
   with pytest.raises(error, match=match):
