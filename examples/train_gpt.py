@@ -194,7 +194,7 @@ def make_step(predict_fn, optimizer):
     params = optax.apply_updates(params, updates)
 
     metrics = {'loss': loss}
-    for name in ('win_rate', 'gamma'):
+    for name in ('win_rate', 'gamma_factor'):
       value = optax.tree.get(opt_state, name)
       if value is not None:
         metrics[name] = value

@@ -1,16 +1,17 @@
 """Sophia, a stochastic second-order optimizer, in optax's own form."""
 
-import importlib.util
-from typing import TYPE_CHECKING
+import contextlib
 
 from sophia_optax import likelihoods as likelihoods
 from sophia_optax._alias import sophia as sophia
 from sophia_optax._alias import sophia_g as sophia_g
-from sophia_optax._collectives import (
+from sophia_optax._averages import (
   average_over_replicas as average_over_replicas,
 )
 from sophia_optax._diagnose import diagnose as diagnose
 from sophia_optax._diagnose import ModuleDiagnosis as ModuleDiagnosis
+from sophia_optax._estimator import EstimatorState as EstimatorState
+from sophia_optax._estimator import sampled_estimator as sampled_estimator
 from sophia_optax._gauss_newton_bartlett import (
   gauss_newton_bartlett_estimator_diag_hessian as gauss_newton_bartlett_estimator_diag_hessian,  # noqa: E501
 )
@@ -31,20 +32,5 @@ from sophia_optax._squared_gradient import (
 
 __version__ = '0.1.0.dev0'
 
-if TYPE_CHECKING:
-  from sophia_optax._train_state import SophiaTrainState as SophiaTrainState
-else:  # Hidden, as for a type checker it would have names of all kinds.
-
-  def __getattr__(name):
-    """Imports what needs Flax on its first use, so that all else needs none."""
-    if name != 'SophiaTrainState':
-      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from sophia_optax import _train_state
-
-    return _train_state.SophiaTrainState
-
-
-def __dir__() -> list[str]:
-  # Not without Flax: help() wants a value for each of these names.
-  flax = importlib.util.find_spec('flax')
-  return sorted({*globals(), *(['SophiaTrainState'] if flax else [])})
+with contextlib.suppress(ImportError):  # Only if Flax is installed.
+  from sophia_optax.flax import SophiaTrainState as SophiaTrainState

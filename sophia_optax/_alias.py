@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
@@ -98,8 +97,7 @@ def sophia(
 
   Example:
     >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax
+    >>>     >>> import optax
     >>> import sophia_optax
     >>> loss = lambda x: jnp.sum((x - 3.0) ** 2)
     >>> tx = sophia_optax.sophia(learning_rate=0.1)
@@ -116,7 +114,9 @@ def sophia(
     Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
   """
-  return optax.chain(
+  _checks.number_or_schedule('learning_rate', learning_rate)
+  _checks.number_or_schedule('weight_decay', weight_decay)
+  return _chain(
     _sophia.scale_by_sophia(
       b1=b1,
       b2=b2,
@@ -134,7 +134,9 @@ def sophia(
       target_win_rate=target_win_rate,
       diagnostics=diagnostics,
     ),
-    _step(learning_rate, weight_decay, weight_decay_mask),
+    learning_rate,
+    weight_decay,
+    weight_decay_mask,
   )
 
 
@@ -211,8 +213,7 @@ def sophia_g(
 
   Example:
     >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax
+    >>>     >>> import optax
     >>> import sophia_optax
     >>> x = jax.random.normal(jax.random.key(0), (64, 3))
     >>> labels = jnp.argmax(x, axis=-1)
@@ -236,17 +237,13 @@ def sophia_g(
 
     `The authors' PyTorch code <https://github.com/Liuhong99/Sophia>`_
   """
-  for name, value in [
-    ('learning_rate', learning_rate),
-    ('rho', rho),
-    ('weight_decay', weight_decay),
-  ]:
-    if not callable(value):
-      _checks.not_negative(name, value)
+  _checks.number_or_schedule('learning_rate', learning_rate, at_least=0)
+  _checks.number_or_schedule('rho', rho, at_least=0)
+  _checks.number_or_schedule('weight_decay', weight_decay, at_least=0)
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
   if maximize:
     hessian_diagonal_fn = _of_negated_objective(hessian_diagonal_fn)
-  return optax.chain(
+  return _chain(
     _sophia.scale_by_sophia(
       b1=b1,
       b2=b2,
@@ -263,37 +260,46 @@ def sophia_g(
       target_win_rate=target_win_rate,
       diagnostics=diagnostics,
     ),
-    _step(learning_rate, weight_decay, weight_decay_mask, maximize),
+    learning_rate,
+    weight_decay,
+    weight_decay_mask,
+    maximize,
   )
 
 
-def _step(learning_rate, weight_decay, mask, maximize=False):
+def _chain(scaling, learning_rate, weight_decay, mask, maximize=False):
   """From Sophia's update to the one that is applied; integers stay as is."""
-  return optax.masked(
-    optax.chain(
-      # Sophia is odd in the gradient, so its sign can be turned here.
-      optax.scale(-1.0) if maximize else optax.identity(),
-      optax.add_decayed_weights(weight_decay, mask),
-      optax.scale_by_learning_rate(learning_rate),
+  chained = optax.chain(
+    scaling,
+    optax.masked(
+      optax.chain(
+        # Sophia is odd in the gradient, so its sign can be turned here.
+        optax.scale(-1.0) if maximize else optax.identity(),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+      ),
+      _coordinates.where_differentiable,
     ),
-    _coordinates.where_differentiable,
   )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    _sophia.find_state(state)
+    return chained.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(chained.init, update_fn)
 
 
 def _of_negated_objective(estimator):
   """An estimator that is shown the objective that is minimized."""
   estimator = optax.with_extra_args_support(estimator)
 
+  @functools.wraps(estimator.update)  # Its signature says what it accepts.
   def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
-    if callable(obj_fn):
+    def negated(*args):
+      value = obj_fn(*args)
+      return (-value[0], *value[1:]) if isinstance(value, tuple) else -value
 
-      @functools.wraps(obj_fn)
-      def negated(*args):
-        value = obj_fn(*args)
-        if isinstance(value, tuple):  # (loss, aux)
-          return -value[0], *value[1:]
-        return jax.tree.map(jnp.negative, value)
-
+    if obj_fn is not None:
       extra_args['obj_fn'] = negated
     return estimator.update(updates, state, params, **extra_args)
 

@@ -1,18 +1,21 @@
-"""Checks of what the user passes in: needed, given, and how to mend it.
+"""Checks of what the user passes in: needed, given, and how to fix it.
 
 Numbers are checked only if they are static. Arrays and tracers, which is what
-`optax.inject_hyperparams` hands over, pass through.
+`optax.inject_hyperparams` passes, are accepted as they are. A check with a
+single caller is defined beside its caller.
 """
 
-from collections.abc import Callable, Collection, Sequence
-import inspect
+from collections.abc import Callable, Collection
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+
+from sophia_optax import _collectives
+
+# XLA flushes smaller float32 numbers to 0.
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def _is_static(value: Any) -> bool:
@@ -42,29 +45,18 @@ def decay(name: str, value: Any):
 
 
 def positive(name: str, value: Any):
-  _number(name, value, lambda x: x > 0, 'greater than 0')
+  need = f'greater than 0, at least {_TINY:.3g} (the smallest normal float32)'
+  _number(name, value, lambda x: x >= _TINY, need)
 
 
-def not_negative(name: str, value: Any):
-  _number(name, value, lambda x: x >= 0, 'of at least 0')
+def number_or_schedule(name: str, value: Any, at_least: float = -math.inf):
+  need = '' if at_least == -math.inf else f'of at least {at_least}, '
+  if not callable(value):
+    _number(name, value, lambda x: x >= at_least, need + 'or a schedule of it')
 
 
 def fraction(name: str, value: Any):
   _number(name, value, lambda x: 0 < x < 1, 'in (0, 1)')
-
-
-def steerable(gamma: Any, clip_threshold: Any):
-  """Raises unless `target_win_rate` has something to steer."""
-  if callable(gamma) or (_is_static(gamma) and gamma == 0):
-    raise ValueError(
-      'gamma must be a number greater than 0, to begin with, where'
-      f' target_win_rate steers it, got {gamma!r}.'
-    )
-  if clip_threshold is None:
-    raise ValueError(
-      'target_win_rate needs a clip_threshold, got None: without clipping'
-      ' every coordinate wins.'
-    )
 
 
 def whole_number(name: str, value: Any, at_least: int) -> Any:
@@ -99,116 +91,38 @@ _CALLS = {
 }
 
 
-def given(
-  name: str,
-  value: Any,
-  user: str,
-  instead_of: tuple[str, Any] | None = None,
-):
-  """Raises if `value` is missing; `instead_of` is what may stand there."""
-  if value is not None:
-    return
-  got = 'None'
-  if instead_of is not None and instead_of[1] is not None:
-    got = f'{instead_of[0]}, which another estimator needs'
-  raise ValueError(
-    f'{user} needs {name}, got {got}. Pass it on to update: {_CALLS[name]}.'
-  )
-
-
-def complete(name: str, params: Any, full_params: Any):
-  """Raises if `name` would be called with a tree that has holes."""
-  holes = [
-    jax.tree_util.keystr(path) or 'the root'
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
-    if isinstance(leaf, optax.MaskedNode)
-  ]
-  if holes and full_params is None:
+def given(name: str, value: Any, user: str, got: str = 'None'):
+  """Raises if `value` is missing; `got` says what was passed instead."""
+  if value is None:
     raise ValueError(
-      f'{name} needs all parameters, but optax.masked or optax.partition hid'
-      f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
-      ' them all to update: update(grads, state, params, full_params=params,'
-      ' ...). The curvature is still that of the visible ones alone.'
+      f'{user} needs {name}, got {got}. Pass it to update: {_CALLS[name]}.'
     )
 
 
 def transformation(name: str, value: Any):
   if not (hasattr(value, 'init') and hasattr(value, 'update')):
-    mend = 'Call the factory: pass estimator(), not estimator.'
+    fix = 'Call the factory: pass estimator(), not estimator.'
     raise TypeError(
       f'{name} must be a gradient transformation, with init and update, got'
-      f' {value!r}. {mend if callable(value) else ""}'.rstrip()
+      f' {value!r}. {fix if callable(value) else ""}'.rstrip()
     )
 
 
-def callable_with(name: str, fn: Any, arguments: Sequence[str]):
-  """Raises unless `fn` can be called with that many positional arguments."""
-  call = f'{name}({", ".join(arguments)})'
-  if not callable(fn):
-    raise TypeError(f'{name} must be a function, called as {call}, got {fn!r}.')
+def call(name: str, fn: Any, arguments: dict[str, Any]) -> Any:
+  """Calls the user's function; errors tell how it was called."""
   try:
-    signature = inspect.signature(fn)
-  except (TypeError, ValueError):  # Some callables have no signature to ask.
-    return
-  try:
-    signature.bind(*arguments)
-  except TypeError as error:
-    raise TypeError(
-      f'{name} must be callable as {call}, got a function with the signature'
-      f' {signature}: {error}. Bind what else it needs, as in'
-      f' {name}=lambda {", ".join(arguments)}: ....'
-    ) from None
-
-
-def without_aux(name: str, value: Any, has_aux: bool) -> Any:
-  """Returns the first of the pair that `name` returned, if there has to be."""
-  if not has_aux:
-    return value
-  if not (isinstance(value, tuple) and len(value) == 2):
-    raise TypeError(
-      f'{name} must return a pair, as the estimator has has_aux=True, got'
-      f' {value!r}. Return (value, aux), or leave has_aux out.'
+    return fn(*arguments.values())
+  except (AttributeError, TypeError) as error:
+    types = ', '.join(
+      f'{key} a {type(value).__name__}' for key, value in arguments.items()
     )
-  return value[0]
-
-
-def real_scalar(name: str, value: Any):
-  """Raises unless `value` is what a loss should be."""
-  need = f'{name} must return the loss alone, a real floating point scalar'
-  if isinstance(value, (tuple, list, dict)):
-    raise TypeError(
-      f'{need}, got a {type(value).__name__} of {len(value)}. If it returns'
-      ' (loss, aux), pass has_aux=True to the estimator.'
+    error.add_note(
+      f'{name} must be a function that can be called as'
+      f' {name}({", ".join(arguments)}), with {types}. Bind what else it needs,'
+      f' as in {name}=lambda {", ".join(arguments)}: .... params are those of'
+      ' update(grads, state, params), not a model.'
     )
-  dtype, shape = _dtype(value), np.shape(value)
-  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    got = type(value).__name__ if dtype is None else f'dtype {dtype}'
-    raise TypeError(f'{need}, got {got}. Cast it, or return its real part.')
-  if shape:
-    raise TypeError(
-      f'{need}, got an array of shape {shape}. Reduce it, as in'
-      ' jnp.mean(losses).'
-    )
-
-
-def _dtype(value: Any) -> Any | None:
-  try:  # None is a dtype to NumPy.
-    return None if value is None else jnp.result_type(value)
-  except (TypeError, ValueError):
-    return None
-
-
-def dense(name: str, tree: Any):
-  """Raises if a leaf is one of JAX's sparse arrays."""
-  sparse = lambda x: hasattr(x, 'todense')
-  for leaf in jax.tree.leaves(tree, is_leaf=sparse):
-    if sparse(leaf):
-      raise TypeError(
-        f'{name} must be dense, got a {type(leaf).__name__} of shape'
-        f' {leaf.shape}. Call its todense() first.'
-      )
+    raise
 
 
 def same_shapes(name: str, tree: Any, params: Any):
@@ -230,26 +144,6 @@ def same_shapes(name: str, tree: Any, params: Any):
       )
 
 
-def real_array(name: str, value: Any, event_ndim: int):
-  """Raises unless `value` can be the outputs of a model."""
-  need = f'{name} must return one floating point array, the logits or means'
-  if isinstance(value, (tuple, list, dict)):
-    raise TypeError(
-      f'{need}, got a {type(value).__name__} of {len(value)}. Select them, as'
-      f' in {name}=lambda params: model(params)[0]; if it returns'
-      ' (outputs, aux), pass has_aux=True to the estimator.'
-    )
-  dtype = _dtype(value)
-  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    got = type(value).__name__ if dtype is None else f'dtype {dtype}'
-    raise TypeError(f'{need}, got {got}. Return them before any argmax.')
-  if np.ndim(value) < event_ndim:
-    raise TypeError(
-      f'{need}, with at least {event_ndim} axes for this likelihood, got'
-      f' shape {np.shape(value)}. The last axis of logits is of the classes.'
-    )
-
-
 def broadcasts(name: str, value: Any, shape: tuple[int, ...]):
   """Raises unless `value` broadcasts to just this shape."""
   try:
@@ -264,20 +158,68 @@ def broadcasts(name: str, value: Any, shape: tuple[int, ...]):
     )
 
 
-def leading_axis(name: str, tree: Any, num_parts: int) -> int:
-  """Returns the size of the leading axis, which has to split into parts."""
-  shapes = {np.shape(x) for x in jax.tree.leaves(tree)}
-  sizes = {shape[:1] for shape in shapes}
-  if len(sizes) != 1 or sizes == {()}:
+def mapped_axes(axis_name: _collectives.AxisName):
+  """Raises unless the axes are mapped and all other mapped axes are known."""
+  mesh = jax.sharding.get_abstract_mesh()
+  names = _collectives.names(axis_name)
+  for name in names:
+    try:
+      index = _collectives.axis_index(name)
+    except NameError:
+      raise ValueError(
+        f'axis_name must be that of a mapped axis, got {name!r}; the axes of'
+        f' the mesh here are {mesh.axis_names}. Call update under jax.pmap or'
+        ' jax.shard_map with an axis of that name, or leave axis_name out:'
+        ' jit with sharded arrays needs none.'
+      ) from None
+    others = [
+      n for n in mesh.manual_axes if n not in names and mesh.shape[n] > 1
+    ]
+    tracked = name in _collectives.varying(index)
+    if name in mesh.manual_axes and not tracked and others:
+      raise ValueError(
+        'axis_name must have every axis over which the parameters are'
+        f' replicated, got {axis_name!r} beside the axes {others}. If the'
+        ' parameters are divided over those, leave check_vma=True in'
+        ' jax.shard_map, which shows it; otherwise add them to axis_name.'
+      )
+
+
+def averaged(estimate: Any, nu: Any):
+  """Raises if an estimate differs between replicas where its EMA does not."""
+  for e, h in zip(*map(jax.tree.leaves, (estimate, nu)), strict=True):
+    if axes := _collectives.other_axes(e, tuple(_collectives.varying(h))):
+      raise ValueError(
+        'The Hessian diagonal estimate must be the same on all replicas, got'
+        f' one that differs along {list(axes)}. Pass axis_name to the'
+        ' estimator, or chain average_over_replicas after your own.'
+      )
+
+
+def local(loss: jax.Array, theta: Any, axis_name: _collectives.AxisName):
+  """Raises unless differentiating the loss stays on this replica.
+
+  Args:
+    loss: What obj_fn returned.
+    theta: What it was computed from, varying over the axes of `axis_name`.
+    axis_name: The axes over which the estimate is averaged afterwards.
+  """
+  leaves = jax.tree.leaves(theta)
+  if not leaves:
+    return
+  varying = _collectives.varying
+  own = frozenset.intersection(*map(varying, leaves))
+  replicated = own.intersection(_collectives.names(axis_name)) - varying(loss)
+  if replicated:
     raise ValueError(
-      f'{name} must hold arrays with the same leading axis, got shapes'
-      f' {sorted(shapes)}. Close over what does not belong to one example.'
+      'obj_fn must return the loss of the local shard, got one that is'
+      f' the same on all of {sorted(replicated)}. Leave out its pmean or'
+      ' psum: the estimate is averaged over these axes afterwards.'
     )
-  ((size,),) = sizes
-  if size % num_parts:
+  if summed := varying(loss) - own:
     raise ValueError(
-      f'{name} of {size} examples must split into {num_parts} equal parts,'
-      f' but {num_parts} does not divide {size}. Choose num_microbatches'
-      f' among the divisors of {size}.'
+      f'obj_fn must return a loss that is the same on all of {sorted(summed)}'
+      ', over which parameters are replicated: their derivatives are sums'
+      ' over these axes. Pass the axes of the data as axis_name to the'
+      ' estimator, and average the loss over any other one.'
     )
-  return size

@@ -11,7 +11,7 @@ s     score of one prediction: gradient of -log p(y | z) at a label y that is
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,15 @@ import optax
 from sophia_optax import _checks
 from sophia_optax import _collectives
 from sophia_optax import _coordinates
-from sophia_optax import _draws
+from sophia_optax import _estimator
 from sophia_optax import likelihoods
 
 
-class GaussNewtonBartlettState(NamedTuple):
-  """State of the Gauss-Newton-Bartlett estimator.
+class GaussNewtonBartlettState(_estimator.EstimatorState):
+  """State of the estimator: ``key``, the PRNG key of the next labels.
 
-  Attributes:
-    key: PRNG key of the next labels, raw (shape (2,), uint32) or typed (shape
-      ()), as it was given.
+  The key is raw (shape (2,), uint32) or typed (shape ()), as it was given.
   """
-
-  key: jax.Array
 
 
 def gauss_newton_bartlett_estimator_diag_hessian(
@@ -128,88 +124,70 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 2
   """
-  num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
   draw_score, event_ndim = _resolve(likelihood)
 
-  def init_fn(params):
-    del params
-    return GaussNewtonBartlettState(key=_draws.make_key(random_seed))
-
-  def update_fn(
-    updates,
-    state,
-    params=None,
-    *,
-    predict_fn=None,
-    batch=None,
-    label_mask=None,
-    full_params=None,
-    loss_scale=None,
-    obj_fn=None,
-    **extra_args,
-  ):
-    del updates, extra_args
-    user = 'the Gauss-Newton-Bartlett estimator'
-    _checks.given('params', params, user)
-    _checks.given('predict_fn', predict_fn, user, ('obj_fn', obj_fn))
-    args = () if batch is None else (batch,)
-    _checks.callable_with(
-      'predict_fn', predict_fn, ('params', 'batch')[: 1 + len(args)]
-    )
-    _checks.complete('predict_fn', params, full_params)
-    _collectives.check_axes(axis_name)
-
-    def predict(theta):
-      p = _coordinates.fill(_coordinates.join(params, theta), full_params)
-      outputs = _checks.without_aux('predict_fn', predict_fn(p, *args), has_aux)
-      _checks.real_array('predict_fn', outputs, event_ndim)
-      return outputs
-
-    theta = _collectives.vary(_coordinates.split(params, params), axis_name)
-    outputs, vjp = jax.vjp(predict, theta)
-    # Predictions that are divided over some other axis belong to one estimate.
-    axes = _collectives.other_axes(outputs, axis_name)
-    predictions = outputs.shape[: outputs.ndim - event_ndim]
-    if label_mask is not None:
-      _checks.broadcasts('label_mask', label_mask, predictions)
+  def make_draw(theta, predict, *, label_mask, loss_scale, **extra_args):
+    del extra_args
+    outputs, pull_back = jax.vjp(predict, theta)  # (..., classes) or (...)
+    if outputs.ndim < event_ndim:
+      raise TypeError(
+        f'predict_fn must return outputs with at least {event_ndim} axes for'
+        f' this likelihood, got shape {outputs.shape}. The last axis of logits'
+        ' is that of the classes.'
+      )
     wide = _coordinates.wider(outputs.dtype, jnp.float32)
-    mask = jnp.asarray(True if label_mask is None else label_mask, bool)
-    mask = jnp.broadcast_to(mask, predictions).astype(wide)
-    count = _collectives.total(jnp.sum(mask), axes)
-    weight = mask / jnp.sqrt(jnp.maximum(count, 1))
-    weight = weight.reshape(predictions + (1,) * event_ndim)
+    mask = _mask_of_predictions(label_mask, outputs, event_ndim)
+    # Predictions that are divided over another axis belong to one estimate.
+    axes = _collectives.other_axes(outputs, axis_name)
+    count = _collectives.total(jnp.sum(mask.astype(wide)), axes)
+    count = jnp.maximum(count, 1)  # B
+    # Scores of √B ĝ, because B ĝ can overflow in half precision where ĝ²
+    # vanishes. A loss_scale is chosen for scores of ĝ, as those of the loss.
+    scale, gain = 1 / jnp.sqrt(count), None
+    if loss_scale is not None:
+      scale = jnp.asarray(loss_scale, wide) / count
+      gain = scale * jnp.sqrt(count)
 
     def draw(key):
-      # √B ĝ, as B ĝ in half precision could overflow where ĝ² vanishes.
+      key = _collectives.fold_in_index(key, axes)
       draw_here = _collectives.with_auto_axes(draw_score, outputs)
-      scores = weight * draw_here(key, outputs.astype(wide))
-      scores = jnp.where(weight > 0, scores, 0)  # Padding may hold NaN.
-      if loss_scale is not None:
-        scores *= jnp.asarray(loss_scale, wide)
-      (root,) = vjp(scores.astype(outputs.dtype))
-      root = _coordinates.unscale(_coordinates.widen(root), loss_scale)
+      scores = scale * draw_here(key, outputs.astype(wide))
+      scores = jnp.where(mask, scores, 0)  # Padding may hold NaN.
+      (root,) = pull_back(scores.astype(outputs.dtype))
+      root = _coordinates.unscale(_coordinates.widen(root), gain)
       return jax.tree.map(jnp.square, root)
 
-    key, subkey = jax.random.split(state.key)
-    subkey = _collectives.fold_in_index(
-      subkey, (*_collectives.names(axis_name), *axes)
-    )
-    mean = _draws.average_over_draws(
-      draw, _coordinates.widen(theta), subkey, num_samples
-    )
-    estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
-    return estimate, GaussNewtonBartlettState(key=key)
+    return draw
 
-  return _collectives.averaged(
-    optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
+  return _estimator.sampled_estimator(
+    make_draw,
+    random_seed,
+    fn_name='predict_fn',
+    num_samples=num_samples,
+    has_aux=has_aux,
+    axis_name=axis_name,
+    state_type=GaussNewtonBartlettState,
   )
 
 
 def _resolve(likelihood):
-  """Returns what draws the scores, and how many axes one prediction has."""
+  """Returns the function that draws scores, and the axes of a prediction."""
   if isinstance(likelihood, likelihoods.Likelihood):
     return likelihood.draw_score, likelihood.event_ndim
   if callable(likelihood):
-    return likelihood, 0
+    arguments = ('key', 'outputs')
+    return lambda *args: _checks.call(
+      'likelihood', likelihood, dict(zip(arguments, args, strict=True))
+    ), 0
   _checks.one_of('likelihood', likelihood, likelihoods.BY_NAME)
   return _resolve(likelihoods.BY_NAME[likelihood])
+
+
+def _mask_of_predictions(label_mask, outputs, event_ndim):
+  """Returns which predictions count, with axes of size 1 for the event."""
+  predictions = outputs.shape[: outputs.ndim - event_ndim]
+  if label_mask is None:
+    label_mask = True
+  _checks.broadcasts('label_mask', label_mask, predictions)
+  mask = jnp.broadcast_to(jnp.asarray(label_mask, bool), predictions)
+  return mask.reshape(predictions + (1,) * event_ndim)

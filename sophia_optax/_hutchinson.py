@@ -5,7 +5,7 @@ H v   Hessian-vector product, the tangent of the gradient in direction v
 ĥ     v ⊙ H v, so that E[ĥ] = diag(H): E[v_i v_j] is 1 if i = j, else 0
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -13,23 +13,16 @@ import optax
 from sophia_optax import _checks
 from sophia_optax import _collectives
 from sophia_optax import _coordinates
-from sophia_optax import _draws
+from sophia_optax import _estimator
 
-_PROBES = {
-  'rademacher': jax.random.rademacher,
-  'normal': jax.random.normal,
-}
+_PROBES = {'rademacher': jax.random.rademacher, 'normal': jax.random.normal}
 
 
-class HutchinsonState(NamedTuple):
-  """State of Hutchinson's estimator.
+class HutchinsonState(_estimator.EstimatorState):
+  """State of Hutchinson's estimator: ``key``, the PRNG key of the next probes.
 
-  Attributes:
-    key: PRNG key of the next probes, raw (shape (2,), uint32) or typed (shape
-      ()), as it was given.
+  The key is raw (shape (2,), uint32) or typed (shape ()), as it was given.
   """
-
-  key: jax.Array
 
 
 def hutchinson_estimator_diag_hessian(
@@ -109,66 +102,24 @@ def hutchinson_estimator_diag_hessian(
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 1
   """
-  num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
   _checks.one_of('distribution', distribution, _PROBES)
   sampler = _PROBES[distribution]
 
-  def init_fn(params):
-    del params
-    return HutchinsonState(key=_draws.make_key(random_seed))
-
-  def update_fn(
-    updates,
-    state,
-    params=None,
-    *,
-    obj_fn=None,
-    batch=None,
-    full_params=None,
-    loss_scale=None,
-    **extra_args,
-  ):
-    del updates, extra_args
-    _checks.given('params', params, 'the Hutchinson estimator')
-    _checks.given('obj_fn', obj_fn, 'the Hutchinson estimator')
-    args = () if batch is None else (batch,)
-    _checks.callable_with(
-      'obj_fn', obj_fn, ('params', 'batch')[: 1 + len(args)]
-    )
-    _checks.complete('obj_fn', params, full_params)
-    _collectives.check_axes(axis_name)
-
-    theta = _collectives.vary(_coordinates.split(params, params), axis_name)
-    like = _coordinates.widen(theta)
-
-    def objective(theta):
-      p = _coordinates.fill(_coordinates.join(params, theta), full_params)
-      loss = _checks.without_aux('obj_fn', obj_fn(p, *args), has_aux)
-      _checks.real_scalar('obj_fn', loss)
-      _collectives.check_local(loss, theta, axis_name)
-      return loss
-
-    def draw_leaf(key, x):
-      # Parts of one array, divided over an axis, need probes of their own.
-      key = _collectives.fold_in_index(
-        key, _collectives.other_axes(x, axis_name)
-      )
-      # Drawn in at least float32 and rounded, as a coarse normal is no normal.
-      return sampler(key, x.shape, x.dtype, out_sharding=jax.typeof(x).sharding)
+  def make_draw(theta, loss, **extra_args):
+    del extra_args
 
     def draw(key):
-      keys = optax.tree.split_key_like(key, like)
-      probe = optax.tree.cast_like(jax.tree.map(draw_leaf, keys, like), theta)
-      _, hvp = jax.jvp(jax.grad(objective), (theta,), (probe,))
+      probe = _collectives.random_like(key, theta, sampler, axis_name)
+      _, hvp = jax.jvp(jax.grad(loss), (theta,), (probe,))
       return optax.tree.mul(_coordinates.widen(probe), _coordinates.widen(hvp))
 
-    key, subkey = jax.random.split(state.key)
-    subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
-    mean = _draws.average_over_draws(draw, like, subkey, num_samples)
-    mean = _coordinates.unscale(mean, loss_scale)
-    estimate = _coordinates.join(_coordinates.zeros_like(params), mean)
-    return estimate, HutchinsonState(key=key)
+    return draw
 
-  return _collectives.averaged(
-    optax.GradientTransformationExtraArgs(init_fn, update_fn), axis_name
+  return _estimator.sampled_estimator(
+    make_draw,
+    random_seed,
+    num_samples=num_samples,
+    has_aux=has_aux,
+    axis_name=axis_name,
+    state_type=HutchinsonState,
   )

@@ -1,14 +1,15 @@
 """Averages of an estimator over parts of the batch."""
 
-from typing import Any
+import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from sophia_optax import _averages
 from sophia_optax import _checks
 from sophia_optax import _collectives
 from sophia_optax import _coordinates
+from sophia_optax import _estimator
 
 
 def microbatched(
@@ -61,59 +62,29 @@ def microbatched(
   num_microbatches = _checks.whole_number(
     'num_microbatches', num_microbatches, at_least=1
   )
-  # Replicas average once, after the parts.
-  inner, axis_name = _collectives.unaveraged(estimator)
+  inner = optax.with_extra_args_support(estimator)
 
-  def split(x):  # (n, ...) to (M, n / M, ...), part m holding x[m::M]
-    return jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
-
+  @functools.wraps(inner.update)  # Its signature says what it accepts.
   def update_fn(
-    updates,
-    state,
-    params=None,
-    *,
-    batch: Any = None,
-    label_mask: jax.Array | None = None,
-    **extra_args,
+    updates, state, params=None, *, batch=None, label_mask=None, **extra_args
   ):
     _checks.given('params', params, 'microbatched')
     _checks.given('batch', batch, 'microbatched')
-    size = _checks.leading_axis('batch', batch, num_microbatches)
-    parts = {'batch': jax.tree.map(split, batch)}
-    weights = jnp.full(num_microbatches, 1 / num_microbatches)
-    if label_mask is not None:
-      shape = (size, *jnp.shape(label_mask)[1:])
-      _checks.broadcasts('label_mask', label_mask, shape)
-      mask = split(jnp.broadcast_to(jnp.asarray(label_mask, bool), shape))
-      parts['label_mask'] = mask
-      counts = jnp.sum(
-        mask.reshape(num_microbatches, -1), axis=1, dtype=jnp.float32
-      )
-      counts = _collectives.total(
-        counts, _collectives.other_axes(counts, axis_name)
-      )
-      weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
 
-    def add_part(carry, part_and_weight):
-      total, state = carry
-      part, weight = part_and_weight
-      estimate, state = inner.update(
-        updates, state, params, **part, **extra_args
-      )
-      total = jax.tree.map(
-        lambda t, e: t + weight.astype(t.dtype) * e.astype(t.dtype),
-        total,
-        estimate,
-      )
-      return (total, state), None
+    def estimate(state, **part):
+      return inner.update(updates, state, params, **part, **extra_args)
 
-    xs = (parts, weights)
-    carry = (_coordinates.zeros_like(params), state)
-    carry, _ = _collectives.vary_alike(
-      (carry, None), add_part, carry, jax.tree.map(lambda x: x[0], xs)
+    if _estimator.is_sampled(state):
+      # These average over parts themselves, and over replicas only once.
+      num_parts = num_microbatches * extra_args.pop('num_microbatches', 1)
+      return estimate(
+        state, batch=batch, label_mask=label_mask, num_microbatches=num_parts
+      )
+    parts, weights = _averages.split_batch(batch, label_mask, num_microbatches)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros, state = _collectives.vary_like_result(
+      (_coordinates.zeros_like(params), state), lambda: estimate(state, **first)
     )
-    return jax.lax.scan(add_part, carry, xs)[0]
+    return _averages.over_parts(estimate, parts, weights, zeros, state)
 
-  return _collectives.averaged(
-    optax.GradientTransformationExtraArgs(inner.init, update_fn), axis_name
-  )
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)

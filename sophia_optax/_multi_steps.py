@@ -1,6 +1,8 @@
 """Gradient accumulation that estimates the curvature once."""
 
 from collections.abc import Callable
+import functools
+import inspect
 from typing import Any
 
 import optax
@@ -62,14 +64,28 @@ class MultiSteps(optax.MultiSteps):
     """Takes a micro-step; extra arguments go to the optimizer."""
     every_k = self._num_micro_steps
     n = every_k(state.gradient_step) if callable(every_k) else every_k
+    if 'value_fn' in extra_args:
+      extra_args['value_fn'] = _ignores_may_refresh(extra_args['value_fn'])
     return super().update(
-      updates,
-      state,
-      params,
-      may_refresh=state.mini_step == n - 1,
-      **extra_args,
+      updates, state, params, may_refresh=state.mini_step == n - 1, **extra_args
     )
 
   def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
     """Returns this as a transformation that takes extra arguments."""
     return optax.GradientTransformationExtraArgs(self.init, self.update)
+
+
+def _ignores_may_refresh(value_fn):
+  """Lets optax's line searches, which check signatures, ignore the argument."""
+
+  @functools.wraps(value_fn)
+  def fn(*args, may_refresh=None, **kwargs):
+    del may_refresh
+    return value_fn(*args, **kwargs)
+
+  signature = inspect.signature(value_fn)
+  argument = inspect.Parameter('may_refresh', inspect.Parameter.KEYWORD_ONLY)
+  names = [*signature.parameters.values(), argument]
+  names.sort(key=lambda parameter: parameter.kind)
+  vars(fn)['__signature__'] = signature.replace(parameters=names)
+  return fn

@@ -8,10 +8,10 @@ Symbols, all shaped like the parameters θ:
   h, nu   EMA of ĥ with decay b2, refreshed every k = update_interval steps
   u       clip(m̂ / max(γ h, ε), -c, c), the update
 
-The way of the data: g -> m -> (every k steps: estimator -> ĥ -> h) -> u.
+A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. Inside,
+trees are in coordinates, see `_coordinates`.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax import _collectives
 from sophia_optax import _coordinates
+from sophia_optax import _estimator
+from sophia_optax import _fractions
 from sophia_optax import _gamma
 from sophia_optax import _hutchinson
 
@@ -40,10 +41,13 @@ class SophiaState(NamedTuple):
     nonfinite_count: Number of refreshes whose estimate had an entry that was
       not finite and so was left out, shape (), int32.
     refresh_count: Number of refreshes, shape (), int32.
-    gamma: Scale of the curvature where ``target_win_rate`` steers it, shape (),
-      float32. None where it is fixed.
+    gamma_factor: Factor by which ``target_win_rate`` has multiplied ``gamma``,
+      shape (), float32. None without a target.
     negative_fraction: Fraction of coordinates whose entry of h was negative
       after the last refresh, shape (), float32. None without ``diagnostics``.
+    win_rates: The win rate of each parameter, a tree like the parameters of
+      arrays of shape (), float32. None without ``diagnostics``.
+    negative_fractions: The negative fraction of each parameter, likewise.
   """
 
   count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
@@ -53,8 +57,10 @@ class SophiaState(NamedTuple):
   win_rate: jax.Array
   nonfinite_count: jax.Array
   refresh_count: jax.Array
-  gamma: jax.Array | None = None
+  gamma_factor: jax.Array | None = None
   negative_fraction: jax.Array | None = None
+  win_rates: Any = None
+  negative_fractions: Any = None
 
 
 def scale_by_sophia(
@@ -166,68 +172,110 @@ def scale_by_sophia(
   _checks.decay('b1', b1)
   _checks.decay('b2', b2)
   _checks.positive('eps', eps)
-  if not callable(gamma):
-    _checks.not_negative('gamma', gamma)
+  _checks.number_or_schedule('gamma', gamma, at_least=0)
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
   update_interval = _checks.whole_number(
     'update_interval', update_interval, at_least=1
   )
-  _checks.whole_number(
+  print_interval = _checks.whole_number(
     'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
   )
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
   if target_win_rate is not None:
     _checks.fraction('target_win_rate', target_win_rate)
-    _checks.steerable(gamma, clip_threshold)
+    is_zero = isinstance(gamma, (int, float)) and gamma == 0
+    if is_zero or clip_threshold is None:
+      raise ValueError(
+        'target_win_rate needs gamma greater than 0, which it multiplies, and a'
+        f' clip_threshold; got {gamma!r} and {clip_threshold!r}.'
+      )
   estimator = optax.with_extra_args_support(hessian_diagonal_fn)
 
-  def ratios_of(mu, nu, gamma, count):
-    decay = b1 if bias_correction else None
-    return precondition(mu, nu, gamma, eps, decay, count)
+  def gamma_of(used):
+    # Schedules count the steps before this one, as optax's do.
+    scale = gamma(used.count - 1) if callable(gamma) else gamma
+    if target_win_rate is None:
+      return scale
+    return jnp.asarray(scale, jnp.float32) * used.gamma_factor
 
-  def clip(u):
-    if clip_threshold is None:
-      return u
-    return jnp.clip(u, -_cast(clip_threshold, u), _cast(clip_threshold, u))
-
-  def measure_win_rate(ratios, like):
-    return fraction(lambda ratio: wins(ratio, clip_threshold), ratios, like)
-
-  def steer(mu, nu, gamma, count, like):
-    """The next γ, and all counts that it needs in one sum over shards."""
-    ratios = ratios_of(mu, nu, gamma, count)
-
-    def outcome(r, h):  # 1 for positive curvature, 2 for a win, 3 for both.
-      won = wins(r, clip_threshold)
-      return (h > 0).astype(jnp.int8) + 2 * won.astype(jnp.int8)
-
-    def count_outcomes(x):
-      return jnp.stack([_count(x % 2 == 1), _count(x == 3), _count(x > 1)])
-
-    counts, size = _collectives.sum_over_shards(
-      count_outcomes, jax.tree.map(outcome, ratios, nu), like
+  def momentum_of(used):
+    if not bias_correction:
+      return used.mu
+    decay = jnp.asarray(b1, float)
+    return optax.tree.bias_correction(
+      used.mu, decay, used.count.astype(decay.dtype)
     )
-    fractions = jnp.broadcast_to(counts / max(size, 1), 3)  # 0 of no leaves.
-    target = jnp.asarray(target_win_rate, jnp.float32)
-    return _gamma.steer(gamma, target, *fractions)
+
+  def ratios_of(used):
+    scale = gamma_of(used)
+
+    def ratio(m, h):
+      h = h.astype(m.dtype)
+      return m / jnp.maximum(_cast(scale, h) * h, _cast(eps, h))
+
+    return jax.tree.map(ratio, momentum_of(used), used.nu)
+
+  def clip(ratio):
+    if clip_threshold is None:
+      return ratio
+    c = _cast(clip_threshold, ratio)
+    return jnp.clip(ratio, -c, c)
+
+  def wins(ratio):
+    if clip_threshold is None:
+      return jnp.full_like(ratio, True, bool)
+    return jnp.abs(ratio) < _cast(clip_threshold, ratio)
+
+  def steered(new, grads):
+    # Without a gradient m fades, and a coordinate wins whatever γ is.
+    is_counted = lambda g, r: (g != 0) & jnp.isfinite(r)
+    floor = lambda m: _cast(clip_threshold, m) * _cast(eps, m)
+    is_affected = lambda m, h: (h > 0) & (jnp.abs(m) >= floor(m))
+    ratios, m_hat = ratios_of(new), momentum_of(new)
+    return _gamma.steer(
+      new.gamma_factor,
+      jnp.asarray(target_win_rate, jnp.float32),
+      counted=jax.tree.map(is_counted, grads, ratios),
+      affected=jax.tree.map(is_affected, m_hat, new.nu),
+      won=jax.tree.map(wins, ratios),
+    )
+
+  def measured(new, used, params):
+    # Not of all leaves at once, which would hold all ratios in memory.
+    ratios, like, is_negative = ratios_of(used), new.count, lambda h: h < 0
+    new = new._replace(win_rate=_fractions.fraction(wins, ratios, like))
+    if not diagnostics:
+      return new
+    by_leaf = lambda condition, tree: jax.tree.map(
+      lambda _, leaf: _fractions.fraction(condition, leaf, like), params, tree
+    )
+    return new._replace(
+      negative_fraction=_fractions.fraction(is_negative, new.nu, like),
+      win_rates=by_leaf(wins, ratios),
+      negative_fractions=by_leaf(is_negative, new.nu),
+    )
 
   def init_fn(params):
     mu = optax.tree.zeros_like(params)
     if mu_dtype is not None:
       mu = _coordinates.zeros_like(params, mu_dtype)
+    number = lambda dtype: jnp.zeros([], dtype)
+    by_leaf = lambda: jax.tree.map(lambda _: number(jnp.float32), params)
     return SophiaState(
-      count=jnp.zeros([], jnp.int32),
+      count=number(jnp.int32),
       mu=mu,
       nu=_coordinates.zeros_like(params, nu_dtype),
       hessian_fn_state=estimator.init(params),
-      win_rate=jnp.zeros([], jnp.float32),
-      nonfinite_count=jnp.zeros([], jnp.int32),
-      refresh_count=jnp.zeros([], jnp.int32),
-      gamma=None
-      if target_win_rate is None
-      else jnp.asarray(gamma, jnp.float32),
-      negative_fraction=(jnp.zeros([], jnp.float32) if diagnostics else None),
+      win_rate=number(jnp.float32),
+      nonfinite_count=number(jnp.int32),
+      refresh_count=number(jnp.int32),
+      gamma_factor=(
+        None if target_win_rate is None else jnp.ones([], jnp.float32)
+      ),
+      negative_fraction=number(jnp.float32) if diagnostics else None,
+      win_rates=by_leaf() if diagnostics else None,
+      negative_fractions=by_leaf() if diagnostics else None,
     )
 
   def update_fn(
@@ -240,143 +288,88 @@ def scale_by_sophia(
     **extra_args,
   ):
     _checks.given('params', params, 'scale_by_sophia')
-    count = jnp.asarray(optax.safe_increment(state.count))
-    _checks.dense('The gradient', updates)
+    find_state(state)
     _checks.same_shapes('The gradient', updates, params)
-    grads = jax.tree.map(_gradient_of, params, updates)
-    mu = jax.tree.map(
-      lambda g, m: _ema(b1, g, m),
-      _coordinates.unscale(
-        _coordinates.widen(_coordinates.split(params, grads)), loss_scale
-      ),
-      _coordinates.split(params, state.mu),
+    if loss_scale is not None:
+      _estimator.check_unscales(hessian_diagonal_fn, state.hessian_fn_state)
+      extra_args['loss_scale'] = loss_scale
+    updates = jax.tree.map(_gradient_of, params, updates)
+    grads = _coordinates.widen(_coordinates.split(params, updates))
+    grads = _coordinates.unscale(grads, loss_scale)
+    mu = _coordinates.split(params, state.mu)
+    old = state._replace(
+      count=optax.safe_increment(state.count),
+      mu=jax.tree.map(lambda g, m: _ema(b1, g, m), grads, mu),
+      nu=_coordinates.split(params, state.nu),
     )
-
-    # Schedules count the steps before this one, as optax's do.
-    scheduled = gamma(state.count) if callable(gamma) else gamma
-
-    def scale(steered):
-      return scheduled if target_win_rate is None else steered
 
     def refresh(old):
       estimate, hessian_fn_state = estimator.update(
-        grads,
-        old.hessian_fn_state,
-        params=params,
-        **({} if loss_scale is None else {'loss_scale': loss_scale}),
-        **extra_args,
+        updates, old.hessian_fn_state, params=params, **extra_args
       )
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
-      _collectives.check_averaged(estimate, old.nu)
-      old_nu = _coordinates.split(params, old.nu)
-      nu, num_nonfinite = _average_finite(
-        b2, _coordinates.split(params, estimate), old_nu, old.win_rate
-      )
-      steered = old.gamma
+      _checks.averaged(estimate, state.nu)
+      new = _average(b2, old, _coordinates.split(params, estimate))
+      new = new._replace(hessian_fn_state=hessian_fn_state)
       if target_win_rate is not None:
-        steered = steer(mu, nu, steered, count, old.win_rate)
-      used = (nu, steered) if refresh_before_update else (old_nu, old.gamma)
-      ratios = ratios_of(mu, used[0], scale(used[1]), count)
-      negative_fraction = old.negative_fraction
-      if diagnostics:
-        negative_fraction = fraction(is_negative, nu, old.win_rate)
-      return old._replace(
-        nu=_coordinates.join(old.nu, nu),
-        hessian_fn_state=hessian_fn_state,
-        win_rate=measure_win_rate(ratios, old.win_rate),
-        nonfinite_count=jnp.where(
-          num_nonfinite == 0,
-          old.nonfinite_count,
-          optax.safe_increment(old.nonfinite_count),
-        ),
-        refresh_count=optax.safe_increment(old.refresh_count),
-        gamma=steered,
-        negative_fraction=negative_fraction,
-      )
+        new = new._replace(gamma_factor=steered(new, grads))
+      return measured(new, new if refresh_before_update else old, params)
 
-    new = jax.lax.cond(
-      (state.count % update_interval == 0) & may_refresh,
-      refresh,
-      lambda old: old,
-      state._replace(count=None, mu=None),  # What a refresh has no part in.
-    )
-
-    used = new if refresh_before_update else state
-    ratios = ratios_of(
-      mu, _coordinates.split(params, used.nu), scale(used.gamma), count
-    )
+    is_due = (state.count % _as_int(update_interval) == 0) & may_refresh
+    new = _cond(is_due, refresh, old)
+    ratios = ratios_of(new if refresh_before_update else old)
     if verbose:
-      _print_every(
-        print_win_rate_every_n_steps, count, measure_win_rate, ratios
-      )
-    updates = _coordinates.join(grads, jax.tree.map(clip, ratios))
-    return updates, new._replace(
-      count=count, mu=_coordinates.join(state.mu, mu)
-    )
+      _print_every(_as_int(print_interval), old.count, wins, ratios)
+    updates = _coordinates.join(updates, jax.tree.map(clip, ratios))
+    mu = _coordinates.join(state.mu, new.mu)
+    return updates, new._replace(mu=mu, nu=_coordinates.join(state.nu, new.nu))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def precondition(mu, nu, gamma, eps, decay, count):
-  """The update before it is clipped; all trees are coordinates.
+def find_state(state: optax.OptState) -> SophiaState:
+  """Returns the one SophiaState in a state, or raises."""
+  is_sophia = lambda x: isinstance(x, SophiaState)
+  found = [s for s in jax.tree.leaves(state, is_leaf=is_sophia) if is_sophia(s)]
+  if len(found) != 1:
+    raise ValueError(
+      'state must hold one SophiaState, as init and update return it, got a'
+      f' {type(state).__name__} that holds {len(found)}. The order is'
+      ' update(grads, state, params). Restore a checkpoint into the structure'
+      ' that init returns.'
+    )
+  return found[0]
 
-  Args:
-    mu: m.
-    nu: h.
-    gamma: Scale of the curvature.
-    eps: Smallest denominator.
-    decay: That of m, to correct its bias. None means that it is not corrected.
-    count: Number t of steps taken.
 
-  Returns:
-    The ratios m / max(γ h, ε).
+def _cond(is_due, refresh, old):
+  """Refreshes the state if it is due.
+
+  The count and m do not pass through the conditional, which would copy them.
+  What is computed from them, as m̂, is not computed before it either: XLA would
+  keep it in memory for both branches.
   """
-  if decay is not None:
-    decay = jnp.asarray(decay, float)
-    mu = optax.tree.bias_correction(mu, decay, count.astype(decay.dtype))
-
-  def ratio(m, h):
-    h = h.astype(m.dtype)
-    return m / jnp.maximum(_cast(gamma, h) * h, _cast(eps, h))
-
-  return jax.tree.map(ratio, mu, nu)
-
-
-def wins(ratio, clip_threshold):
-  """Which coordinates are not clipped."""
-  if clip_threshold is None:
-    return jnp.full_like(ratio, True, bool)
-  return jnp.abs(ratio) < _cast(clip_threshold, ratio)
-
-
-def is_negative(h):
-  return h < 0
-
-
-def fraction(condition, tree, like):
-  """Of the coordinates, over all shards, that meet a condition."""
-  met, size = _collectives.sum_over_shards(
-    lambda x: _count(condition(x)), tree, like
+  rest = {'count': old.count, 'mu': old.mu}
+  without = dict.fromkeys(rest)
+  new = jax.lax.cond(
+    is_due,
+    lambda state: refresh(state._replace(**rest))._replace(**without),
+    lambda state: state,
+    old._replace(**without),
   )
-  return met / max(size, 1.0)
-
-
-def _count(condition):
-  """How often it is true, of any number of entries.
-
-  Exact over the last axes, as many as uint32 can count, and in float32 over the
-  others: float32 alone stops at 2^24, int32 at 2^31.
-  """
-  shape = condition.shape
-  axis = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) < 2**32)
-  rows = jnp.sum(condition, tuple(range(axis, len(shape))), jnp.uint32)
-  return jnp.sum(rows, dtype=jnp.float32)
+  return new._replace(**rest)
 
 
 def _cast(value, like):
-  """Gives a hyperparameter with a dtype of its own the one that it meets."""
+  """Casts an array hyperparameter to the dtype of the operand."""
   if hasattr(value, 'dtype'):
     return jnp.asarray(value, like.dtype)
+  return value
+
+
+def _as_int(value):
+  """Casts an array hyperparameter to int32: counts need its precision."""
+  if hasattr(value, 'dtype'):
+    return jnp.round(value).astype(jnp.int32)
   return value
 
 
@@ -391,37 +384,41 @@ def _ema(decay, new, old):
   return (1 - _cast(decay, new)) * new + decayed
 
 
-def _average_finite(decay, estimate, old, like):
-  """The EMA of an estimate's finite entries; how many leaves have others."""
-  estimate = optax.tree.cast_like(estimate, old)
+def _average(b2, old, estimate):
+  """Averages the finite entries of an estimate into h."""
 
   def average(e, h):
-    new = _ema(decay, _coordinates.widen(e), _coordinates.widen(h))
+    new = _ema(b2, _coordinates.widen(e), _coordinates.widen(h))
     return jnp.where(jnp.isfinite(e), new.astype(h.dtype), h)
 
-  def is_nonfinite(e):
+  def is_nonfinite(e):  # One number, not an array of booleans.
     largest = jnp.max(jnp.abs(e), initial=0)
     return (~jnp.isfinite(largest)).astype(jnp.float32)
 
-  num_nonfinite, _ = _collectives.sum_over_shards(is_nonfinite, estimate, like)
-  return jax.tree.map(average, estimate, old), num_nonfinite
+  estimate = optax.tree.cast_like(estimate, old.nu)
+  nonfinite = _fractions.sum_over_shards(is_nonfinite, estimate, old.count)
+  return old._replace(
+    nu=jax.tree.map(average, estimate, old.nu),
+    nonfinite_count=old.nonfinite_count + (nonfinite > 0).astype(jnp.int32),
+    refresh_count=old.refresh_count + 1,
+  )
 
 
 def _gradient_of(param, grad):
-  """An integer parameter has none: `jax.grad` gives float0, others guess."""
+  """Integer parameters get a zero gradient; `jax.grad` returns float0."""
   if _coordinates.is_differentiable(param):
     return grad
   return jnp.zeros_like(param, dtype=jnp.result_type(param))
 
 
-def _print_every(n, count, measure_win_rate, ratios):
+def _print_every(n, count, wins, ratios):
   """Prints the win rate on every n-th step; n may be an array, 0 is never."""
   if not isinstance(n, jax.Array) and n == 0:
     return
   jax.lax.cond(
     (n > 0) & (count % jnp.maximum(n, 1) == 0),
     lambda r: jax.debug.print(
-      'Sophia optimizer win rate: {}', measure_win_rate(r, count)
+      'Sophia optimizer win rate: {}', _fractions.fraction(wins, r, count)
     ),
     lambda r: None,
     ratios,

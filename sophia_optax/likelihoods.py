@@ -65,9 +65,10 @@ def _sample_class(key, logits):
     probabilities, 0.0, jax.lax.add, window, window, padding
   )
   start = size * _sample_index(block_key, blocks)
+  offsets = jnp.arange(size).reshape((1,) * start.ndim + (size,))
   block = jnp.take_along_axis(
     probabilities,
-    start[..., None] + jnp.arange(size),
+    start[..., None] + offsets,
     axis=-1,
     mode='fill',
     fill_value=0,

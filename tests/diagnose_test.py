@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,51 +95,86 @@ def test_state_counts_refreshes_and_measures_when_asked():
   assert optax.tree.get(state, 'refresh_count') == 0
 
 
-@pytest.mark.parametrize('bias_correction', [True, False])
-@pytest.mark.parametrize('steered', [True, False])
-def test_modules_against_numpy(steered, bias_correction):
-  b1, eps, gamma, clip = 0.8, 1e-3, 0.3, 0.7
+@pytest.mark.parametrize('refresh_before_update', [True, False])
+@pytest.mark.parametrize('target', [0.4, None])
+def test_modules_against_numpy(target, refresh_before_update):
+  b1, b2, eps, gamma, clip = 0.8, 0.5, 1e-3, 0.3, 0.7
   tx = sophia_optax.scale_by_sophia(
     b1=b1,
-    b2=0.5,
+    b2=b2,
     eps=eps,
     gamma=gamma,
     clip_threshold=clip,
-    bias_correction=bias_correction,
     update_interval=2,
-    target_win_rate=0.4 if steered else None,
+    target_win_rate=target,
+    refresh_before_update=refresh_before_update,
+    diagnostics=True,
   )
-  state = train(tx, 4)
-  found = sophia_optax.diagnose(
-    state,
-    b1=b1,
-    eps=eps,
-    gamma=gamma,
-    clip_threshold=clip,
-    bias_correction=bias_correction,
-  )
+  before, state = train(tx, 2), train(tx, 3)  # The third step refreshes.
+  found = sophia_optax.diagnose(state)
   assert list(found) == ['layer', 'step', 'wave']
-  assert steered == (state.gamma is not None)
-  if steered:
-    assert state.gamma != np.float32(gamma)
-    gamma = float(state.gamma)
+  used = state if refresh_before_update else before
+  if target:
+    assert state.gamma_factor != before.gamma_factor
+    gamma *= float(used.gamma_factor)
   for name, leaves in {
     'layer': ('bias', 'kernel', 'unused'),
     'wave': None,
   }.items():
-    m, h = (
+    m, h, used_h = (
       np.concatenate([real_parts(tree[name][x]) for x in leaves])
       if leaves
       else real_parts(tree[name])
-      for tree in (state.mu, state.nu)
+      for tree in (state.mu, state.nu, used.nu)
     )
-    u = m / (1 - b1**4 if bias_correction else 1) / np.maximum(gamma * h, eps)
+    u = m / (1 - b1**3) / np.maximum(gamma * used_h, eps)
     np.testing.assert_allclose(
       found[name],
       [np.mean(np.abs(u) < clip), np.mean(h < 0), 0, np.linalg.norm(h)],
       rtol=1e-6,
     )
   np.testing.assert_array_equal(found['step'], 0)  # Integers: no coordinates.
+
+
+def test_hyperparameters_are_those_of_the_optimizer():
+  # Regression: they had to be passed again, and a wrong win rate was no error.
+  tx = sophia_optax.sophia_g(
+    rho=1.0,
+    b1=0.0,
+    b2=0.0,
+    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(),
+    refresh_before_update=True,
+    diagnostics=True,
+  )
+  x = {'w': jnp.array([0.5, -0.5])}  # Newton's steps: all win.
+  loss = lambda x: jnp.sum(x['w'] ** 2)
+  _, state = tx.update(jax.grad(loss)(x), tx.init(x), x, obj_fn=loss)
+  assert sophia_optax.diagnose(state)['w'].win_rate == 1
+
+
+def test_before_the_first_step():
+  # Regression: 0 / 0 in the bias correction.
+  tx = sophia_optax.sophia(0.1, diagnostics=True)
+  with jax.debug_nans(True):
+    found = sophia_optax.diagnose(tx.init(PARAMS))
+  for module in found.values():
+    np.testing.assert_array_equal(module, 0)
+
+
+def test_state_of_nnx():
+  model = nnx.Sequential(
+    nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))
+  )
+  graph, params = nnx.split(model)
+  x = jnp.ones((2, 3))
+  objective = lambda params: jnp.mean(nnx.merge(graph, params)(x) ** 2)
+  optimizer = nnx.Optimizer(
+    model, sophia_optax.sophia(0.1, diagnostics=True), wrt=nnx.Param
+  )
+  optimizer.update(model, jax.grad(objective)(params), obj_fn=objective)
+  found = sophia_optax.diagnose(optimizer.opt_state, depth=2)
+  assert list(found) == ['layers/0', 'layers/1']
+  assert found['layers/1'].curvature_norm > 0
 
 
 def test_modules_make_up_the_whole():
@@ -150,7 +186,7 @@ def test_modules_make_up_the_whole():
     diagnostics=True,
   )
   state = train(tx, 3)
-  found = sophia_optax.diagnose(state, b1=0.5, gamma=5.0, depth=2)
+  found = sophia_optax.diagnose(state, depth=2)
   assert list(found) == [
     'layer/bias',
     'layer/kernel',
@@ -168,22 +204,12 @@ def test_modules_make_up_the_whole():
 
 
 def test_without_clipping_all_win():
-  state = train(sophia_optax.scale_by_sophia(clip_threshold=None), 1)
-  found = sophia_optax.diagnose(state, clip_threshold=None)
-  assert found['layer'].win_rate == 1
-
-
-def test_scheduled_gamma_is_that_of_the_last_step():
-  gamma = lambda step: jnp.where(step == 2, 1e4, 0.0)
-  tx = sophia_optax.scale_by_sophia(gamma=gamma, update_interval=1)
-  state = train(tx, 3)
-  found = sophia_optax.diagnose(state, gamma=gamma)
-  assert found == sophia_optax.diagnose(state, gamma=1e4)
-  assert found['wave'].win_rate > 0
+  tx = sophia_optax.scale_by_sophia(clip_threshold=None, diagnostics=True)
+  assert sophia_optax.diagnose(train(tx, 1))['layer'].win_rate == 1
 
 
 def test_entries_that_are_not_finite():
-  state = train(sophia_optax.scale_by_sophia(), 1)
+  state = train(sophia_optax.scale_by_sophia(diagnostics=True), 1)
   bad = jnp.zeros(4).at[:2].set(jnp.array([jnp.nan, jnp.inf]))
   found = sophia_optax.diagnose(
     optax.tree.set(
@@ -209,12 +235,12 @@ def test_finds_the_state_within_others(wrap):
   objective = lambda p: (
     jnp.sum(jnp.cos(p['layer']['kernel'])) + jnp.sum(p['layer']['bias'] ** 2)
   )
-  tx = wrap(sophia_optax.sophia(0.1, gamma=1.0, b2=0.0))
+  tx = wrap(sophia_optax.sophia(0.1, gamma=1.0, b2=0.0, diagnostics=True))
   grads = jax.tree.map(jnp.ones_like, params)
   extra_args = {'obj_fn': objective, 'full_params': params}
   with jax.numpy_dtype_promotion('standard'):  # optax.MultiSteps needs it.
     _, state = tx.update(grads, tx.init(params), params, **extra_args)
-  found = jax.jit(functools.partial(sophia_optax.diagnose, gamma=1.0))(state)
+  found = jax.jit(sophia_optax.diagnose)(state)
   np.testing.assert_allclose(found['layer'].negative_fraction, 12 / 18)
 
 
@@ -228,7 +254,7 @@ def test_divided_parameters_are_counted_as_one():
     objective = lambda x: add(jnp.sum(curvature * x['w'] ** 2))
     x = {'w': x}
     state = tx.update(x, tx.init(x), x, obj_fn=objective)[1]
-    return state.negative_fraction, sophia_optax.diagnose(state, gamma=1.0)
+    return state.negative_fraction, sophia_optax.diagnose(state)
 
   x, curvature = jnp.linspace(0.1, 1.0, 16), jnp.linspace(-1.0, 9.0, 16)
   got = jax.jit(
@@ -265,24 +291,27 @@ def test_more_coordinates_than_int32_counts_are_traced(kwargs):
 @pytest.mark.parametrize('shape', [(2**32 - 1,), (2, 2**31), (2**17, 2**15)])
 def test_more_coordinates_than_int32_counts(shape):
   def found():  # Of constants, which XLA never writes out.
-    state = sophia_optax.scale_by_sophia().init({'w': jnp.zeros(3)})
-    leaf = jnp.broadcast_to(jnp.float32(-1.0), shape)
+    tx = sophia_optax.scale_by_sophia(diagnostics=True)
+    leaf = jnp.broadcast_to(jnp.float32(jnp.inf), shape)
     return sophia_optax.diagnose(
-      state._replace(mu={'w': leaf}, nu={'w': leaf})
+      tx.init({'w': jnp.zeros(3)})._replace(mu={'w': leaf}, nu={'w': leaf})
     )['w']
 
-  found = jax.jit(found)()
-  assert found.win_rate == 0
-  assert found.negative_fraction == 1
+  assert jax.jit(found)().nonfinite_fraction == 1
 
 
 def test_errors():
   params = {'w': jnp.ones(2)}
   sophia = sophia_optax.sophia(0.1)
-  with pytest.raises(ValueError, match='one SophiaState, got one that holds 0'):
+  with pytest.raises(
+    ValueError, match=r'one SophiaState, .* a tuple that holds 0'
+  ):
     sophia_optax.diagnose(optax.adam(0.1).init(params))
-  with pytest.raises(ValueError, match='got one that holds 2'):
+  with pytest.raises(ValueError, match='a tuple that holds 2'):
     sophia_optax.diagnose(optax.chain(sophia, sophia).init(params))
+  with pytest.raises(ValueError, match='Pass diagnostics=True'):
+    sophia_optax.diagnose(sophia.init(params))
+  sophia = sophia_optax.sophia(0.1, diagnostics=True)
   with pytest.raises(ValueError, match=r'depth must be .* at least 1, got 0'):
     sophia_optax.diagnose(sophia.init(params), depth=0)
 

@@ -383,3 +383,19 @@ def test_squared_gradient():
   }
   chex.assert_trees_all_close(estimate, expected, rtol=1e-6)
   chex.assert_trees_all_equal_dtypes(estimate, expected)
+
+
+def test_rank_promotion_is_not_needed():
+  # Regression: the sampling of classes added arrays of ranks 2 and 1.
+  w = jnp.ones((3, 5))
+  inputs = jax.random.normal(jax.random.PRNGKey(0), (4, 3))
+  for name in ('categorical', 'bernoulli', 'gaussian'):
+    estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      likelihood=name
+    )
+    with jax.numpy_rank_promotion('raise'):
+      estimate, _ = estimator.update(
+        None, estimator.init(w), w, predict_fn=lambda w: inputs @ w
+      )
+    assert jnp.all(estimate >= 0)
+    assert jnp.any(estimate > 0)

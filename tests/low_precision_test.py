@@ -221,3 +221,65 @@ def test_half_precision_ends_near_float32(estimator):
   assert copied != full
   assert abs(copied / full - 1) < 0.04
   assert train(estimator, half(NETWORK, jnp.bfloat16)) > 1.05 * full
+
+
+def test_loss_scale_of_the_gradient_suits_gauss_newton_in_float16():
+  # Regression: what was sent backward was √B times larger than the gradient,
+  # so the largest entries overflowed and were left out: a bias.
+  num_predictions, scale = 4096, 2.0**12
+  x = jnp.linspace(0.1, 10.0, 8).astype(jnp.float16)
+  params = jnp.zeros(8, jnp.float16)
+  predict_fn = lambda p: jnp.broadcast_to(p * x, (num_predictions, 8))
+  estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood=lambda key, means: jnp.ones_like(means)
+  )
+  loss = lambda p: scale * jnp.mean(predict_fn(p).astype(jnp.float32))
+  assert jnp.all(jnp.isfinite(jax.grad(loss)(params)))
+  got, _ = estimator.update(
+    None,
+    estimator.init(params),
+    params,
+    predict_fn=predict_fn,
+    loss_scale=scale,
+  )
+  exact = (x.astype(jnp.float32) / 8) ** 2 * num_predictions * 8
+  np.testing.assert_allclose(got, exact, rtol=5e-3)
+
+
+def test_average_of_curvature_is_not_computed_in_its_storage_dtype():
+  # With decay 0.99 an average in bfloat16 stalls: this one must not, as its
+  # increments are computed in float32, before they are rounded.
+  tx = sophia_optax.scale_by_sophia(
+    b2=0.9,
+    nu_dtype=jnp.bfloat16,
+    update_interval=1,
+    hessian_diagonal_fn=optax.stateless(lambda g, _: 1.01 * jnp.ones_like(g)),
+  )
+  x = jnp.ones(1)
+  state = tx.init(x)._replace(nu=jnp.full(1, 3.0, jnp.bfloat16))
+  _, state = tx.update(x, state, x)
+  exact = jnp.float32(0.9) * 3 + (1 - jnp.float32(0.9)) * 1.01
+  # In bfloat16 the average would be 2.796875, one unit in the last place less.
+  assert state.nu[0] == exact.astype(jnp.bfloat16)
+
+
+def test_normal_probes_are_drawn_in_float32():
+  # Of 100,000 numbers bfloat16 draws a few hundred different ones only, and
+  # their variance is off.
+  params = jnp.zeros(100_000, jnp.bfloat16)
+  seen = []
+
+  def obj_fn(x):  # Its Hessian-vector product is the probe.
+    return jnp.sum(x.astype(jnp.float32) ** 2) / 2
+
+  estimator = sophia_optax.hutchinson_estimator_diag_hessian(
+    0, distribution='normal'
+  )
+  estimate, _ = estimator.update(
+    None, estimator.init(params), params, obj_fn=obj_fn
+  )
+  probe = jnp.sqrt(estimate)
+  key = jax.random.split(jax.random.split(jax.random.PRNGKey(0))[1], 1)[0]
+  wide = jax.random.normal(key, params.shape, jnp.float32)
+  expected = jnp.abs(wide.astype(jnp.bfloat16).astype(jnp.float32))
+  np.testing.assert_allclose(probe, expected, rtol=1e-5)

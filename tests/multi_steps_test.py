@@ -136,3 +136,47 @@ def test_may_refresh():
     PARAMS, tx.init(PARAMS), PARAMS, may_refresh=jnp.array(True), **extra
   )
   assert jnp.all(state.nu != 0)
+
+
+def test_schedule_of_micro_steps_counts_the_steps_taken():
+  # One micro-step in the first step, then two: refreshes must come with them.
+  calls = []
+  tx = sophia_optax.sophia(
+    0.1, update_interval=1, hessian_diagonal_fn=counted(calls)
+  )
+  _, state = train(
+    sophia_optax.MultiSteps, lambda step: jnp.where(step == 0, 1, 2), tx
+  )
+  assert state.gradient_step == 6  # 1 + 5 · 2 micro-steps of the 12
+  assert len(calls) == 6
+  assert optax.tree.get(state, 'refresh_count') == 6
+
+
+@pytest.mark.parametrize(
+  'value_fn',
+  [
+    lambda x, obj_fn=None: jnp.sum(x**2),
+    lambda x, obj_fn=None, **kwargs: jnp.sum(x**2),
+  ],
+)
+def test_line_search(value_fn):
+  # Regression: the line search got an argument that value_fn does not know.
+  tx = optax.chain(
+    sophia_optax.sophia(0.1),
+    optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
+  )
+  tx = sophia_optax.MultiSteps(tx, 2)
+  x = jnp.ones(3)
+  state = tx.init(x)
+  for _ in range(2):
+    grads = jax.grad(value_fn)(x)
+    updates, state = tx.update(
+      grads,
+      state,
+      x,
+      obj_fn=value_fn,
+      value=value_fn(x),
+      grad=grads,
+      value_fn=value_fn,
+    )
+  assert value_fn(x + updates) < value_fn(x)

@@ -130,7 +130,7 @@ def test_maximize_turns_the_curvature_of_hutchinson():
   # Half of Newton's step, up.
   np.testing.assert_allclose(updates, 0.5 * (1.0 - x), rtol=1e-5)
 
-  with pytest.raises(TypeError, match='got a tuple of 2'):
+  with pytest.raises(TypeError, match='got a tuple'):
     tx.update(x, tx.init(x), x, obj_fn=lambda x: (objective(x), 0.0))
 
 
@@ -211,5 +211,5 @@ def test_sparse_gradient():
   tx = sophia_optax.sophia_g()
   params = {'w': jnp.eye(3)}
   grads = {'w': sparse.BCOO.fromdense(jnp.eye(3))}
-  with pytest.raises(TypeError, match=r'got a BCOO of shape \(3, 3\).*todense'):
+  with pytest.raises(ValueError, match='like params.* got: .*BCOO'):
     tx.update(grads, tx.init(params), params, predict_fn=lambda p: p['w'])

@@ -1,4 +1,4 @@
-"""The train state for Flax linen: the only module that imports Flax."""
+"""The train state for Flax linen. No other module imports Flax."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ try:
   from flax.training import train_state
 except ImportError as error:
   raise ImportError(
-    'SophiaTrainState needs Flax, which could not be imported. Install it:'
+    'sophia_optax.flax needs Flax, which could not be imported. Install it:'
     " pip install 'sophia-optax[flax]'."
   ) from error
 
@@ -19,7 +19,7 @@ class SophiaTrainState(train_state.TrainState):
   """Flax's ``TrainState``, with extra arguments for the optimizer.
 
   It takes the place of :class:`flax.training.train_state.TrainState`, whose
-  ``apply_gradients`` hands nothing on to ``tx.update``; fields, ``create`` and
+  ``apply_gradients`` forwards nothing to ``tx.update``; fields, ``create`` and
   everything else are the same. Subclass it to add fields. Any optax optimizer
   can be its ``tx``.
 
@@ -71,7 +71,9 @@ class SophiaTrainState(train_state.TrainState):
     """
     names = {field.name for field in dataclasses.fields(self)}
     fields = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-    update = optax.with_extra_args_support(self.tx).update
+    update = self.tx.update
+    if not isinstance(self.tx, optax.MultiSteps):  # Takes them, is no subclass.
+      update = optax.with_extra_args_support(self.tx).update
     bound = self.replace(
       tx=optax.GradientTransformationExtraArgs(
         self.tx.init, functools.partial(update, **kwargs)

@@ -1,0 +1,189 @@
+"""Averages of independent estimates: over draws, parts of a batch, replicas.
+
+An average of M unbiased estimates is unbiased, and has 1/M of the variance if
+they are independent. All three are averages of this kind.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sophia_optax import _checks
+from sophia_optax import _collectives
+from sophia_optax import _coordinates
+
+
+def over_draws(
+  draw: Callable[[jax.Array], Any], key: jax.Array, num_samples: int, zeros: Any
+) -> Any:
+  """Averages `draw(key)` over `num_samples` keys, one draw at a time.
+
+  Args:
+    draw: Takes a PRNG key, returns a tree of floating point arrays.
+    key: Used as it is for one draw, split for several.
+    num_samples: Number of draws.
+    zeros: Zeros like what `draw` returns.
+  """
+  if num_samples == 1:
+    return draw(key)
+
+  def add_draw(total, subkey):
+    return optax.tree.add(total, draw(subkey)), None
+
+  keys = jax.random.split(key, num_samples)
+  total, _ = jax.lax.scan(add_draw, zeros, keys)
+  return optax.tree.scale(1 / num_samples, total)
+
+
+def split_batch(
+  batch: Any,
+  label_mask: jax.Array | None,
+  num_parts: int,
+  axis_name: _collectives.AxisName = None,
+) -> tuple[dict[str, Any], jax.Array]:
+  """Splits a batch into equal parts: part m holds batch[m::num_parts].
+
+  Args:
+    batch: Tree of arrays with one leading axis, of n examples.
+    label_mask: Which predictions count, or None for all.
+    num_parts: Number M of parts, a divisor of n.
+    axis_name: The axes over which estimates are averaged afterwards.
+
+  Returns:
+    The keyword arguments `batch` and, if given, `label_mask`, as trees of
+    (M, n / M, ...); and the weights of the parts, (M,), float32: their shares
+    of the predictions that count.
+  """
+  size = _leading_axis(batch, num_parts)
+
+  def split(x):  # (n, ...) -> (M, n / M, ...)
+    return jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0)
+
+  parts = {'batch': jax.tree.map(split, batch)}
+  if label_mask is None:
+    return parts, jnp.full(num_parts, 1 / num_parts)
+  shape = (size, *jnp.shape(label_mask)[1:])
+  _checks.broadcasts('label_mask', label_mask, shape)
+  mask = split(jnp.broadcast_to(jnp.asarray(label_mask, bool), shape))
+  counts = jnp.sum(mask.reshape(num_parts, -1), axis=1, dtype=jnp.float32)
+  axes = _collectives.other_axes(counts, axis_name)
+  counts = _collectives.total(counts, axes)
+  weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
+  return parts | {'label_mask': mask}, weights
+
+
+def over_parts(
+  estimate: Callable[..., tuple[Any, Any]],
+  parts: dict[str, Any],
+  weights: jax.Array,
+  zeros: Any,
+  state: Any,
+) -> tuple[Any, Any]:
+  """Averages `estimate(state, **part)`, one part at a time.
+
+  Args:
+    estimate: Returns an estimate and the next state.
+    parts: Keyword arguments, as `split_batch` returns them.
+    weights: Weights of the parts, (M,).
+    zeros: Zeros like the estimate, in the dtypes in which to average.
+    state: The first state.
+
+  Returns:
+    The weighted average and the last state.
+  """
+
+  def add_part(carry, xs):
+    total, state = carry
+    part, weight = xs
+    new, state = estimate(state, **part)
+    add = lambda t, e: t + weight.astype(t.dtype) * e.astype(t.dtype)
+    return (jax.tree.map(add, total, new), state), None
+
+  return jax.lax.scan(add_part, (zeros, state), (parts, weights))[0]
+
+
+def _leading_axis(batch, num_parts):
+  """Returns the size of the leading axis, which must split into parts."""
+  shapes = {np.shape(x) for x in jax.tree.leaves(batch)}
+  sizes = {shape[:1] for shape in shapes}
+  if len(sizes) != 1 or sizes == {()}:
+    raise ValueError(
+      'batch must hold arrays with the same leading axis, got shapes'
+      f' {sorted(shapes)}. Close over what does not belong to one example.'
+    )
+  ((size,),) = sizes
+  if size % num_parts:
+    raise ValueError(
+      f'batch of {size} examples must split into {num_parts} equal parts,'
+      f' but {num_parts} does not divide {size}. Choose num_microbatches'
+      f' among the divisors of {size}.'
+    )
+  return size
+
+
+def average_over_replicas(
+  axis_name: str | tuple[str, ...],
+) -> optax.GradientTransformation:
+  r"""Averages an estimate over replicas, each with its own shard of the data.
+
+  .. math:: \hat h = \frac{1}{D} \sum_{d=1}^D \hat h_d
+
+  This is what ``axis_name`` does in the estimators of this library, for those
+  that you write: ``optax.chain(estimator, average_over_replicas('data'))``.
+  The estimator sees the data of its replica only, and has to keep its state
+  equal on all of them. Under :func:`jax.shard_map` it must differentiate with
+  respect to parameters of the replica's own,
+  ``jax.lax.pcast(params, 'data', to='varying')``: derivatives with respect to
+  replicated parameters are sums over the replicas already.
+
+  Args:
+    axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`.
+
+  Returns:
+    An :class:`optax.GradientTransformation` without state. Integer leaves pass
+    unchanged.
+
+  Raises:
+    ValueError: In ``update``, if there is no axis ``axis_name``, or if the
+      estimate is the same on all replicas, where ``shard_map`` shows that.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from sophia_optax import average_over_replicas
+    >>> estimator = optax.chain(
+    ...     optax.stateless(lambda g, params: g**2),  # An estimator of yours.
+    ...     average_over_replicas('data'))
+    >>> def estimate(grads):
+    ...   return estimator.update(grads, estimator.init(grads))[0]
+    >>> grads = jnp.arange(4.0)
+    >>> print(jax.vmap(estimate, axis_name='data')(grads))
+    [3.5 3.5 3.5 3.5]
+  """
+
+  def update_fn(updates, state, params=None):
+    del params
+    _checks.mapped_axes(axis_name)
+    estimate = _coordinates.split(updates, updates)
+    for name in _collectives.names(axis_name):
+      tracked = name in _collectives.varying(_collectives.axis_index(name))
+      for leaf in jax.tree.leaves(estimate):
+        if tracked and name not in _collectives.varying(leaf):
+          raise ValueError(
+            'The estimate must be that of the local shard, got one that is'
+            f' the same on all of {name!r}. Differentiate with respect to'
+            f' jax.lax.pcast(params, {name!r}, to="varying"), and leave out'
+            ' any pmean or psum: derivatives with respect to replicated'
+            ' parameters are sums already.'
+          )
+    mean = _collectives.mean(estimate, axis_name)
+    return _coordinates.join(updates, mean), state
+
+  return optax.GradientTransformation(
+    lambda params: optax.EmptyState(), update_fn
+  )

@@ -1,0 +1,244 @@
+"""What all estimators share; an estimator adds the formula of one draw.
+
+  θ, theta   coordinates of the parameters: real arrays (see `_coordinates`)
+  fn         the user's function, as a function of θ alone
+  draw       key -> one unbiased estimate, like θ
+  ĥ          the average of draws: over samples, parts of the batch, replicas
+
+Here are the checks of arguments, the keys, and the three averages.
+"""
+
+from collections.abc import Callable
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sophia_optax import _averages
+from sophia_optax import _checks
+from sophia_optax import _collectives
+from sophia_optax import _coordinates
+
+
+class EstimatorState(NamedTuple):
+  """State of an estimator that draws at random.
+
+  Attributes:
+    key: PRNG key of the next draws, raw (shape (2,), uint32) or typed (shape
+      ()), as it was given.
+  """
+
+  key: jax.Array
+
+
+def sampled_estimator(
+  make_draw: Callable[..., Callable[[jax.Array], Any]],
+  random_seed: Any | None = None,
+  *,
+  fn_name: str = 'obj_fn',
+  num_samples: int = 1,
+  has_aux: bool = False,
+  axis_name: str | tuple[str, ...] | None = None,
+  state_type: type[EstimatorState] = EstimatorState,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Makes an estimator of the Hessian diagonal from the formula of one draw.
+
+  .. math::
+    \hat h = \frac{1}{n D} \sum_{d=1}^D \sum_{i=1}^n \text{draw}(k_{d,i})
+
+  with n draws on each of D replicas, each with a key of its own. This is the
+  driver of the estimators in this library. An estimator that is written with it
+  has ``num_samples``, ``axis_name``, ``batch=``, ``full_params=`` and
+  ``loss_scale=`` like :func:`hutchinson_estimator_diag_hessian`, and works in
+  :func:`microbatched`.
+
+  Args:
+    make_draw: ``(theta, fn, **extra_args) -> draw``, where ``draw(key)``
+      returns one estimate, a tree like ``theta`` in float32 or wider. What
+      ``make_draw`` computes itself is shared by all draws. ``theta`` is the
+      tree of parameters with a pair (real part, imaginary part) for a complex
+      leaf and None for an integer leaf. ``fn(theta)`` calls the function that
+      was passed to ``update``. ``extra_args`` are the other arguments of
+      ``update``, with ``label_mask`` and ``loss_scale`` among them.
+    random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
+    fn_name: ``'obj_fn'``, a function that returns the loss, or
+      ``'predict_fn'``, a function that returns the outputs of the model. With
+      ``loss_scale=`` an estimate of ``obj_fn`` is divided by it.
+    num_samples: Number n of draws to average.
+    has_aux: Whether the function returns ``(value, aux)``.
+    axis_name: Mapped axis or axes over which to average, see
+      :func:`hutchinson_estimator_diag_hessian`.
+    state_type: Type of the state.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` whose ``update`` returns
+    an estimate in place of the gradients.
+
+  Raises:
+    ValueError: If ``num_samples`` is less than 1 or ``fn_name`` is unknown; in
+      ``update``, if something that it needs is missing.
+    TypeError: In ``update``, if the function can't be called as documented or
+      returns the wrong type.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sophia_optax
+    >>> def make_draw(theta, loss, **extra_args):
+    ...   def draw(key):
+    ...     probe = optax.tree.random_like(key, theta)  # Gaussian
+    ...     _, curvature = jax.jvp(jax.grad(loss), (theta,), (probe,))
+    ...     return optax.tree.mul(probe, curvature)
+    ...   return draw
+    >>> estimator = sophia_optax.sampled_estimator(make_draw, num_samples=4000)
+    >>> x = jnp.array([1.0, 2.0])
+    >>> estimate, _ = estimator.update(
+    ...     None, estimator.init(x), x, obj_fn=lambda x: jnp.sum(x**3))
+    >>> print(bool(jnp.allclose(estimate, 6 * x, rtol=0.1)))
+    True
+  """
+  num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
+  _checks.one_of('fn_name', fn_name, ('obj_fn', 'predict_fn'))
+
+  def init_fn(params):
+    del params
+    return state_type(key=_make_key(random_seed))
+
+  def update_fn(
+    updates,
+    state,
+    params=None,
+    *,
+    batch=None,
+    full_params=None,
+    loss_scale=None,
+    num_microbatches=None,
+    label_mask=None,
+    **extra_args,
+  ):
+    del updates
+    _checks.given('params', params, 'the estimator')
+    other = 'predict_fn' if fn_name == 'obj_fn' else 'obj_fn'
+    got = f'only {other}' if other in extra_args else 'None'
+    fn = extra_args.pop(fn_name, None)
+    _checks.given(fn_name, fn, 'the estimator', got)
+    _check_complete(fn_name, params, full_params)
+    _checks.mapped_axes(axis_name)
+    theta = _collectives.vary(_coordinates.split(params, params), axis_name)
+    zeros = optax.tree.zeros_like(_coordinates.widen(theta))
+
+    def fn_of(batch):
+      def fn_of_theta(theta):
+        p = _coordinates.fill(_coordinates.join(params, theta), full_params)
+        arguments = {'params': p} | ({} if batch is None else {'batch': batch})
+        value = _checks.call(fn_name, fn, arguments)
+        value = _array_of(fn_name, value, has_aux)
+        if fn_name == 'obj_fn':
+          _checks.local(value, theta, axis_name)
+        return value
+
+      return fn_of_theta
+
+    def estimate(key, batch=None, label_mask=None):
+      extra = {'label_mask': label_mask, 'loss_scale': loss_scale}
+      draw = make_draw(theta, fn_of(batch), **extra, **extra_args)
+      key, subkey = jax.random.split(key)
+      subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
+      return _averages.over_draws(draw, subkey, num_samples, zeros), key
+
+    if num_microbatches is None:
+      mean, key = estimate(state.key, batch, label_mask)
+    else:
+      parts, weights = _averages.split_batch(
+        batch, label_mask, num_microbatches, axis_name
+      )
+      mean, key = _averages.over_parts(
+        estimate, parts, weights, zeros, state.key
+      )
+    if fn_name == 'obj_fn':
+      mean = _coordinates.unscale(mean, loss_scale)
+    mean = _collectives.mean(mean, axis_name)
+    estimate_tree = _coordinates.join(_coordinates.zeros_like(params), mean)
+    return estimate_tree, state._replace(key=key)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def is_sampled(state: Any) -> bool:
+  """Whether a state is that of a sampled estimator, or contains one."""
+  is_ours = lambda x: isinstance(x, EstimatorState)
+  return any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))
+
+
+def check_unscales(estimator: optax.GradientTransformation, state: Any):
+  """Raises if an estimator would not divide its estimate by `loss_scale`."""
+  parameters = inspect.signature(estimator.update).parameters
+  if not is_sampled(state) and 'loss_scale' not in parameters:
+    raise ValueError(
+      'loss_scale needs an estimator that divides by it, got one whose update'
+      ' has no argument of that name. Write it with'
+      ' sophia_optax.sampled_estimator, or give its update an argument'
+      ' loss_scale; or pass neither loss_scale nor a scaled obj_fn, and unscale'
+      ' the gradients before the optimizer.'
+    )
+
+
+def _make_key(random_seed):
+  """Returns a key in a buffer of its own, because states may be donated."""
+  seed = 0 if random_seed is None else random_seed
+  dtype = getattr(seed, 'dtype', np.result_type(type(seed)))
+  is_integer = jnp.issubdtype(dtype, jnp.integer)
+  is_typed_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  if is_typed_key or (is_integer and np.ndim(seed)):
+    return jnp.copy(seed)
+  if not is_integer:
+    raise TypeError(
+      f'random_seed must be an integer or a PRNG key, got {seed!r}. Pass for'
+      ' example random_seed=0 or random_seed=jax.random.key(0).'
+    )
+  return jax.random.PRNGKey(seed)
+
+
+def _check_complete(name, params, full_params):
+  """Raises if the function would be called with a tree that has holes."""
+  is_hole = lambda x: isinstance(x, optax.MaskedNode)
+  holes = [
+    jax.tree_util.keystr(path) or 'the root'
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_hole)
+    if is_hole(leaf)
+  ]
+  if holes and full_params is None:
+    raise ValueError(
+      f'{name} needs all parameters, but optax.masked or optax.partition hid'
+      f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
+      ' them all to update: update(grads, state, params, full_params=params,'
+      ' ...). The curvature is still that of the visible ones alone.'
+    )
+
+
+def _array_of(name, value, has_aux):
+  """Returns the array that the user's function returned, or raises."""
+  need = {
+    'obj_fn': 'the loss alone, a real floating point scalar',
+    'predict_fn': 'one real floating point array, the logits or means',
+  }[name]
+  if has_aux:
+    need = f'a pair (value, aux), as has_aux=True, with {need}'
+    value = value[0] if isinstance(value, tuple) and len(value) == 2 else None
+  is_array = isinstance(value, (jax.Array, np.ndarray, np.generic, float))
+  if not is_array or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    got = f'dtype {value.dtype}' if is_array else f'a {type(value).__name__}'
+    raise TypeError(
+      f'{name} must return {need}, got {got}. If it returns (value, aux), pass'
+      ' has_aux=True to the estimator; otherwise select or cast the value.'
+    )
+  if name == 'obj_fn' and (shape := np.shape(value)):
+    raise TypeError(
+      f'{name} must return {need}, got an array of shape {shape}. Reduce it, as'
+      ' in jnp.mean(losses).'
+    )
+  return value

@@ -1,0 +1,288 @@
+"""The driver of estimators: what one has that is written with it."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+
+P = jax.sharding.PartitionSpec
+PARAMS = {'w': jnp.array([0.5, -1.0, 0.3]), 'z': jnp.array(1.0 + 2.0j)}
+BATCH = jnp.arange(1.0, 9.0)
+
+
+def loss_fn(params, batch=BATCH):  # Its Hessian is diagonal.
+  w, z = params['w'], params['z']
+  return jnp.mean(batch) * (jnp.sum(w**3) + z.real**2 - 2 * z.imag**2)
+
+
+def curvature(batch=BATCH):
+  scale = jnp.mean(batch)
+  z = jax.lax.complex(2 * scale, -4 * scale)
+  return {'w': 6 * scale * PARAMS['w'], 'z': z}
+
+
+def make_draw(theta, loss, **extra_args):
+  """Exact for a diagonal Hessian, plus noise that the key decides."""
+  del extra_args
+  noise = lambda key, x: 1e-3 * jax.random.normal(key, x.shape)
+
+  def draw(key):
+    keys = optax.tree.split_key_like(key, theta)
+    ones = optax.tree.ones_like(theta)
+    _, hvp = jax.jvp(jax.grad(loss), (theta,), (ones,))
+    return optax.tree.add(hvp, jax.tree.map(noise, keys, theta))
+
+  return draw
+
+
+def own(random_seed=None, **options):
+  return sophia_optax.sampled_estimator(make_draw, random_seed, **options)
+
+
+def noise_of(key, scale=1.0):
+  """What `make_draw` adds to the curvature with this key."""
+  theta = {'w': PARAMS['w'], 'z': (jnp.array(1.0), jnp.array(2.0))}
+  draw = make_draw(theta, lambda theta: jnp.zeros(()) * theta['w'].sum())
+  noise = draw(key)
+  return {'w': noise['w'], 'z': jax.lax.complex(*noise['z'])}
+
+
+def test_one_draw():
+  estimator = own(random_seed=3)
+  state = estimator.init(PARAMS)
+  assert isinstance(state, sophia_optax.EstimatorState)
+  estimate, next_state = estimator.update(None, state, PARAMS, obj_fn=loss_fn)
+  key, subkey = jax.random.split(jax.random.PRNGKey(3))
+  expected = optax.tree.add(curvature(), noise_of(subkey))
+  chex.assert_trees_all_close(estimate, expected, rtol=1e-6)
+  np.testing.assert_array_equal(next_state.key, key)
+
+
+def test_samples_and_parts_have_keys_of_their_own():
+  estimator = sophia_optax.microbatched(own(num_samples=2), 4)
+  estimate, state = estimator.update(
+    None, estimator.init(PARAMS), PARAMS, obj_fn=loss_fn, batch=BATCH
+  )
+  key, noises = jax.random.PRNGKey(0), []
+  for _ in range(4):
+    key, subkey = jax.random.split(key)
+    noises += [noise_of(k) for k in jax.random.split(subkey, 2)]
+  noise = jax.tree.map(lambda *x: sum(x) / 8, *noises)
+  expected = optax.tree.add(curvature(), noise)
+  chex.assert_trees_all_close(estimate, expected, rtol=1e-6)
+  np.testing.assert_array_equal(state.key, key)
+
+
+def test_parts_of_parts():
+  once = sophia_optax.microbatched(own(), 4)
+  twice = sophia_optax.microbatched(sophia_optax.microbatched(own(), 2), 2)
+  results = [
+    e.update(None, e.init(PARAMS), PARAMS, obj_fn=loss_fn, batch=BATCH)
+    for e in (once, twice)
+  ]
+  chex.assert_trees_all_equal(*results)
+
+
+@pytest.mark.parametrize('scale', [1024.0, jnp.float32(2.0**-6)])
+def test_loss_scale(scale):
+  estimator = own()
+  state = estimator.init(PARAMS)
+  scaled, _ = estimator.update(
+    None, state, PARAMS, obj_fn=lambda p: scale * loss_fn(p), loss_scale=scale
+  )
+  _, subkey = jax.random.split(state.key)
+  noise = optax.tree.scale(1 / float(scale), noise_of(subkey))
+  expected = optax.tree.add(curvature(), noise)
+  chex.assert_trees_all_close(scaled, expected, rtol=1e-6)
+
+
+def test_predictions_and_extra_arguments():
+  seen = {}
+
+  def make_draw(theta, predict, *, label_mask, loss_scale, temperature):
+    seen.update(mask=label_mask, scale=loss_scale, temperature=temperature)
+    return lambda key: jax.tree.map(jnp.square, jax.grad(
+      lambda theta: predict(theta).sum())(theta))  # fmt: skip
+
+  estimator = sophia_optax.sampled_estimator(
+    make_draw, fn_name='predict_fn', has_aux=True
+  )
+  estimate, _ = estimator.update(
+    None, estimator.init(PARAMS), {'w': PARAMS['w']},
+    predict_fn=lambda p: (p['w'] ** 2, 'aux'),
+    loss_scale=8.0, label_mask='mask', temperature=0.5,
+  )  # fmt: skip
+  # The driver does not divide what is no estimate of the scaled loss.
+  chex.assert_trees_all_close(estimate, {'w': 4 * PARAMS['w'] ** 2})
+  assert seen == {'mask': 'mask', 'scale': 8.0, 'temperature': 0.5}
+
+
+def test_unknown_function():
+  with pytest.raises(ValueError, match=r"one of \['obj_fn', 'predict_fn'\]"):
+    own(fn_name='loss_fn')
+
+
+def shard_map(fn, check_vma=True, axis_names=None, shape=(8,)):
+  names = ('data', 'other')[: len(shape)]
+  mesh = jax.make_mesh(
+    shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape)
+  )
+  return jax.jit(
+    jax.shard_map(
+      fn,
+      mesh=mesh,
+      in_specs=(P(), P('data')),
+      out_specs=P(),
+      check_vma=check_vma,
+      axis_names=axis_names or set(names),
+    )
+  )
+
+
+@pytest.mark.parametrize('check_vma', [True, False])
+def test_axis_name(check_vma):
+  estimator = own(axis_name='data')
+
+  def update(params, batch):
+    obj_fn = functools.partial(loss_fn, batch=batch)
+    return estimator.update(
+      None, estimator.init(params), params, obj_fn=obj_fn
+    )[0]
+
+  got = shard_map(update, check_vma)(PARAMS, BATCH)
+  _, subkey = jax.random.split(jax.random.PRNGKey(0))
+  noises = [noise_of(jax.random.fold_in(subkey, d)) for d in range(8)]
+  noise = jax.tree.map(lambda *x: sum(x) / 8, *noises)
+  expected = optax.tree.add(curvature(), noise)
+  chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+ESTIMATORS = {
+  'own': own,
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
+  'gauss_newton': functools.partial(
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+    likelihood='gaussian',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_one_reduction_for_all_parts_within_a_chain(name):
+  # Regression: one reduction a part was sent if the estimator was in a chain.
+  chained = optax.chain(ESTIMATORS[name](axis_name='data'), optax.identity())
+  estimator = sophia_optax.microbatched(chained, 2)
+
+  def update(params, batch):
+    return estimator.update(
+      None,
+      estimator.init(params),
+      params,
+      batch=batch,
+      obj_fn=loss_fn,
+      predict_fn=lambda p, batch: batch * p['w'].sum() * p['z'].real,
+    )[0]
+
+  compiled = shard_map(update).lower(PARAMS, jnp.ones(16)).compile()
+  text = compiled.as_text()
+  assert text.count(' all-reduce(') == 1
+  (entry,) = re.findall(r'^ENTRY.*?^}', text, re.DOTALL | re.MULTILINE)
+  assert entry.count(' all-reduce(') == 1  # So not in the loop over parts.
+
+
+def users():
+  """An estimator that is not written with the driver."""
+
+  def update(updates, state, params=None, *, batch, **extra_args):
+    del updates, extra_args
+    scale = lambda p: p * jnp.mean(batch).astype(p.dtype)
+    return jax.tree.map(scale, params), state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+
+
+@pytest.mark.parametrize('make', [functools.partial(own, axis_name='data'),
+                                  users])  # fmt: skip
+def test_parts_where_another_axis_is_left_to_the_compiler(make):
+  # Regression: a bare AssertionError.
+  estimator = sophia_optax.microbatched(make(), 2)
+
+  def update(params, batch):
+    estimate, _ = estimator.update(
+      None, estimator.init(params), params, batch=batch, obj_fn=loss_fn
+    )
+    return jax.tree.map(
+      lambda x: x if make is not users else jax.lax.pmean(x, 'data'), estimate
+    )
+
+  batch = jnp.arange(1.0, 9.0)
+  got = shard_map(update, axis_names={'data'}, shape=(2, 4))(PARAMS, batch)
+  mean = jnp.mean(batch)
+  expected = (
+    {'w': mean * PARAMS['w'], 'z': jax.lax.complex(mean, 2 * mean)}
+    if make is users
+    else curvature(batch)
+  )
+  chex.assert_trees_all_close(got, expected, atol=0.01)
+
+
+@pytest.mark.parametrize('in_chain', [True, False])
+def test_loss_scale_that_an_estimator_would_ignore(in_chain):
+  # Regression: h was loss_scale times too large, and no error said so.
+  probe = optax.contrib.hutchinson_estimator_diag_hessian()
+  estimator = optax.chain(probe) if in_chain else probe
+  tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=estimator)
+  x = jnp.ones(3)
+  with pytest.raises(ValueError, match='loss_scale needs an estimator'):
+    tx.update(x, tx.init(x), x, obj_fn=jnp.sum, loss_scale=8.0)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda e: e,
+    optax.chain,
+    lambda e: optax.chain(sophia_optax.microbatched(e, 1), optax.identity()),
+])  # fmt: skip
+def test_loss_scale_that_an_estimator_divides_by(wrap):
+  scale = 8.0
+  tx = sophia_optax.scale_by_sophia(b2=0.0, hessian_diagonal_fn=wrap(own()))
+  scaled = lambda p, batch=BATCH: scale * loss_fn(p, batch)
+  grads = jax.tree.map(jnp.conj, jax.grad(scaled)(PARAMS))
+  _, state = tx.update(
+    grads, tx.init(PARAMS), PARAMS, obj_fn=scaled, batch=BATCH,
+    loss_scale=scale,
+  )  # fmt: skip
+  chex.assert_trees_all_close(state.nu, curvature(), atol=0.01)
+
+
+def test_loss_scale_of_an_estimator_that_names_it():
+  def update(updates, state, params=None, *, loss_scale, **extra_args):
+    del params, extra_args
+    return jax.tree.map(lambda g: (g / loss_scale) ** 2, updates), state
+
+  estimator = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+  x = jnp.arange(1.0, 4.0)
+  for maximize in (False, True):
+    tx = sophia_optax.sophia_g(
+      b2=0.0, hessian_diagonal_fn=estimator, maximize=maximize
+    )
+    _, state = tx.update(8 * x, tx.init(x), x, loss_scale=8.0)
+    np.testing.assert_allclose(optax.tree.get(state, 'nu'), x**2)
+
+
+def test_error_in_the_users_function_says_how_it_was_called():
+  tx = sophia_optax.sophia(0.1)
+  model = lambda m: jnp.sum(m(jnp.ones(3)))  # Expects a model.
+  x = {'w': jnp.ones(3)}
+  with pytest.raises(TypeError, match=r'not callable(?s:.*)params a dict'):
+    tx.update(x, tx.init(x), x, obj_fn=model)
