@@ -37,7 +37,7 @@ lint: $(VENV)/installed-dev
 # make BUILDIFIER=buildifier buildifier
 buildifier:
 	$(BUILDIFIER) -mode=check -lint=warn -r \
-	  BUILD MODULE.bazel WORKSPACE tools/bazel
+	  BUILD MODULE.bazel WORKSPACE tests/pytest.bzl tools/bazel
 
 types: $(VENV)/installed-dev
 	$(BIN)/mypy

@@ -11,7 +11,10 @@ import pytest
 import starlark
 
 ROOT = pathlib.Path(__file__).parents[1]
-BUILD = (ROOT / 'BUILD').read_text()
+# The files that Bazel evaluates.
+FILES = {
+  file: (ROOT / file).read_text() for file in ('BUILD', 'tests/pytest.bzl')
+}
 # Folders of sources, and the entries of sys.path that they are imported from.
 FOLDERS = {
   'benchmarks': 'benchmarks',
@@ -39,8 +42,8 @@ class Target:
   visibility: Sequence[str] = ()
 
 
-def evaluate(build: str) -> dict[str, Target]:
-  """The targets in the text of a BUILD file, by name."""
+def evaluate(files: dict[str, str]) -> dict[str, Target]:
+  """The targets of BUILD, by name, given the texts of `FILES`."""
   targets = {}
 
   def make(rule):
@@ -52,7 +55,8 @@ def evaluate(build: str) -> dict[str, Target]:
     return add
 
   def load(label):
-    assert label == '@rules_python//python:defs.bzl', label
+    if label != '@rules_python//python:defs.bzl':
+      return run(label.removeprefix('//:'))
     rules = starlark.Module()
     for rule in ('py_binary', 'py_library', 'py_test'):
       rules.add_callable(rule, make(rule))
@@ -65,16 +69,22 @@ def evaluate(build: str) -> dict[str, Target]:
 
     return sorted(match(include) - match(exclude))
 
-  module = starlark.Module()
-  module.add_callable('glob', glob)
-  for name in ('exports_files', 'licenses', 'package'):
-    module.add_callable(name, lambda *args, **kwargs: None)
-  starlark.eval(
-    module,
-    starlark.parse('BUILD', build),
-    starlark.Globals.standard(),
-    starlark.FileLoader(load),
-  )
+  def run(file, **builtins):
+    module = starlark.Module()
+    for name, function in builtins.items():
+      module.add_callable(name, function)
+    starlark.eval(
+      module,
+      starlark.parse(file, files[file]),
+      starlark.Globals.standard(),
+      starlark.FileLoader(load),
+    )
+    return module.freeze()
+
+  def ignore(*args, **kwargs):
+    del args, kwargs
+
+  run('BUILD', glob=glob, exports_files=ignore, licenses=ignore, package=ignore)
   return targets
 
 
@@ -178,9 +188,9 @@ def missing_entries(target, targets, sources) -> Iterator[str]:
         yield f'{target.name}: {src} imports {name}, which is not in deps'
 
 
-def mistakes(build: str) -> list[str]:
-  """What the text of a BUILD file lacks, and what it has in vain."""
-  targets, sources = evaluate(build), read_sources()
+def mistakes(files: dict[str, str]) -> list[str]:
+  """What BUILD lacks, and what it has in vain, given the texts of `FILES`."""
+  targets, sources = evaluate(files), read_sources()
   return sorted(
     itertools.chain(
       missing_targets(targets, sources),
@@ -190,7 +200,7 @@ def mistakes(build: str) -> list[str]:
 
 
 def test_nothing_is_missing():
-  assert not mistakes(BUILD)
+  assert not mistakes(FILES)
 
 
 @pytest.mark.parametrize(('old', 'new', 'expected'), [
@@ -198,12 +208,12 @@ def test_nothing_is_missing():
     ('exclude = [', 'exclude = ["sophia_optax/_draws.py", ',
      'sophia_optax/_draws.py is in no srcs'),
     ('"errors_test"', '"error_test"', 'tests/errors_test.py has no py_test'),
-    ('args = ["tests/errors_test.py"]', 'args = ["tests/sophia_test.py"]',
+    ('args = [file]', 'args = ["tests/sophia_test.py"]',
      'errors_test does not run tests/errors_test.py'),
-    ('        "tests/main.py",', '',
+    ('srcs = [file, "tests/main.py"]', 'srcs = [file]',
      'errors_test does not have tests/main.py and tests/errors_test.py in'
      ' srcs'),
-    ('":conftest",', '', 'errors_test lacks tests/conftest.py'),
+    ('[":conftest"] + deps', 'deps', 'errors_test lacks tests/conftest.py'),
     ('data = ["pyproject.toml"],', '', 'errors_test lacks pyproject.toml'),
     ('name = "step_cost"', 'name = "steps"',
      'benchmarks/step_cost.py has no py_binary'),
@@ -218,7 +228,7 @@ def test_nothing_is_missing():
     ('imports = ["tests"],', '',
      'conformance_test: tests/conformance_test.py imports conformance, which'
      ' is not in deps'),
-    ('":sophia_optax",', '',
+    ('deps = [":sophia_optax"],', '',
      'errors_test: tests/errors_test.py imports sophia_optax, which is not in'
      ' deps'),
     ('":sophia_optax_flax",', '',
@@ -226,8 +236,9 @@ def test_nothing_is_missing():
      ' sophia_optax._train_state, which is not in deps'),
 ])  # fmt: skip
 def test_mistakes_are_found(old, new, expected):
-  assert old in BUILD
-  assert expected in mistakes(BUILD.replace(old, new))
+  changed = {file: text.replace(old, new) for file, text in FILES.items()}
+  assert changed != FILES
+  assert expected in mistakes(changed)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,7 @@ def test_mistakes_are_found(old, new, expected):
 )
 def test_what_bazel_would_not_evaluate(build, match):
   with pytest.raises(starlark.StarlarkError, match=match):
-    evaluate(build)
+    evaluate({'BUILD': build})
 
 
 def test_all_kinds_of_imports():
