@@ -1,6 +1,7 @@
 """What an estimate costs and how far it scatters, beside one gradient.
 
   python benchmarks/estimators.py --output=benchmarks/estimators.json
+  python benchmarks/estimators.py --show=benchmarks/estimators.json
 
 On a GPT (2 layers, width 64, 32 × 64 tokens, 256 words) each estimator is drawn
 many times. Scatter is the relative standard deviation: the root of the summed
@@ -13,10 +14,6 @@ FLOPs are counted from the traced program, loops by their length; memory is the
 temporaries of the compiled program.
 """
 
-import json
-import os
-import pathlib
-import platform
 import sys
 from typing import NamedTuple
 
@@ -27,14 +24,14 @@ import numpy as np
 import optax
 import tqdm
 
+import records
 import sophia_optax
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+sys.path.append(records.EXAMPLES)
 import dry_run
 import gpt
 
 _DRAWS = flags.DEFINE_integer('draws', 300, 'Estimates for each row.')
-_OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 
 class Row(NamedTuple):
@@ -129,12 +126,8 @@ def render(table: dict[str, dict[str, float]]) -> str:
   columns = list(table['H, whole batch'])
   lines = [f'{"":18}' + ''.join(f'{c:>17}' for c in columns)]
   for name, cells in table.items():
-    lines.append(
-      f'{name:18}'
-      + ''.join(
-        f'{cells[c]:17.3f}' if c in cells else ' ' * 17 for c in columns
-      )
-    )
+    cells = [f'{cells[c]:17.3f}' if c in cells else ' ' * 17 for c in columns]
+    lines.append(f'{name:18}{"".join(cells)}'.rstrip())
   return '\n'.join(lines)
 
 
@@ -142,27 +135,13 @@ def main(argv):
   """Measures, prints and writes."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --draws=50; got {argv[1:]}.')
+  if records.SHOW.value:
+    print(render(records.read(records.SHOW.value)['table']))
+    return
   table = measure(_DRAWS.value)
   print(render(table))
-  if _OUTPUT.value:
-    result = {
-      'command': ' '.join(['python benchmarks/estimators.py', *sys.argv[1:]]),
-      'machine': {
-        'cores': os.cpu_count(),
-        'architecture': platform.machine(),
-        'backend': jax.default_backend(),
-      },
-      'versions': {
-        'python': platform.python_version(),
-        'jax': jax.__version__,
-        'optax': optax.__version__,
-        'sophia_optax': sophia_optax.__version__,
-      },
-      'table': table,
-    }
-    pathlib.Path(_OUTPUT.value).write_text(
-      json.dumps(result, indent=2, ensure_ascii=False) + '\n'
-    )
+  if records.OUTPUT.value:
+    records.write(records.OUTPUT.value, table=table)
 
 
 if __name__ == '__main__':

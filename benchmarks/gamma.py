@@ -9,24 +9,16 @@ that was found, and the first validation from which on the win rate is within
 0.1 of the target. Nothing is timed.
 """
 
-import json
-import pathlib
-import platform
 import sys
 
 from absl import app
-from absl import flags
-import jax
-import optax
 import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
-import gpt_configs
-import sophia_optax
-import train_gpt
+import records
 
-_OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
-_SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
+sys.path.append(records.EXAMPLES)
+import gpt_configs
+import train_gpt
 
 _TARGET = 0.3
 # In multiples of the γ that twelve trials of examples/sweep.py found.
@@ -91,30 +83,21 @@ def main(argv):
   """Runs, prints and writes."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --output=f; got {argv[1:]}.')
-  if _SHOW.value:
-    print(render(json.loads(pathlib.Path(_SHOW.value).read_text())['cases']))
+  if records.SHOW.value:
+    print(render(records.read(records.SHOW.value)['cases']))
     return
-  cases = [
+  runs = [
     (optimizer, start, target)
     for optimizer in ('sophia_h', 'sophia_g')
     for start in _STARTS
     for target in (0.0, _TARGET)
   ]
-  result = {
-    'command': ' '.join(['python benchmarks/gamma.py', *sys.argv[1:]]),
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'optax': optax.__version__,
-      'sophia_optax': sophia_optax.__version__,
-    },
-    'cases': [],
-  }
-  for case in tqdm.tqdm(cases):
-    result['cases'].append(run(*case))
-    if _OUTPUT.value:
-      pathlib.Path(_OUTPUT.value).write_text(json.dumps(result, indent=1))
-  print(render(result['cases']))
+  cases = []
+  for args in tqdm.tqdm(runs):
+    cases.append(run(*args))
+    if records.OUTPUT.value:
+      records.write(records.OUTPUT.value, cases=cases)
+  print(render(cases))
 
 
 if __name__ == '__main__':

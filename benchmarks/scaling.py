@@ -31,10 +31,7 @@ compiler, here that for CPUs: GPUs' and TPUs' may choose otherwise.
 import collections
 from collections.abc import Iterator
 import functools
-import json
 import math
-import pathlib
-import platform
 import re
 import sys
 import time
@@ -44,24 +41,17 @@ from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
-import jaxlib
-import optax
 import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import records
+
+sys.path.append(records.EXAMPLES)
 import gpt_configs
 import sharding
-import sophia_optax
 import train_gpt
 
 _QUICK = flags.DEFINE_bool(
   'quick', False, 'A tiny model on 8 devices: only to see that it runs.'
-)
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'JSON file to write, anew after every compilation.'
-)
-_SHOW = flags.DEFINE_string(
-  'show', None, 'JSON file whose tables to print; nothing is compiled.'
 )
 
 _MESHES = (
@@ -449,8 +439,8 @@ def main(argv):
   """Compiles, prints and writes."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --quick; got {argv[1:]}.')
-  if _SHOW.value:
-    print(render(json.loads(pathlib.Path(_SHOW.value).read_text())['cases']))
+  if records.SHOW.value:
+    print(render(records.read(records.SHOW.value)['cases']))
     return
   meshes, models = _MESHES, _MODELS
   if _QUICK.value:
@@ -461,38 +451,23 @@ def main(argv):
     max(math.prod(sharding.parse(mesh).values()) for mesh in meshes),
   )
 
-  result = {
-    'command': ' '.join(['python benchmarks/scaling.py', *sys.argv[1:]]),
-    'backend': 'cpu, virtual devices',
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'jaxlib': jaxlib.__version__,
-      'optax': optax.__version__,
-      'sophia_optax': sophia_optax.__version__,
-    },
-    'batch_size': _BATCH_SIZE,
-    'rows': _ROWS,
-    'cases': [],
-  }
-  cases = [
+  steps = [
     (model, mesh, row) for model in models for mesh in meshes for row in _ROWS
   ]
-  for model, mesh, row in (bar := tqdm.tqdm(cases)):
+  cases = []
+  for model, mesh, row in (bar := tqdm.tqdm(steps)):
     bar.set_description(f'{model} {mesh} {row}')
     figures, (ordinary, _) = measure(make_config(row, mesh, **models[model]))
     if row == 'adamw':  # The first on every mesh.
       base = ordinary
     figures['ordinary']['beyond AdamW'] = describe(ordinary - base)
     figures['ordinary']['AdamW only'] = describe(base - ordinary)
-    result['cases'].append(
-      {'model': model, 'mesh': mesh, 'row': row, **figures}
-    )
-    if _OUTPUT.value:
-      pathlib.Path(_OUTPUT.value).write_text(
-        json.dumps(result, indent=2) + '\n'
+    cases.append({'model': model, 'mesh': mesh, 'row': row, **figures})
+    if records.OUTPUT.value:
+      records.write(
+        records.OUTPUT.value, batch_size=_BATCH_SIZE, rows=_ROWS, cases=cases
       )
-  print(render(result['cases']))
+  print(render(cases))
 
 
 if __name__ == '__main__':

@@ -17,9 +17,7 @@ timed.
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
-import platform
 import statistics
 import sys
 
@@ -32,7 +30,9 @@ import numpy as np
 import optax
 import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import records
+
+sys.path.append(records.EXAMPLES)
 import gpt
 import gpt_configs
 import sophia_optax
@@ -217,49 +217,41 @@ def plot(runs: list[dict], path: str) -> None:
   fig.savefig(path, dpi=110)
 
 
+def run_all(path: pathlib.Path, num_seeds: int) -> list[dict]:
+  """Runs what the file does not have, writing it after every run."""
+  runs = records.read(path)['runs'] if path.exists() else []
+  done = {(r['seed'], r['trouble'], r['remedy']) for r in runs}
+  left = [
+    case
+    for case in itertools.product(range(num_seeds), TROUBLES, REMEDIES)
+    if case not in done
+  ]
+  fingerprint = text.fingerprint(text.standard_library())
+  for seed, trouble, remedy in tqdm.tqdm(left):
+    settings = Settings(**TROUBLES[trouble] | REMEDIES[remedy])
+    runs.append(
+      {'trouble': trouble, 'remedy': remedy, 'seed': seed} | run(settings, seed)
+    )
+    records.write(path, text_sha256=fingerprint, runs=runs)
+  return runs
+
+
 def main(argv):
   """Runs, prints and writes."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --output=f; got {argv[1:]}.')
-  path = pathlib.Path(_SHOW.value or _OUTPUT.value or 'stability.json')
-  record = (
-    json.loads(path.read_text())
-    if path.exists()
-    else {
-      'command': ' '.join(['python benchmarks/stability.py', *sys.argv[1:]]),
-      'versions': {
-        'python': platform.python_version(),
-        'jax': jax.__version__,
-        'optax': optax.__version__,
-        'sophia_optax': sophia_optax.__version__,
-      },
-      'text_sha256': text.fingerprint(text.standard_library()),
-      'runs': [],
-    }
-  )
-  runs = record['runs']
-  if not _SHOW.value:
-    done = {(r['seed'], r['trouble'], r['remedy']) for r in runs}
-    left = [
-      case
-      for case in itertools.product(range(_SEEDS.value), TROUBLES, REMEDIES)
-      if case not in done
-    ]
-    for seed, trouble, remedy in tqdm.tqdm(left):
-      settings = Settings(**TROUBLES[trouble] | REMEDIES[remedy])
-      runs.append(
-        {'trouble': trouble, 'remedy': remedy, 'seed': seed}
-        | run(settings, seed)
-      )
-      path.write_text(json.dumps(record))
+  if records.SHOW.value:
+    runs = records.read(records.SHOW.value)['runs']
+  else:
+    runs = run_all(
+      pathlib.Path(records.OUTPUT.value or 'stability.json'), _SEEDS.value
+    )
   print(render(runs))
   if _PLOT.value:
     plot(runs, _PLOT.value)
 
 
 if __name__ == '__main__':
-  _OUTPUT = flags.DEFINE_string('output', None, 'JSON file of the runs.')
-  _SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
   _PLOT = flags.DEFINE_string('plot', None, 'PNG file to draw into.')
   _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs of each case.')
   app.run(main)

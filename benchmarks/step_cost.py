@@ -1,6 +1,7 @@
 """What a step costs: FLOPs, memory, time and compilation, beside AdamW's.
 
   python benchmarks/step_cost.py --output=benchmarks/step_cost.json
+  python benchmarks/step_cost.py --show=benchmarks/step_cost.json
 
 Two tables. The first is of the update alone, parameters and optimizer state
 donated, on 32 leaves of 1024 × 1024 float32. The second is of the whole train
@@ -28,10 +29,6 @@ of the processor, tracing included, so that other load does not count.
 """
 
 from collections.abc import Callable
-import json
-import os
-import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -44,9 +41,10 @@ import jax.numpy as jnp
 import optax
 import tqdm
 
+import records
 import sophia_optax
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+sys.path.append(records.EXAMPLES)
 import gpt
 
 _ROUNDS = flags.DEFINE_integer(
@@ -59,7 +57,6 @@ _ROUNDS = flags.DEFINE_integer(
 _QUICK = flags.DEFINE_bool(
   'quick', False, 'Small sizes and few rounds: only to see that it runs.'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 _K = 10  # steps from one refresh to the next
 _NEVER = 2**30
@@ -332,13 +329,13 @@ def measure_step(
   return table
 
 
-def render(
+def _lay_out(
   title: str,
   rows: list[Row],
   table: dict[str, dict[str, float]],
   names: list[str],
 ) -> str:
-  """Lays out a table, goals beside the figures; `!` marks a missed one."""
+  """Puts goals beside the figures; `!` marks a missed one."""
   lines = [[title, *names]]
   for row in rows:
     cells = [row.name]
@@ -355,10 +352,47 @@ def render(
   return '\n'.join(layout.format(*line).rstrip() for line in lines)
 
 
+def render(
+  update: dict[str, dict[str, float]], step: dict[str, dict[str, float]]
+) -> str:
+  """Lays out both tables."""
+  return '\n'.join(
+    [
+      _lay_out(
+        'update alone',
+        update_rows(),
+        update,
+        [
+          'ms',
+          'time/adamw',
+          'time/contrib',
+          'time/adamw, kept',
+          'time/contrib, kept',
+          'MB',
+          'MB/adamw',
+          'MB/contrib',
+          'MB in order',
+        ],
+      ),
+      '',
+      _lay_out('train step, GPT', step_rows(), step, list(step['sophia, H'])),
+      '',
+      'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
+      ' H Hutchinson,',
+      'G Gauss-Newton-Bartlett, then the part of the batch for curvature.'
+      f' k = {_K}.',
+    ]
+  )
+
+
 def main(argv):
   """Measures, prints and writes."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --rounds=5; got {argv[1:]}.')
+  if records.SHOW.value:
+    record = records.read(records.SHOW.value)
+    print(render(record['update'], record['step']))
+    return
   size, num_layers, rounds = 1024, 4, _ROUNDS.value
   if _QUICK.value:
     size, num_layers, rounds = 64, 1, 2
@@ -367,53 +401,9 @@ def main(argv):
   with tqdm.tqdm(total=calls, desc='compile and time') as bar:
     update = measure_update(size, rounds, bar)
     step = measure_step(num_layers, step_rounds, bar)
-
-  print(
-    render(
-      f'update, {32 * size**2:,} parameters',
-      update_rows(),
-      update,
-      [
-        'ms',
-        'time/adamw',
-        'time/contrib',
-        'time/adamw, kept',
-        'time/contrib, kept',
-        'MB',
-        'MB/adamw',
-        'MB/contrib',
-        'MB in order',
-      ],
-    )
-  )
-  print()
-  print(render('train step, GPT', step_rows(), step, list(step['sophia, H'])))
-  print(
-    '\nIn brackets the goals; ! marks a missed one. Names: g² squared '
-    'gradient, H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of '
-    'the batch for curvature. k = 10.'
-  )
-
-  if _OUTPUT.value:
-    result = {
-      'command': ' '.join(['python benchmarks/step_cost.py', *sys.argv[1:]]),
-      'machine': {
-        'cores': os.cpu_count(),
-        'architecture': platform.machine(),
-        'backend': jax.default_backend(),
-      },
-      'versions': {
-        'python': platform.python_version(),
-        'jax': jax.__version__,
-        'optax': optax.__version__,
-        'sophia_optax': sophia_optax.__version__,
-      },
-      'update': update,
-      'step': step,
-    }
-    pathlib.Path(_OUTPUT.value).write_text(
-      json.dumps(result, indent=2, ensure_ascii=False) + '\n'
-    )
+  print(render(update, step))
+  if records.OUTPUT.value:
+    records.write(records.OUTPUT.value, update=update, step=step)
 
 
 if __name__ == '__main__':

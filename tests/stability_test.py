@@ -43,6 +43,18 @@ def test_table_and_plot(tmp_path):
   assert (tmp_path / 'plot.png').stat().st_size > 10_000
 
 
+def test_a_benchmark_that_was_stopped_goes_on(tmp_path, monkeypatch):
+  results = iter([{'val_loss': 2.0}] * 8)
+  monkeypatch.setattr(stability, 'run', lambda *args: next(results))
+  path = tmp_path / 'runs.json'
+  with pytest.raises(StopIteration):
+    stability.run_all(path, num_seeds=1)
+  monkeypatch.setattr(stability, 'run', lambda *args: {'val_loss': 3.0})
+  losses = [r['val_loss'] for r in stability.run_all(path, num_seeds=1)]
+  num_cases = len(stability.TROUBLES) * len(stability.REMEDIES)
+  assert losses == [2.0] * 8 + [3.0] * (num_cases - 8)
+
+
 def test_runs(data_dir, monkeypatch, compile_fast):
   del compile_fast
   monkeypatch.setattr(

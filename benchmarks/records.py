@@ -1,0 +1,73 @@
+"""The JSON files of the benchmarks: results, and what they were measured with.
+
+records.write(path, cases=cases)
+cases = records.read(path)['cases']
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+from absl import flags
+import flax
+import jax
+import jaxlib
+import optax
+
+import sophia_optax
+
+# The benchmarks train what the examples train, and append this to sys.path.
+EXAMPLES = str(pathlib.Path(__file__).parents[1] / 'examples')
+
+OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
+SHOW = flags.DEFINE_string(
+  'show', None, 'JSON file whose tables to print; nothing is measured.'
+)
+
+
+def write(path: str | os.PathLike[str], **results: Any) -> None:
+  """Writes results after the command, the machine and the versions.
+
+  A file that is there is replaced at once, so it is never cut off.
+
+  Args:
+    path: The file.
+    **results: What JSON can hold. Each entry of a list gets a line.
+  """
+  record = {
+    'command': ' '.join(
+      [f'python benchmarks/{pathlib.Path(sys.argv[0]).name}', *sys.argv[1:]]
+    ),
+    'machine': {
+      'cores': os.cpu_count(),
+      'architecture': platform.machine(),
+      'backend': jax.default_backend(),
+    },
+    'versions': {
+      'python': platform.python_version(),
+      **{
+        module.__name__: module.__version__
+        for module in (jax, jaxlib, flax, optax, sophia_optax)
+      },
+    },
+    **results,
+  }
+  lines = ',\n'.join(f'"{key}": {_lay_out(x)}' for key, x in record.items())
+  part = pathlib.Path(f'{path}.part')
+  part.write_text(f'{{\n{lines}\n}}\n')
+  part.replace(path)
+
+
+def _lay_out(value: Any) -> str:
+  if isinstance(value, list):
+    entries = ',\n'.join(json.dumps(x, ensure_ascii=False) for x in value)
+    return f'[\n{entries}\n]'
+  return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns what `write` wrote."""
+  return json.loads(pathlib.Path(path).read_text())

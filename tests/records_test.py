@@ -1,0 +1,53 @@
+"""Tests of the files of the benchmarks, and of the tables in the pages."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import records
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_record_is_read_back(tmp_path):
+  path = tmp_path / 'record.json'
+  path.write_text('of an earlier run')
+  results = {'table': {'a': {'MB': 1.5}}, 'cases': [{'γ': 0.1}, {'γ': 0.2}]}
+  records.write(path, **results)
+  record = records.read(path)
+  assert record.pop('command').startswith('python benchmarks/')
+  assert record.pop('machine')['backend'] == jax.default_backend()
+  assert record.pop('versions')['jax'] == jax.__version__
+  assert record == results
+  assert '\n{"γ": 0.1},\n{"γ": 0.2}\n' in path.read_text()
+  assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+  ('name', 'page'),
+  [
+    ('estimators', 'benchmarks/README.md'),
+    ('gamma', 'docs/choosing.md'),
+    ('scaling', 'benchmarks/README.md'),
+    ('stability', 'docs/choosing.md'),
+    ('step_cost', 'benchmarks/README.md'),
+  ],
+)
+def test_pages_have_what_the_files_show(name, page):
+  benchmark = f'benchmarks/{name}'
+  shown = subprocess.run(
+    [sys.executable, f'{benchmark}.py', f'--show={benchmark}.json'],
+    cwd=ROOT,
+    check=True,
+    stdout=subprocess.PIPE,
+    encoding='utf-8',
+    timeout=120,
+  ).stdout
+  assert shown
+  text = (ROOT / page).read_text()
+  for line in shown.splitlines():
+    # In a Markdown table the page may name the row in other words.
+    assert line.split('|', 2)[-1] in text
