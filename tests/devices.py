@@ -1,0 +1,86 @@
+"""A small model, a batch in eight parts, and ways to use eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+import sophia_optax
+
+INPUTS = jax.random.normal(jax.random.PRNGKey(0), (8, 4, 3))
+PARAMS = {'w': jnp.array([0.5, -1.0, 0.3]), 'b': jnp.array(0.2)}
+ESTIMATORS = {
+  'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
+  'gauss_newton': functools.partial(
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+    likelihood='gaussian',
+  ),
+}
+
+
+def predict(params, inputs):  # inputs: (N, 3)
+  return jnp.tanh(inputs @ params['w'] + params['b'])
+
+
+def loss_fn(params, inputs):
+  return jnp.mean(predict(params, inputs) ** 2)
+
+
+def mesh():
+  return jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+
+def pmapped(fn):
+  """Maps fn(replicated, shard); returns what each device has."""
+  mapped = jax.pmap(fn, axis_name='data', in_axes=(None, 0))
+  return lambda replicated: mapped(replicated, INPUTS)
+
+
+def shard_mapped(fn, check_vma):
+  # The output is declared replicated: with check_vma it is proven to be.
+  mapped = jax.jit(
+    jax.shard_map(
+      lambda replicated, shard: fn(replicated, shard[0]),
+      mesh=mesh(),
+      in_specs=(P(), P('data')),
+      out_specs=P(),
+      check_vma=check_vma,
+    )
+  )
+
+  def run(replicated):
+    every_device = lambda x: jnp.stack(
+      [jnp.asarray(np.array(s.data)) for s in x.addressable_shards]
+    )
+    return jax.tree.map(every_device, mapped(replicated, INPUTS))
+
+  return run
+
+
+MAPS = {
+  'pmap': pmapped,
+  'shard_map': functools.partial(shard_mapped, check_vma=True),
+  'shard_map_unchecked': functools.partial(shard_mapped, check_vma=False),
+}
+
+
+def map_grid(fn, *args, specs, out_specs, check_vma=True):
+  """Runs fn(*args) on two rows of four devices."""
+  grid = jax.make_mesh(
+    (2, 4),
+    ('data', 'model'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
+  return jax.jit(
+    jax.shard_map(
+      fn,
+      mesh=grid,
+      in_specs=specs,
+      out_specs=out_specs,
+      check_vma=check_vma,
+    )
+  )(*args)
