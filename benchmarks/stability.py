@@ -187,7 +187,7 @@ def render(runs: list[dict]) -> str:
   return '\n'.join(lines)
 
 
-def plot(runs: list[dict], path: str) -> None:
+def plot(runs: list[dict]) -> figure.Figure:
   """Draws what one trouble looks like inside, with each remedy."""
   fig = figure.Figure(figsize=(10, 7), layout='constrained')
   for ax, name in zip(fig.subplots(2, 2).flat, _LABELS, strict=True):
@@ -214,7 +214,7 @@ def plot(runs: list[dict], path: str) -> None:
       ax.axhline(0.5, color='#999999', linewidth=1, zorder=0)
   fig.axes[0].legend(frameon=False, fontsize='small')
   fig.suptitle(f'Sophia-H, {_SHOWN}: what it looks like inside')
-  fig.savefig(path, dpi=110)
+  return fig
 
 
 def run_all(path: pathlib.Path, num_seeds: int) -> list[dict]:
@@ -248,7 +248,7 @@ def main(argv):
     )
   print(render(runs))
   if _PLOT.value:
-    plot(runs, _PLOT.value)
+    plot(runs).savefig(_PLOT.value, dpi=110)
 
 
 if __name__ == '__main__':

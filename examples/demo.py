@@ -128,7 +128,7 @@ def _plot_inside(axes, results):
   axes[1].set(xlabel='Steps', ylabel='γ', yscale='log', ylim=(1e-3, 1))
 
 
-def plot(results: dict[str, train_gpt.Result], path: str) -> None:
+def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
   """Draws the losses of all, and what Sophia looks like inside."""
   fig = figure.Figure(figsize=(10, 7), layout='constrained')
   axes = fig.subplots(2, 2, height_ratios=(3, 2))
@@ -140,7 +140,7 @@ def plot(results: dict[str, train_gpt.Result], path: str) -> None:
     ax.set_xlim(left=0)
     ax.spines[['top', 'right']].set_visible(False)
   fig.suptitle('Byte-level GPT on the text of the standard library')
-  fig.savefig(path, dpi=150)
+  return fig
 
 
 def main(argv):
@@ -156,7 +156,7 @@ def main(argv):
   results = train_all(out_dir)
   print(table(results))
   path = os.path.abspath(os.path.join(out_dir, 'validation_loss.png'))
-  plot(results, path)
+  plot(results).savefig(path, dpi=150)
   print(f'Plot: {path}')
   if not all(result.finished for result in results.values()):
     print(f'Interrupted. To go on: python examples/demo.py --out_dir={out_dir}')

@@ -153,7 +153,7 @@ def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
   return params, history
 
 
-def plot(histories: dict[str, list[dict[str, float]]], path: str) -> None:
+def plot(histories: dict[str, list[dict[str, float]]]) -> figure.Figure:
   """Draws loss and accuracy on the held-out images over steps."""
   fig = figure.Figure(figsize=(10, 4), layout='constrained')
   styles = ({'color': '#000000', 'linestyle': '--'}, {'color': '#D55E00'})
@@ -174,7 +174,7 @@ def plot(histories: dict[str, list[dict[str, float]]], path: str) -> None:
   fig.axes[0].set_yscale('log')
   fig.axes[0].legend(frameon=False)
   fig.suptitle('Digits, 1,348 images to train on')
-  fig.savefig(path, dpi=150)
+  return fig
 
 
 def main(argv):
@@ -199,7 +199,7 @@ def main(argv):
     )
   os.makedirs(_OUT_DIR.value, exist_ok=True)
   path = os.path.abspath(os.path.join(_OUT_DIR.value, 'digits.png'))
-  plot(histories, path)
+  plot(histories).savefig(path, dpi=150)
   print(f'Plot: {path}')
 
 

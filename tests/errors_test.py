@@ -75,10 +75,19 @@ def test_seed(seed):
     estimator.init(PARAMS)
 
 
-def test_arrays_pass_unvalidated():
-  sophia_optax.scale_by_sophia(
-    b1=jnp.float32(0.9), eps=np.array(0.1), update_interval=jnp.int32(3)
-  )
+def test_arrays_do_what_numbers_do():
+  def train(b1, eps, update_interval):
+    tx = sophia_optax.scale_by_sophia(
+      b1=b1, eps=eps, update_interval=update_interval, clip_threshold=None
+    )
+    state = tx.init(PARAMS)
+    for scale in range(1, 5):
+      grads = optax.tree.scale(scale, PARAMS)
+      updates, state = tx.update(grads, state, PARAMS, obj_fn=loss_fn)
+    return updates, state
+
+  arrays = train(jnp.float32(0.9), np.array(0.1), jnp.int32(3))
+  chex.assert_trees_all_close(arrays, train(0.9, 0.1, 3))
 
 
 OBJECTIVES = [

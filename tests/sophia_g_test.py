@@ -201,10 +201,19 @@ def test_validation(kwargs, match):
     sophia_optax.sophia_g(**kwargs)
 
 
-def test_schedules_are_accepted():
-  sophia_optax.sophia_g(
-    optax.constant_schedule(0.1), weight_decay=optax.constant_schedule(0.1)
+def test_learning_rate_and_weight_decay_may_be_schedules():
+  tx = sophia_optax.sophia_g(
+    optax.linear_schedule(0.1, 0.5, 2),
+    weight_decay=optax.linear_schedule(0.5, 0.1, 2),
   )
+  params = jnp.array([1.0, -2.0])
+  state = tx.init(params)
+  for decay in (0.1 * 0.5, 0.3 * 0.3, 0.5 * 0.1):
+    # Without a gradient there is nothing but the decay.
+    updates, state = tx.update(
+      jnp.zeros(2), state, params, predict_fn=lambda p: p
+    )
+    np.testing.assert_allclose(updates, -decay * params, rtol=1e-6)
 
 
 def test_sparse_gradient():

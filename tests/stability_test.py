@@ -13,7 +13,7 @@ def run_of(trouble, remedy, val_loss, seed=0):
   history = [
     {
       'step': 10 * i,
-      'loss': 3.0,
+      'loss': val_loss + 1 / i,
       'win_rate': 0.3,
       'negative_fraction': 0.4,
       'curvature_norm': 2.0,
@@ -29,18 +29,49 @@ def run_of(trouble, remedy, val_loss, seed=0):
   }
 
 
-def test_table_and_plot(tmp_path):
+@pytest.fixture(name='runs')
+def _runs():
   runs = [
-    run_of(trouble, remedy, 2.0 + i)
+    run_of(trouble, remedy, 2.0 + i + j / 10)
     for i, trouble in enumerate(stability.TROUBLES)
-    for remedy in stability.REMEDIES
+    for j, remedy in enumerate(stability.REMEDIES)
   ]
-  runs.append(run_of('none', 'eps=1e-4', 3.0, seed=1))
+  return [*runs, run_of('none', 'eps=1e-4', 3.0, seed=1)]
+
+
+def test_table(runs):
   lines = stability.render(runs).splitlines()
   assert lines[2].startswith('| nothing | 2.000 | 3.000 | 4.000 | 5.000 |')
-  assert lines[5].startswith('| eps=1e-4 | 2.500 | 3.000 |')
-  stability.plot(runs, str(tmp_path / 'plot.png'))
-  assert (tmp_path / 'plot.png').stat().st_size > 10_000
+  assert lines[5].startswith('| eps=1e-4 | 2.650 | 3.300 |')
+
+
+def curves(ax):
+  lines, labels = ax.get_legend_handles_labels()
+  return {
+    label: list(line.get_ydata())
+    for line, label in zip(lines, labels, strict=True)
+  }
+
+
+def test_plot(runs):
+  fig = stability.plot(runs)
+  fig.draw_without_rendering()
+  losses = curves(fig.axes[0])
+  assert losses == {
+    'learning rate × 1': [3.0, 2.5],
+    '× 4, nothing': [4.0, 3.5],
+    '× 4, target_win_rate=0.3': [4.1, 3.6],
+    '× 4, microbatched': [4.2, 3.7],
+    '× 4, eps=1e-4': [4.3, 3.8],
+  }
+  for ax, label, value in zip(
+    fig.axes[1:],
+    ('Win rate', 'Fraction of h below zero', 'Norm of h'),
+    (0.3, 0.4, 2.0),
+    strict=True,
+  ):
+    assert ax.get_ylabel() == label
+    assert curves(ax) == {name: [value, value] for name in losses}
 
 
 def test_a_benchmark_that_was_stopped_goes_on(tmp_path, monkeypatch):

@@ -465,6 +465,14 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
     train_gpt.train(dataclasses.replace(config, width=32))
 
 
+def curves(ax):
+  lines, labels = ax.get_legend_handles_labels()
+  return {
+    label: (list(line.get_xdata()), list(line.get_ydata()))
+    for line, label in zip(lines, labels, strict=True)
+  }
+
+
 def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   sample = text.sample
   settings = _TINY | {'vocab_size': 256, 'num_steps': 8, 'eval_interval': 2}
@@ -482,8 +490,8 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert not results['adamw'].finished
   assert (tmp_path / 'adamw' / '5').is_dir()
   assert 'AdamW           4' in demo.table(results)
-  demo.plot(results, str(tmp_path / 'plot.png'))
-  assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+  losses = [entry['val_loss'] for entry in results['adamw'].history]
+  assert curves(demo.plot(results).axes[0]) == {'AdamW': ([2, 4], losses)}
 
   monkeypatch.setattr(text, 'sample', sample)
   results = demo.train_all(str(tmp_path), **settings)
@@ -492,15 +500,55 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   steps = [entry['step'] for entry in results['adamw'].history]
   assert steps == [2, 4, 6, 8]
   assert all(name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
-  demo.plot(results, str(tmp_path / 'plot.png'))
+  win_rates = curves(demo.plot(results).axes[2])
+  assert win_rates['Sophia-G'][0] == [2, 4, 6, 8]
 
 
-def test_demo_reports_a_run_that_was_stopped_before_its_first_validation(
-  tmp_path,
-):
+def test_plot_of_the_demo():
+  def result(losses, *inside):
+    history = [
+      {'step': 10 * i, 'seconds': 0.5 * i, 'val_loss': loss}
+      for i, loss in enumerate(losses, start=1)
+    ]
+    for entry, more in zip(history, inside, strict=False):
+      entry |= more
+    return train_gpt.Result(None, history, 1.0, True)
+
+  fig = demo.plot(
+    {
+      'adamw': result([5.0, 4.0]),
+      'sophia_h': result([4.5, 3.5], {'win_rate': 0.2}, {'win_rate': 0.4}),
+      'sophia_g': result(
+        [5.5, 3.0],
+        {'win_rate': 0.1, 'gamma': 0.02},
+        {'win_rate': 0.3, 'gamma': 0.03},
+      ),
+    }
+  )
+  fig.draw_without_rendering()
+  losses, times, win_rates, gammas = map(curves, fig.axes)
+  assert losses == {
+    'AdamW': ([10, 20], [5.0, 4.0]),
+    'Sophia-H': ([10, 20], [4.5, 3.5]),
+    'Sophia-G': ([10, 20], [5.5, 3.0]),
+  }
+  assert times == {name: ([0.5, 1.0], y) for name, (_, y) in losses.items()}
+  # The target is AdamW's last loss.
+  assert list(fig.axes[0].lines[-1].get_ydata()) == [4.0, 4.0]
+  tuned = gpt_configs.get_config('demo', 'sophia_h').gamma
+  assert win_rates['AdamW'] == gammas['AdamW'] == ([], [])
+  assert win_rates['Sophia-H'] == ([10, 20], [0.2, 0.4])
+  assert gammas['Sophia-H'] == ([10, 20], [tuned, tuned])
+  assert win_rates['Sophia-G'] == ([10, 20], [0.1, 0.3])
+  assert gammas['Sophia-G'] == ([10, 20], [0.02, 0.03])
+
+
+def test_demo_reports_a_run_that_was_stopped_before_its_first_validation():
   results = {'adamw': train_gpt.Result(None, [], 1.0, False)}
   assert 'AdamW           -' in demo.table(results)
-  demo.plot(results, str(tmp_path / 'plot.png'))
+  fig = demo.plot(results)
+  fig.draw_without_rendering()
+  assert curves(fig.axes[0]) == {'AdamW': ([], [])}
 
 
 # Sweep.
