@@ -138,7 +138,7 @@ RANGES = dict.fromkeys(TASKS, _GPT_RANGES) | {
   'digits': {
     name: ranges | {'learning_rate': _DIGITS_RATES[name]}
     for name, ranges in _GPT_RANGES.items()
-  },
+  }
 }
 
 

@@ -113,7 +113,9 @@ def _plot_inside(axes, results):
     fixed = gpt_configs.get_config('demo', optimizer).gamma
     style = STYLES[optimizer] | {'linewidth': 2}
     axes[0].plot(steps, [e['win_rate'] for e in entries], **style)
-    axes[1].plot(steps, [fixed * e.get('gamma_factor', 1) for e in entries], **style)
+    axes[1].plot(
+      steps, [fixed * e.get('gamma_factor', 1) for e in entries], **style
+    )
   axes[0].axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
   axes[0].text(
     0.99,

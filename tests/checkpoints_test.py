@@ -60,8 +60,7 @@ def assert_same_bits(x, y):
 
 def through_orbax(tmp_path, tree):
   like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    tree,
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
   )
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'checkpoint', tree)
@@ -77,11 +76,7 @@ def through_bytes(tmp_path, tree):
 
 @pytest.mark.parametrize(
   ('trip', 'key_type'),
-  [
-    (through_orbax, 'raw'),
-    (through_orbax, 'typed'),
-    (through_bytes, 'raw'),
-  ],
+  [(through_orbax, 'raw'), (through_orbax, 'typed'), (through_bytes, 'raw')],
   ids=['orbax-raw', 'orbax-typed', 'flax-raw'],
 )
 def test_round_trip_goes_on_with_the_same_bits(tmp_path, trip, key_type):

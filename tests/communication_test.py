@@ -47,12 +47,7 @@ def test_one_all_reduce_in_a_refresh_and_none_in_other_steps(name):
 
   def update(params, state, shard):  # Gradients are given: they need their own.
     return tx.update(
-      params,
-      state,
-      params,
-      obj_fn=loss_fn,
-      predict_fn=predict,
-      batch=shard[0],
+      params, state, params, obj_fn=loss_fn, predict_fn=predict, batch=shard[0]
     )
 
   text = compiled(update, PARAMS, state, INPUTS, in_specs=(P(), P(), P('data')))

@@ -40,9 +40,7 @@ def predict_fn(w, batch=INPUTS):
 
 # Labels at w = 0 are 0 and 1 with equal probability, so all are equally likely.
 BITS = conformance.Problem(
-  jnp.zeros(2),
-  {'predict_fn': predict_fn},
-  jnp.mean(INPUTS**2, axis=0) / 4,
+  jnp.zeros(2), {'predict_fn': predict_fn}, jnp.mean(INPUTS**2, axis=0) / 4
 )
 BITS_OF_BATCH = BITS._replace(
   extra_args={'predict_fn': predict_fn, 'batch': INPUTS}
@@ -71,10 +69,7 @@ ESTIMATORS = {
     HESSIAN_OF_BATCH,
   ),
   'gauss_newton': (gauss_newton, BITS),
-  'gauss_newton_samples': (
-    lambda key: gauss_newton(key, num_samples=3),
-    BITS,
-  ),
+  'gauss_newton_samples': (lambda key: gauss_newton(key, num_samples=3), BITS),
   'gauss_newton_microbatched': (
     lambda key: sophia_optax.microbatched(gauss_newton(key), 2),
     BITS_OF_BATCH,

@@ -71,16 +71,10 @@ MAPS = {
 def map_grid(fn, *args, specs, out_specs, check_vma=True):
   """Runs fn(*args) on two rows of four devices."""
   grid = jax.make_mesh(
-    (2, 4),
-    ('data', 'model'),
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
   return jax.jit(
     jax.shard_map(
-      fn,
-      mesh=grid,
-      in_specs=specs,
-      out_specs=out_specs,
-      check_vma=check_vma,
+      fn, mesh=grid, in_specs=specs, out_specs=out_specs, check_vma=check_vma
     )
   )(*args)

@@ -47,11 +47,7 @@ def test_divided_parameters_have_an_unbiased_estimate(name):
     )[0]
 
   got = map_grid(
-    update,
-    TP_PARAMS,
-    inputs,
-    specs=(TP_SPECS, P('data')),
-    out_specs=TP_SPECS,
+    update, TP_PARAMS, inputs, specs=(TP_SPECS, P('data')), out_specs=TP_SPECS
   )
   flat, unravel = jax.flatten_util.ravel_pytree(TP_PARAMS)
   if name == 'hutchinson':
@@ -101,10 +97,7 @@ def test_batch_divided_over_the_axis_of_the_parameters():
       local = jnp.mean(predict(gather(params), inputs) ** 2) / 2
       return jax.lax.pmean(local, 'model')
 
-    extra = {
-      'obj_fn': loss,
-      'predict_fn': lambda p: predict(gather(p), inputs),
-    }
+    extra = {'obj_fn': loss, 'predict_fn': lambda p: predict(gather(p), inputs)}
     return [
       e.update(None, e.init(params), params, **extra)[0] for e in estimators
     ]
@@ -181,10 +174,7 @@ def test_training_divided_parameters_equals_one_device(poisoned):
 
   got = map_grid(
     lambda x, c: train(
-      tx,
-      x,
-      c,
-      lambda c: lambda x: jax.lax.psum(jnp.sum(c * x**2), 'model'),
+      tx, x, c, lambda c: lambda x: jax.lax.psum(jnp.sum(c * x**2), 'model')
     ),
     start,
     curvature,

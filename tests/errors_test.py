@@ -35,11 +35,7 @@ HYPERPARAMETERS = [
   ({'update_interval': 2.5}, ValueError, 'update_interval must'),
   ({'print_win_rate_every_n_steps': -1}, ValueError, 'print_win_rate'),
   ({'hessian_diagonal_fn': 3}, TypeError, 'with init and update, got 3'),
-  (
-    {'hessian_diagonal_fn': optax.identity},
-    TypeError,
-    'Call the factory',
-  ),
+  ({'hessian_diagonal_fn': optax.identity}, TypeError, 'Call the factory'),
 ]
 
 
@@ -172,11 +168,7 @@ def predict_fn(params):
 GAUSS_NEWTON = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
 PREDICTIONS = [
   ({}, ValueError, 'needs predict_fn, got None. Pass it to update'),
-  (
-    {'obj_fn': loss_fn},
-    ValueError,
-    'needs predict_fn, got only obj_fn',
-  ),
+  ({'obj_fn': loss_fn}, ValueError, 'needs predict_fn, got only obj_fn'),
   ({'predict_fn': 3}, TypeError, 'predict_fn must be a function'),
   ({'predict_fn': lambda: 0.0}, TypeError, r'as predict_fn\(params\)'),
   (
@@ -265,7 +257,9 @@ def test_squared_gradient_without_params():
     estimator.update(PARAMS, estimator.init(PARAMS))
 
 
-@pytest.mark.parametrize('factory', [sophia_optax.sophia, sophia_optax.sophia_g])
+@pytest.mark.parametrize(
+  'factory', [sophia_optax.sophia, sophia_optax.sophia_g]
+)
 @pytest.mark.parametrize('name', ['learning_rate', 'weight_decay'])
 def test_numbers_or_schedules(factory, name):
   numbers = {'learning_rate': 0.1, name: None}

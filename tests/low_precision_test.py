@@ -267,7 +267,6 @@ def test_normal_probes_are_drawn_in_float32():
   # Of 100,000 numbers bfloat16 draws a few hundred different ones only, and
   # their variance is off.
   params = jnp.zeros(100_000, jnp.bfloat16)
-  seen = []
 
   def obj_fn(x):  # Its Hessian-vector product is the probe.
     return jnp.sum(x.astype(jnp.float32) ** 2) / 2

@@ -43,8 +43,7 @@ ESTIMATORS = {
 
 def labels(params):
   return jax.tree.map_with_path(
-    lambda path, _: 'adamw' if path[0].key == 'embedding' else 'sophia',
-    params,
+    lambda path, _: 'adamw' if path[0].key == 'embedding' else 'sophia', params
   )
 
 

@@ -111,10 +111,7 @@ def real(tree):
   return jnp.concatenate(parts)
 
 
-EXTRA = {
-  'obj_fn': lambda p: jnp.sum(jnp.sin(real(p))),
-  'predict_fn': real,
-}
+EXTRA = {'obj_fn': lambda p: jnp.sum(jnp.sin(real(p))), 'predict_fn': real}
 
 
 def hostile(updates, state, params=None):

@@ -65,10 +65,7 @@ def test_is_the_mean_of_the_replicas_estimates(name, map_name, num_samples):
     )
     np.testing.assert_array_equal(every_state.key[device], key)
   chex.assert_trees_all_close(
-    jax.tree.map(lambda x: x[0], every_estimate),
-    expected,
-    rtol=1e-5,
-    atol=1e-6,
+    jax.tree.map(lambda x: x[0], every_estimate), expected, rtol=1e-5, atol=1e-6
   )
 
 
@@ -125,8 +122,7 @@ def test_mean_is_the_dense_diagonal(map_name):
 def test_microbatches_of_replicas(name, map_name):
   num_microbatches = 2
   estimator = sophia_optax.microbatched(
-    ESTIMATORS[name](jax.random.PRNGKey(3), axis_name='data'),
-    num_microbatches,
+    ESTIMATORS[name](jax.random.PRNGKey(3), axis_name='data'), num_microbatches
   )
   update = lambda params, shard: estimator.update(
     None,

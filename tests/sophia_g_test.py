@@ -220,5 +220,5 @@ def test_sparse_gradient():
   tx = sophia_optax.sophia_g()
   params = {'w': jnp.eye(3)}
   grads = {'w': sparse.BCOO.fromdense(jnp.eye(3))}
-  with pytest.raises(ValueError, match='like params.* got: .*BCOO'):
+  with pytest.raises(ValueError, match=r'like params.* got: .*BCOO'):
     tx.update(grads, tx.init(params), params, predict_fn=lambda p: p['w'])
