@@ -97,7 +97,8 @@ def sophia(
 
   Example:
     >>> import jax
-    >>>     >>> import optax
+    >>> import jax.numpy as jnp
+    >>> import optax
     >>> import sophia_optax
     >>> loss = lambda x: jnp.sum((x - 3.0) ** 2)
     >>> tx = sophia_optax.sophia(learning_rate=0.1)
@@ -116,7 +117,7 @@ def sophia(
   """
   _checks.number_or_schedule('learning_rate', learning_rate)
   _checks.number_or_schedule('weight_decay', weight_decay)
-  return _chain(
+  tx = optax.chain(
     _sophia.scale_by_sophia(
       b1=b1,
       b2=b2,
@@ -134,10 +135,20 @@ def sophia(
       target_win_rate=target_win_rate,
       diagnostics=diagnostics,
     ),
-    learning_rate,
-    weight_decay,
-    weight_decay_mask,
+    optax.masked(
+      optax.chain(
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+      ),
+      _coordinates.where_differentiable,  # Integers stay as they are.
+    ),
   )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    _sophia.find_state(state)
+    return tx.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def sophia_g(
@@ -213,7 +224,8 @@ def sophia_g(
 
   Example:
     >>> import jax
-    >>>     >>> import optax
+    >>> import jax.numpy as jnp
+    >>> import optax
     >>> import sophia_optax
     >>> x = jax.random.normal(jax.random.key(0), (64, 3))
     >>> labels = jnp.argmax(x, axis=-1)
@@ -243,50 +255,29 @@ def sophia_g(
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
   if maximize:
     hessian_diagonal_fn = _of_negated_objective(hessian_diagonal_fn)
-  return _chain(
-    _sophia.scale_by_sophia(
-      b1=b1,
-      b2=b2,
-      # Where ρ h is as small as this, all but tiny updates are clipped, and
-      # the largest of the two is as good as their sum.
-      eps=1e-15,
-      gamma=rho,
-      update_interval=update_interval,
-      hessian_diagonal_fn=hessian_diagonal_fn,
-      mu_dtype=mu_dtype,
-      nu_dtype=nu_dtype,
-      bias_correction=False,
-      refresh_before_update=refresh_before_update,
-      target_win_rate=target_win_rate,
-      diagnostics=diagnostics,
-    ),
+  tx = sophia(
     learning_rate,
-    weight_decay,
-    weight_decay_mask,
-    maximize,
+    b1,
+    b2,
+    # Where ρ h is as small as this, all but tiny updates are clipped, and the
+    # larger of the two is as good as their sum.
+    eps=1e-15,
+    weight_decay=weight_decay,
+    weight_decay_mask=weight_decay_mask,
+    gamma=rho,
+    update_interval=update_interval,
+    hessian_diagonal_fn=hessian_diagonal_fn,
+    mu_dtype=mu_dtype,
+    nu_dtype=nu_dtype,
+    bias_correction=False,
+    refresh_before_update=refresh_before_update,
+    target_win_rate=target_win_rate,
+    diagnostics=diagnostics,
   )
-
-
-def _chain(scaling, learning_rate, weight_decay, mask, maximize=False):
-  """From Sophia's update to the one that is applied; integers stay as is."""
-  chained = optax.chain(
-    scaling,
-    optax.masked(
-      optax.chain(
-        # Sophia is odd in the gradient, so its sign can be turned here.
-        optax.scale(-1.0) if maximize else optax.identity(),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-      ),
-      _coordinates.where_differentiable,
-    ),
-  )
-
-  def update_fn(updates, state, params=None, **extra_args):
-    _sophia.find_state(state)
-    return chained.update(updates, state, params, **extra_args)
-
-  return optax.GradientTransformationExtraArgs(chained.init, update_fn)
+  if not maximize:
+    return tx
+  negate = optax.masked(optax.scale(-1.0), _coordinates.where_differentiable)
+  return optax.chain(negate, tx)
 
 
 def _of_negated_objective(estimator):

@@ -91,11 +91,10 @@ _CALLS = {
 }
 
 
-def given(name: str, value: Any, user: str, got: str = 'None'):
-  """Raises if `value` is missing; `got` says what was passed instead."""
+def given(name: str, value: Any, user: str):
   if value is None:
     raise ValueError(
-      f'{user} needs {name}, got {got}. Pass it to update: {_CALLS[name]}.'
+      f'{user} needs {name}, got None. Pass it to update: {_CALLS[name]}.'
     )
 
 

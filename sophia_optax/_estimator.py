@@ -122,10 +122,8 @@ def sampled_estimator(
   ):
     del updates
     _checks.given('params', params, 'the estimator')
-    other = 'predict_fn' if fn_name == 'obj_fn' else 'obj_fn'
-    got = f'only {other}' if other in extra_args else 'None'
     fn = extra_args.pop(fn_name, None)
-    _checks.given(fn_name, fn, 'the estimator', got)
+    _checks.given(fn_name, fn, 'the estimator')
     _check_complete(fn_name, params, full_params)
     _checks.mapped_axes(axis_name)
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
@@ -162,8 +160,8 @@ def sampled_estimator(
     if fn_name == 'obj_fn':
       mean = _coordinates.unscale(mean, loss_scale)
     mean = _collectives.mean(mean, axis_name)
-    estimate_tree = _coordinates.join(_coordinates.zeros_like(params), mean)
-    return estimate_tree, state._replace(key=key)
+    mean = _coordinates.join(_coordinates.zeros_like(params), mean)
+    return mean, state._replace(key=key)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

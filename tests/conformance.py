@@ -80,6 +80,48 @@ def check_unbiased(make_estimator, problem, num_keys=1024):
   )
 
 
+def check_replicas(
+  make_estimator: Callable[[Any], Any],
+  problem: Problem,
+  extra_args_of: Callable[[jax.Array], dict[str, Any]],
+  num_keys: int = 512,
+):
+  """Under `jax.shard_map` the estimate is the mean over replicas, not the sum.
+
+  Args:
+    make_estimator: Makes an estimator that averages over the axis 'data'.
+    problem: Of all replicas together.
+    extra_args_of: Extra arguments of a replica, given its weight, shape ().
+      The mean weight is 1, and so the mean of the curvatures is that of the
+      problem if each is proportional to the weight.
+    num_keys: Number of estimates to average.
+  """
+  devices = jax.device_count()
+  mesh = jax.make_mesh(
+    (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  weights = jnp.linspace(0.5, 1.5, devices)
+
+  def estimates(weight, keys):
+    local = problem._replace(extra_args=extra_args_of(weight[0]))
+    return jax.lax.map(
+      lambda key: _flat(estimate_once(make_estimator, local, key)[0]), keys
+    )
+
+  data = jax.sharding.PartitionSpec('data')
+  everywhere = jax.sharding.PartitionSpec()
+  mapped = jax.shard_map(
+    estimates, mesh=mesh, in_specs=(data, everywhere), out_specs=everywhere
+  )
+  keys = jax.random.split(jax.random.PRNGKey(0), num_keys)
+  values = np.array(jax.jit(mapped)(weights, keys), np.float64)
+  mean, exact = values.mean(axis=0), _flat(problem.curvature)
+  tolerance = 5 * values.std(axis=0) / num_keys**0.5 + 1e-5 * np.abs(exact)
+  assert np.all(np.abs(mean - exact) <= tolerance), (
+    f'Replicas: the mean is {mean}, the curvature {exact}.'
+  )
+
+
 def check_draws(make_estimator, problem):
   """Draws change from refresh to refresh, and repeat from the same key."""
   key = jax.random.PRNGKey(7)

@@ -9,7 +9,7 @@ import pytest
 
 import sophia_optax
 
-PARAMS = {'a': jnp.array([0.5, -1.0]), 'b': jnp.array(2.0)}
+PARAMS = {'a': jnp.array([0.5, -0.7]), 'b': jnp.array(2.0)}
 INPUTS = jnp.array([[1.0, 2.0], [-1.5, 0.5], [0.3, -0.7], [2.0, 1.0]])
 
 
@@ -92,6 +92,35 @@ def test_estimator(name):
   conformance.check_estimator(*ESTIMATORS[name])
 
 
+def test_every_pair_of_coordinates_is_coupled():
+  # Otherwise an estimate that confuses the two would be unbiased.
+  flat, unravel = jax.flatten_util.ravel_pytree(PARAMS)
+  hessian = jax.hessian(lambda x: objective(unravel(x)))(flat)
+  assert jnp.all(jnp.abs(hessian) > 0.1)
+
+
+def weighted_objective(weight):
+  return {'obj_fn': lambda params: weight * objective(params)}
+
+
+def weighted_inputs(weight):
+  return {'predict_fn': lambda w: jnp.sqrt(weight) * (INPUTS @ w)}
+
+
+REPLICATED = {
+  'hutchinson': (hutchinson, HESSIAN, weighted_objective),
+  'gauss_newton': (gauss_newton, BITS, weighted_inputs),
+}
+
+
+@pytest.mark.parametrize('name', REPLICATED)
+def test_replicas(name):
+  make, problem, extra_args_of = REPLICATED[name]
+  conformance.check_replicas(
+    lambda key: make(key, axis_name='data'), problem, extra_args_of
+  )
+
+
 def test_scaling():
   conformance.check_scaling(sophia_optax.scale_by_sophia)
 
@@ -118,6 +147,21 @@ def wrong_hutchinson(probe_fn=None, clamp=False):
     return optax.GradientTransformationExtraArgs(lambda params: key, update)
 
   return make
+
+
+def one_key_for_all_leaves(key):
+  """Hutchinson's estimator, with probes that depend on each other."""
+
+  def update(updates, key, params=None, *, obj_fn, **extra_args):
+    del updates, extra_args
+    key, subkey = jax.random.split(key)
+    probe = jax.tree.map(
+      lambda p: jax.random.rademacher(subkey, p.shape, p.dtype), params
+    )
+    hvp = jax.jvp(jax.grad(obj_fn), (params,), (probe,))[1]
+    return optax.tree.mul(probe, hvp), key
+
+  return optax.GradientTransformationExtraArgs(lambda params: key, update)
 
 
 def always_minus_one(key, shape, dtype):
@@ -156,6 +200,7 @@ def test_the_right_hutchinson_passes():
   [
     (wrong_hutchinson(always_minus_one), HESSIAN, 'Biased'),
     (wrong_hutchinson(clamp=True), HESSIAN, 'Biased'),
+    (one_key_for_all_leaves, HESSIAN, 'Biased'),
     (true_labels, BITS, 'Biased'),
     (frozen_key, HESSIAN, 'Constant'),
   ],
@@ -163,6 +208,18 @@ def test_the_right_hutchinson_passes():
 def test_wrong_estimator_is_found(make, problem, found):
   with pytest.raises(AssertionError, match=found):
     conformance.check_estimator(make, problem)
+
+
+def test_sum_over_replicas_is_found():
+  # Derivatives with respect to replicated parameters are sums already.
+  def make(key):
+    average = optax.stateless(
+      lambda estimate, params: jax.lax.pmean(estimate, 'data')
+    )
+    return optax.chain(wrong_hutchinson()(key), average)
+
+  with pytest.raises(AssertionError, match='Replicas'):
+    conformance.check_replicas(make, HESSIAN, weighted_objective)
 
 
 def scale_by(

@@ -1,5 +1,7 @@
 """Parameters that are divided over another axis than the batch."""
 
+import functools
+
 import chex
 from devices import ESTIMATORS
 from devices import INPUTS
@@ -187,3 +189,59 @@ def test_training_divided_parameters_equals_one_device(poisoned):
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
   assert got[3] == (10 if poisoned else 0)
   assert 0 < got[2] < 1
+
+
+@pytest.mark.parametrize('target', [None, 0.3])
+def test_parameters_divided_over_two_axes(target):
+  # Sums over shards must be over both.
+  axes = ('data', 'model')
+  curvature = jnp.arange(1.0, 17.0).at[9].set(jnp.nan)
+  start = jnp.linspace(-0.3, 0.5, 16)
+  tx = sophia_optax.scale_by_sophia(
+    b1=0.5,
+    gamma=0.1,
+    update_interval=1,
+    target_win_rate=target,
+    diagnostics=True,
+  )
+
+  def train(total, x, curvature):
+    obj_fn = lambda x: total(jnp.sum(curvature * x**2))
+    step = lambda state, _: (tx.update(x, state, x, obj_fn=obj_fn)[1], None)
+    state, _ = jax.lax.scan(step, tx.init(x), length=5)
+    return (
+      state.win_rate,
+      state.negative_fraction,
+      state.nonfinite_count,
+      state.gamma_factor,
+      sophia_optax.diagnose(state),
+    )
+
+  got = map_grid(
+    functools.partial(train, lambda loss: jax.lax.psum(loss, axes)),
+    start,
+    curvature,
+    specs=(P(axes), P(axes)),
+    out_specs=P(),
+  )
+  expected = train(lambda loss: loss, start, curvature)
+  chex.assert_trees_all_close(got, expected, rtol=1e-5)
+  assert got[2] == 5
+  assert 0 < got[0] < 1
+
+
+def test_predictions_divided_over_two_axes():
+  axes = ('data', 'model')
+  estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood=lambda key, means: jnp.ones_like(means)
+  )
+
+  def update(x, inputs):
+    return estimator.update(
+      None, estimator.init(x), x, predict_fn=lambda x: x * inputs
+    )[0]
+
+  x, inputs = jnp.zeros(16), jnp.arange(1.0, 17.0)
+  got = map_grid(update, x, inputs, specs=(P(axes), P(axes)), out_specs=P(axes))
+  np.testing.assert_allclose(got, update(x, inputs), rtol=1e-5)
+  np.testing.assert_allclose(got, 16 * (inputs / 16) ** 2, rtol=1e-5)

@@ -168,7 +168,7 @@ def predict_fn(params):
 GAUSS_NEWTON = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
 PREDICTIONS = [
   ({}, ValueError, 'needs predict_fn, got None. Pass it to update'),
-  ({'obj_fn': loss_fn}, ValueError, 'needs predict_fn, got only obj_fn'),
+  ({'obj_fn': loss_fn}, ValueError, 'needs predict_fn, got None'),
   ({'predict_fn': 3}, TypeError, 'predict_fn must be a function'),
   ({'predict_fn': lambda: 0.0}, TypeError, r'as predict_fn\(params\)'),
   (

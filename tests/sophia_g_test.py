@@ -222,3 +222,15 @@ def test_sparse_gradient():
   grads = {'w': sparse.BCOO.fromdense(jnp.eye(3))}
   with pytest.raises(ValueError, match=r'like params.* got: .*BCOO'):
     tx.update(grads, tx.init(params), params, predict_fn=lambda p: p['w'])
+
+
+def test_state_has_the_dtypes_and_the_diagnostics_asked_for():
+  params = {'w': jnp.ones(3)}
+  tx = sophia_optax.sophia_g(
+    mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16, diagnostics=True
+  )
+  state = tx.init(params)
+  assert optax.tree.get(state, 'mu')['w'].dtype == jnp.bfloat16
+  assert optax.tree.get(state, 'nu')['w'].dtype == jnp.float16
+  assert optax.tree.get(state, 'negative_fraction') == 0
+  assert sophia_optax.diagnose(state)['w'].win_rate == 0

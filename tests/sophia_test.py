@@ -190,6 +190,7 @@ def test_nonfinite_entries_never_enter_nu(bad):
   np.testing.assert_allclose(states[1].nu, [1.75, 1.0])
   np.testing.assert_allclose(states[2].nu, [1.375, 1.5])
   assert [int(s.nonfinite_count) for s in states] == [0, 1, 1]
+  assert [int(s.refresh_count) for s in states] == [1, 2, 3]
 
 
 def test_estimate_that_overflows_nu_dtype_is_left_out():
@@ -384,3 +385,39 @@ def test_gamma_may_be_a_schedule_of_the_step(name):
   for gamma in gammas:
     updates, state = tx.update(jax.grad(loss_fn)(x), state, x, obj_fn=loss_fn)
     np.testing.assert_allclose(updates, -x / gamma, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('k', [10, 10.0, lambda step: 10.0 + 0.0 * step])
+def test_injected_update_interval(dtype, k):
+  # Regression: the count was cast to the dtype of the parameters. In bfloat16
+  # there were 582 refreshes in 3,000 steps in place of 300.
+  x = jnp.ones(2, dtype)
+  tx = optax.inject_hyperparams(sophia_optax.scale_by_sophia)(
+    update_interval=k, hessian_diagonal_fn=optax.identity()
+  )
+
+  def step(state, _):
+    return tx.update(x, state, x)[1], None
+
+  with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
+    state, _ = jax.lax.scan(step, tx.init(x), length=3000)
+  assert optax.tree.get(state, 'refresh_count') == 300
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    sophia_optax.hutchinson_estimator_diag_hessian,
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+  ],
+)
+@pytest.mark.parametrize('key', [jax.random.key(3), jax.random.PRNGKey(3), 3])
+def test_key_keeps_its_kind(make, key):
+  estimator = make(key)
+  state = estimator.init(jnp.ones(2))
+  typed = jax.random.key(3)
+  is_typed = jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
+  assert is_typed == (getattr(key, 'dtype', None) == typed.dtype)
+  got = jax.random.key_data(state.key) if is_typed else state.key
+  np.testing.assert_array_equal(got, jax.random.key_data(typed))
