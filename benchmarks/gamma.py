@@ -72,7 +72,7 @@ def render(cases: list[dict]) -> str:
       ]
       line += (
         f'{last["val_loss"]:12.3f}{last["win_rate"]:12.2f}'
-        f'{last["gamma"] / case["gamma"] * start:12.3g}'
+        f'{last["gamma_factor"] * start:12.3g}'
         f'{steps[0] if steps else "never":>10}'
       )
     lines.append(line)

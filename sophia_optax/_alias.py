@@ -53,7 +53,7 @@ def sophia(
 
     tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)[0])
 
-  Any extra argument of ``update`` is handed on to the estimator.
+  Any extra argument of ``update`` is forwarded to the estimator.
 
   Args:
     learning_rate: Step size η, a number or a schedule.
@@ -81,10 +81,10 @@ def sophia(
     bias_correction: Whether m is corrected for its start at zero.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
-    target_win_rate: Win rate, in (0, 1), that ``gamma`` is steered to, from the
-      ``gamma`` given. None means that it stays as it is.
-    diagnostics: Whether each refresh measures ``negative_fraction``, too, see
-      :class:`SophiaState`.
+    target_win_rate: Win rate, in (0, 1), to which γ is steered, see
+      :func:`sophia_optax.scale_by_sophia`. None means that γ is ``gamma``.
+    diagnostics: Whether each refresh also measures what
+      :func:`sophia_optax.diagnose` shows.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -208,10 +208,10 @@ def sophia_g(
       parameter if it is wider.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
-    target_win_rate: Win rate, in (0, 1), that ``rho`` is steered to, from the
-      ``rho`` given. None means that it stays as it is.
-    diagnostics: Whether each refresh measures ``negative_fraction``, too, see
-      :class:`SophiaState`.
+    target_win_rate: Win rate, in (0, 1), to which γ is steered, see
+      :func:`sophia_optax.scale_by_sophia`. None means that γ is ``rho``.
+    diagnostics: Whether each refresh also measures what
+      :func:`sophia_optax.diagnose` shows.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs

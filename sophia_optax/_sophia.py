@@ -96,23 +96,27 @@ def scale_by_sophia(
   The update of a step uses the h of before that step, as in
   :func:`optax.contrib.sophia`, so the first one is a sign update;
   ``refresh_before_update`` is the order of the paper. An entry of an estimate
-  that is NaN or infinite is left out, and h keeps its value there.
+  that is NaN or infinite is ignored, and h keeps its value there.
 
-  The win rate, the fraction of coordinates that are not clipped, is measured
-  inside the refresh, for the update of that very step: a step that does not
-  refresh pays nothing for it. Read it with
-  ``optax.tree.get(state, 'win_rate')``. The paper's authors tune ``gamma``
-  until it lies between 0.1 and 0.5; a larger ``gamma`` raises it. With
-  ``target_win_rate`` every refresh steers ``gamma`` to it, by at most a factor
-  of 4, from wherever it begins: ``optax.tree.get(state, 'gamma')``.
+  The win rate, the fraction of coordinates that are not clipped, is measured at
+  each refresh, for the update of that step; other steps do not pay for it. Read
+  it with ``optax.tree.get(state, 'win_rate')``. The paper's authors tune
+  ``gamma`` until it lies between 0.1 and 0.5; a larger ``gamma`` raises it.
+
+  With ``target_win_rate``, γ is ``gamma`` times a factor that starts at 1. Each
+  refresh changes the factor by at most 4, so that the win rate of the
+  coordinates with a gradient reaches the target. Coordinates whose gradient is
+  zero, such as embedding rows that are not in the batch, win at any γ and do
+  not count. The factor is ``optax.tree.get(state, 'gamma_factor')``, and stays
+  between 1e-10 and 1e10.
 
   With ``update(..., loss_scale=s)`` gradients and ``obj_fn`` are those of s
-  times the loss, which keeps them from underflow in half precision. They are
-  divided by s again, in float32. With ``update(..., may_refresh=False)`` this
-  step does not refresh h, see :class:`sophia_optax.MultiSteps`.
+  times the loss, which prevents underflow in half precision. They are divided
+  by s in float32. With ``update(..., may_refresh=False)`` this step does not
+  refresh h, see :class:`sophia_optax.MultiSteps`.
 
-  Gradients of complex parameters have to be conjugated, as for every optax
-  optimizer; their real and imaginary parts are clipped apart. Integer
+  Gradients of complex parameters must be conjugated, as for every optax
+  optimizer; their real and imaginary parts are clipped separately. Integer
   parameters get a zero update.
 
   Args:
@@ -137,9 +141,10 @@ def scale_by_sophia(
     bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
-    target_win_rate: Win rate, in (0, 1), that ``gamma`` is steered to, from the
-      ``gamma`` given. None means that it stays as it is.
-    diagnostics: Whether each refresh measures ``negative_fraction``, too.
+    target_win_rate: Win rate, in (0, 1), to which γ is steered. None means that
+      γ is ``gamma``.
+    diagnostics: Whether each refresh also measures ``negative_fraction``, and
+      both fractions of each parameter, for :func:`sophia_optax.diagnose`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -148,7 +153,9 @@ def scale_by_sophia(
 
   Raises:
     ValueError: If a hyperparameter that is not an array is out of its range;
-      in ``update``, if ``params`` is missing or the estimate is not like it.
+      in ``update``, if ``params`` is missing, if the gradient or the estimate
+      is not like it, if ``state`` is not what ``init`` returned, or if
+      ``loss_scale`` is passed with an estimator that does not divide by it.
     TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
       not a transformation.
 

@@ -13,7 +13,7 @@ DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 
 
 def public_names(module):
-  """The names that a module defines or hands on, without modules."""
+  """The names that a module defines or re-exports, without modules."""
   names = set()
   for name in dir(module):
     value = getattr(module, name)

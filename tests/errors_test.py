@@ -1,4 +1,4 @@
-"""Bad input: an error that says what was needed, given, and how to mend it."""
+"""Bad input: an error that says what was needed, given, and how to fix it."""
 
 import functools
 

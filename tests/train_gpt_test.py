@@ -520,8 +520,8 @@ def test_plot_of_the_demo():
       'sophia_h': result([4.5, 3.5], {'win_rate': 0.2}, {'win_rate': 0.4}),
       'sophia_g': result(
         [5.5, 3.0],
-        {'win_rate': 0.1, 'gamma': 0.02},
-        {'win_rate': 0.3, 'gamma': 0.03},
+        {'win_rate': 0.1, 'gamma_factor': 2.0},
+        {'win_rate': 0.3, 'gamma_factor': 3.0},
       ),
     }
   )
@@ -535,12 +535,15 @@ def test_plot_of_the_demo():
   assert times == {name: ([0.5, 1.0], y) for name, (_, y) in losses.items()}
   # The target is AdamW's last loss.
   assert list(fig.axes[0].lines[-1].get_ydata()) == [4.0, 4.0]
-  tuned = gpt_configs.get_config('demo', 'sophia_h').gamma
+  tuned, start = (
+    gpt_configs.get_config('demo', name).gamma
+    for name in ('sophia_h', 'sophia_g')
+  )
   assert win_rates['AdamW'] == gammas['AdamW'] == ([], [])
   assert win_rates['Sophia-H'] == ([10, 20], [0.2, 0.4])
   assert gammas['Sophia-H'] == ([10, 20], [tuned, tuned])
   assert win_rates['Sophia-G'] == ([10, 20], [0.1, 0.3])
-  assert gammas['Sophia-G'] == ([10, 20], [0.02, 0.03])
+  assert gammas['Sophia-G'] == ([10, 20], [2 * start, 3 * start])
 
 
 def test_demo_reports_a_run_that_was_stopped_before_its_first_validation():
