@@ -31,40 +31,50 @@ _REACH = (0.1, 0.9)
 _FACTORS = (1e-10, 1e10)
 
 
-def steer(
-  factor: jax.Array, target: jax.Array, *, counted: Any, affected: Any, won: Any
+def outcome(
+  counted: jax.Array, affected: jax.Array, won: jax.Array
 ) -> jax.Array:
+  """Returns the outcome of coordinates, int8: small, and read only once.
+
+  Args:
+    counted: Whether the win rate is also that of this coordinate.
+    affected: Whether γ has an effect on it.
+    won: Whether it wins.
+  """
+  code = 1 + 2 * affected.astype(jnp.int8) + won.astype(jnp.int8)
+  return jnp.where(counted, code, 0)
+
+
+def steer(factor: jax.Array, target: jax.Array, outcomes: Any) -> jax.Array:
   """Returns the next factor of γ.
 
   Args:
     factor: The present one, which varies over the axes over which not to sum.
     target: The win rate that is wanted, in (0, 1).
-    counted: Tree of booleans: the coordinates that the win rate is of.
-    affected: Those on which γ has an effect.
-    won: Those that win.
+    outcomes: Tree of the outcomes of the coordinates.
   """
 
-  def outcome(counted, affected, won):  # In one byte, to be read once.
-    bits = 1 + 2 * affected.astype(jnp.int8) + 4 * won.astype(jnp.int8)
-    return jnp.where(counted, bits, 0)
+  def sums(x):
+    missing = jnp.where(x == 1, target, jnp.where(x == 2, target - 1, 0))
+    count = _fractions.count
+    return jnp.stack([count(x > 2), count(x == 4), jnp.sum(missing)])
 
-  def count_outcomes(x):
-    return jnp.stack([_fractions.count((x & i) == i) for i in (1, 2, 6, 4)])
-
-  outcomes = jax.tree.map(outcome, counted, affected, won)
-  counts = _fractions.sum_over_shards(count_outcomes, outcomes, factor)
-  counts = jnp.broadcast_to(counts, 4)  # Of no coordinates it is a number.
-  return _steer(factor, target, *(counts[1:] / jnp.maximum(counts[0], 1)))
+  sums_of_all = _fractions.sum_over_shards(sums, outcomes, factor)
+  # Of no coordinates at all it is a number.
+  return _steer(factor, target, *jnp.broadcast_to(sums_of_all, 3))
 
 
-def _steer(factor, target, affected, affected_won, won):
-  """The law; the last three are fractions of the coordinates counted."""
-  some = jnp.maximum(affected, jnp.finfo(affected.dtype).tiny)
-  others = won - affected_won
-  target = jnp.clip((target - others) / some, *_REACH)
+def _steer(factor, target, affected, won, missing):
+  """The law, given how many coordinates are affected and how many of these won.
+
+  The others miss the target by `missing` wins, which the affected ones have to
+  win in addition to their own share.
+  """
+  number = jnp.maximum(affected, 1)
+  target = jnp.clip(target + missing / number, *_REACH)
   logit = jax.scipy.special.logit
-  distance = logit(target) - logit(affected_won / some)
   longest = jnp.log(_LONGEST_STEP)
+  distance = logit(target) - logit(won / number)
   step = jnp.clip(_GAIN * distance, -longest, longest)
   # Where γ has no effect on any coordinate, it stays as it is.
   factor *= jnp.exp(jnp.where(affected > 0, step, 0.0))

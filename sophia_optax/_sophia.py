@@ -235,18 +235,19 @@ def scale_by_sophia(
     return jnp.abs(ratio) < _cast(clip_threshold, ratio)
 
   def steered(new, grads):
-    # Without a gradient m fades, and a coordinate wins whatever γ is.
-    is_counted = lambda g, r: (g != 0) & jnp.isfinite(r)
-    floor = lambda m: _cast(clip_threshold, m) * _cast(eps, m)
-    is_affected = lambda m, h: (h > 0) & (jnp.abs(m) >= floor(m))
-    ratios, m_hat = ratios_of(new), momentum_of(new)
-    return _gamma.steer(
-      new.gamma_factor,
-      jnp.asarray(target_win_rate, jnp.float32),
-      counted=jax.tree.map(is_counted, grads, ratios),
-      affected=jax.tree.map(is_affected, m_hat, new.nu),
-      won=jax.tree.map(wins, ratios),
-    )
+    def outcome(g, m, h, ratio):
+      floor = _cast(clip_threshold, m) * _cast(eps, m)
+      return _gamma.outcome(
+        # Without a gradient m fades, and the coordinate wins whatever γ is.
+        counted=(g != 0) & jnp.isfinite(ratio),
+        affected=(h > 0) & (jnp.abs(m) >= floor),
+        won=wins(ratio),
+      )
+
+    # Not m̂, which would be held in memory: m differs in the first steps only.
+    outcomes = jax.tree.map(outcome, grads, new.mu, new.nu, ratios_of(new))
+    target = jnp.asarray(target_win_rate, jnp.float32)
+    return _gamma.steer(new.gamma_factor, target, outcomes)
 
   def measured(new, used, params):
     # Not of all leaves at once, which would hold all ratios in memory.

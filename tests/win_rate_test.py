@@ -131,32 +131,35 @@ def test_scale_of_the_loss_makes_no_difference(factory):
   np.testing.assert_allclose(settled[0]['norm'], settled[1]['norm'], rtol=0.02)
 
 
-def steer(*numbers):  # factor, target, affected, affected and won, won
+def steer(*numbers):  # factor, target, affected, of these won, missing
   return float(_gamma._steer(*map(jnp.float32, numbers)))
 
 
 def test_law():
   # At the target nothing changes; far away it is a factor of 4.
-  assert steer(0.02, 0.3, 1.0, 0.3, 0.3) == pytest.approx(0.02)
-  assert steer(0.02, 0.3, 1.0, 0.0, 0.0) == pytest.approx(0.08)
-  assert steer(0.02, 0.3, 1.0, 1.0, 1.0) == pytest.approx(0.005)
+  assert steer(0.02, 0.3, 1000, 300, 0) == pytest.approx(0.02)
+  assert steer(0.02, 0.3, 1000, 0, 0) == pytest.approx(0.08)
+  assert steer(0.02, 0.3, 1000, 1000, 0) == pytest.approx(0.005)
   # Of a logistic distribution with scale 1/2 the target is the next value.
   win_rate = lambda gamma: 1 / (1 + (gamma / 0.05) ** -2)
-  gamma = steer(0.03, 0.4, 1.0, win_rate(0.03), win_rate(0.03))
+  gamma = steer(0.03, 0.4, 1e6, 1e6 * win_rate(0.03), 0)
   assert win_rate(gamma) == pytest.approx(0.4, rel=1e-5)
-  # Half of the coordinates are not affected by γ, and of them half win:
-  # the others' share of a win rate of 0.4 is 0.15 / 0.5.
-  assert steer(0.02, 0.4, 0.5, 0.15, 0.4) == pytest.approx(0.02)
+  # Of 1,000 others half win, 100 more than the target: 1,000 affected ones have
+  # to win 100 less, 300.
+  assert steer(0.02, 0.4, 1000, 300, -100) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
   ('affected', 'always'), [(0.2, 0.0), (0.2, 0.8), (0.0, 0.5), (0.0, 0.0)]
 )
 def test_target_out_of_reach_does_not_drive_gamma_away(affected, always):
-  gamma = 0.02
+  gamma, number = 0.02, 1e6
+  missing = TARGET * (1 - affected) - always
   for _ in range(200):
     won = affected / (1 + (gamma / 0.05) ** -1)
-    gamma = steer(gamma, TARGET, affected, won, won + always)
+    gamma = steer(
+      gamma, TARGET, number * affected, number * won, number * missing
+    )
   assert 1e-3 < gamma < 1.0
 
 
@@ -366,11 +369,11 @@ def test_infinite_gradient_of_one_step():
   assert jnp.all(jnp.isfinite(updates))
 
 
-@pytest.mark.parametrize('won', [0.0, 1.0])
+@pytest.mark.parametrize('won', [0, 1000])
 def test_factor_is_bounded(won):
   factor = 1.0
   for _ in range(100):
-    factor = steer(factor, TARGET, 1.0, won, won)
+    factor = steer(factor, TARGET, 1000, won, 0)
   assert factor == pytest.approx(1e10 if won == 0 else 1e-10, rel=1e-5)
 
 
