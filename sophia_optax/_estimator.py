@@ -129,7 +129,7 @@ def sampled_estimator(
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     zeros = optax.tree.zeros_like(_coordinates.widen(theta))
 
-    def fn_of(batch):
+    def estimate(key, batch=None, label_mask=None):
       def fn_of_theta(theta):
         p = _coordinates.fill(_coordinates.join(params, theta), full_params)
         arguments = {'params': p} | ({} if batch is None else {'batch': batch})
@@ -139,11 +139,8 @@ def sampled_estimator(
           _checks.local(value, theta, axis_name)
         return value
 
-      return fn_of_theta
-
-    def estimate(key, batch=None, label_mask=None):
       extra = {'label_mask': label_mask, 'loss_scale': loss_scale}
-      draw = make_draw(theta, fn_of(batch), **extra, **extra_args)
+      draw = make_draw(theta, fn_of_theta, **extra, **extra_args)
       key, subkey = jax.random.split(key)
       subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
       return _averages.over_draws(draw, subkey, num_samples, zeros), key
@@ -151,12 +148,10 @@ def sampled_estimator(
     if num_microbatches is None:
       mean, key = estimate(state.key, batch, label_mask)
     else:
-      parts, weights = _averages.split_batch(
+      split = _averages.split_batch(
         batch, label_mask, num_microbatches, axis_name
       )
-      mean, key = _averages.over_parts(
-        estimate, parts, weights, zeros, state.key
-      )
+      mean, key = _averages.over_parts(estimate, *split, zeros, state.key)
     if fn_name == 'obj_fn':
       mean = _coordinates.unscale(mean, loss_scale)
     mean = _collectives.mean(mean, axis_name)
