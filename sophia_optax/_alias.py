@@ -1,7 +1,6 @@
 """Optimizers: chains of the parts."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -252,9 +251,6 @@ def sophia_g(
   _checks.number_or_schedule('learning_rate', learning_rate, at_least=0)
   _checks.number_or_schedule('rho', rho, at_least=0)
   _checks.number_or_schedule('weight_decay', weight_decay, at_least=0)
-  _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
-  if maximize:
-    hessian_diagonal_fn = _of_negated_objective(hessian_diagonal_fn)
   tx = sophia(
     learning_rate,
     b1,
@@ -274,17 +270,12 @@ def sophia_g(
     target_win_rate=target_win_rate,
     diagnostics=diagnostics,
   )
-  if not maximize:
-    return tx
-  negate = optax.masked(optax.scale(-1.0), _coordinates.where_differentiable)
-  return optax.chain(negate, tx)
+  return _maximizing(tx) if maximize else tx
 
 
-def _of_negated_objective(estimator):
-  """An estimator that is shown the objective that is minimized."""
-  estimator = optax.with_extra_args_support(estimator)
+def _maximizing(tx):
+  """The optimizer of the negated objective, given the objective."""
 
-  @functools.wraps(estimator.update)  # Its signature says what it accepts.
   def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
     def negated(*args):
       value = obj_fn(*args)
@@ -292,6 +283,8 @@ def _of_negated_objective(estimator):
 
     if obj_fn is not None:
       extra_args['obj_fn'] = negated
-    return estimator.update(updates, state, params, **extra_args)
+    negate = lambda g: -g if _coordinates.is_differentiable(g) else g
+    updates = jax.tree.map(negate, updates)
+    return tx.update(updates, state, params, **extra_args)
 
-  return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
