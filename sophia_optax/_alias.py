@@ -32,6 +32,8 @@ def sophia(
   *,
   nu_dtype: Any | None = None,
   bias_correction: bool = True,
+  nu_bias_correction: bool = False,
+  nesterov: bool = False,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -78,6 +80,8 @@ def sophia(
     nu_dtype: dtype of h for real parameters. None means float32, or that of the
       parameter if it is wider.
     bias_correction: Whether m is corrected for its start at zero.
+    nu_bias_correction: Whether h is corrected for its start at zero.
+    nesterov: Whether to use Nesterov's momentum, as in :func:`optax.nadamw`.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), to which γ is steered, see
@@ -130,6 +134,8 @@ def sophia(
       print_win_rate_every_n_steps=print_win_rate_every_n_steps,
       nu_dtype=nu_dtype,
       bias_correction=bias_correction,
+      nu_bias_correction=nu_bias_correction,
+      nesterov=nesterov,
       refresh_before_update=refresh_before_update,
       target_win_rate=target_win_rate,
       diagnostics=diagnostics,
@@ -165,6 +171,8 @@ def sophia_g(
   ),
   mu_dtype: Any | None = None,
   nu_dtype: Any | None = None,
+  nu_bias_correction: bool = False,
+  nesterov: bool = False,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -205,6 +213,9 @@ def sophia_g(
     mu_dtype: dtype of m for real parameters. None means that of the parameter.
     nu_dtype: dtype of h for real parameters. None means float32, or that of the
       parameter if it is wider.
+    nu_bias_correction: Whether h is corrected for its start at zero.
+    nesterov: Whether to use Nesterov's momentum, as in :func:`optax.nadamw`,
+      without a bias correction.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), to which γ is steered, see
@@ -266,6 +277,8 @@ def sophia_g(
     mu_dtype=mu_dtype,
     nu_dtype=nu_dtype,
     bias_correction=False,
+    nu_bias_correction=nu_bias_correction,
+    nesterov=nesterov,
     refresh_before_update=refresh_before_update,
     target_win_rate=target_win_rate,
     diagnostics=diagnostics,

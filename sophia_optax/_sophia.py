@@ -79,6 +79,8 @@ def scale_by_sophia(
   *,
   nu_dtype: Any | None = None,
   bias_correction: bool = True,
+  nu_bias_correction: bool = False,
+  nesterov: bool = False,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -139,6 +141,13 @@ def scale_by_sophia(
     nu_dtype: dtype of h for real parameters. None means float32, or that of the
       parameter if it is wider: in bfloat16 an EMA with decay 0.99 stalls.
     bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
+    nu_bias_correction: Whether to divide h by ``1 - b2**n`` after n refreshes.
+      Otherwise h starts a factor of ``1 - b2`` too small, and the first steps
+      are sign descent.
+    nesterov: Whether to use Nesterov's momentum, in the form that
+      :func:`optax.nadamw` has: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
+      (1 - \beta_1) g_t / (1 - \beta_1^t)` takes the place of
+      :math:`\hat m_t`. Without ``bias_correction`` nothing is divided.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), to which γ is steered. None means that
@@ -202,26 +211,37 @@ def scale_by_sophia(
   def gamma_of(used):
     # Schedules count the steps before this one, as optax's do.
     scale = gamma(used.count - 1) if callable(gamma) else gamma
-    if target_win_rate is None:
-      return scale
-    return jnp.asarray(scale, jnp.float32) * used.gamma_factor
+    if target_win_rate is not None:
+      scale = jnp.asarray(scale, jnp.float32) * used.gamma_factor
+    if nu_bias_correction:  # Of h, which only occurs as γ h.
+      num_refreshes = jnp.maximum(used.refresh_count, 1).astype(jnp.float32)
+      correction = 1 - jnp.asarray(b2, jnp.float32) ** num_refreshes
+      scale = jnp.asarray(scale, jnp.float32) / correction
+    return scale
 
-  def momentum_of(used):
+  def momentum_of(used, grads):
+    def corrected(tree, count):
+      decay = jnp.asarray(b1, float)
+      count = count.astype(decay.dtype)
+      return optax.tree.bias_correction(tree, decay, count)
+
     if not bias_correction:
-      return used.mu
-    decay = jnp.asarray(b1, float)
-    return optax.tree.bias_correction(
-      used.mu, decay, used.count.astype(decay.dtype)
+      corrected = lambda tree, count: tree
+    if not nesterov:
+      return corrected(used.mu, used.count)
+    ahead = corrected(used.mu, optax.safe_increment(used.count))
+    return jax.tree.map(
+      lambda g, m: _ema(b1, g, m), corrected(grads, used.count), ahead
     )
 
-  def ratios_of(used):
+  def ratios_of(used, grads):
     scale = gamma_of(used)
 
     def ratio(m, h):
       h = h.astype(m.dtype)
       return m / jnp.maximum(_cast(scale, h) * h, _cast(eps, h))
 
-    return jax.tree.map(ratio, momentum_of(used), used.nu)
+    return jax.tree.map(ratio, momentum_of(used, grads), used.nu)
 
   def clip(ratio):
     if clip_threshold is None:
@@ -245,13 +265,16 @@ def scale_by_sophia(
       )
 
     # Not m̂, which would be held in memory: m differs in the first steps only.
-    outcomes = jax.tree.map(outcome, grads, new.mu, new.nu, ratios_of(new))
+    outcomes = jax.tree.map(
+      outcome, grads, new.mu, new.nu, ratios_of(new, grads)
+    )
     target = jnp.asarray(target_win_rate, jnp.float32)
     return _gamma.steer(new.gamma_factor, target, outcomes)
 
-  def measured(new, used, params):
+  def measured(new, used, grads, params):
     # Not of all leaves at once, which would hold all ratios in memory.
-    ratios, like, is_negative = ratios_of(used), new.count, lambda h: h < 0
+    ratios, like = ratios_of(used, grads), new.count
+    is_negative = lambda h: h < 0
     new = new._replace(win_rate=_fractions.fraction(wins, ratios, like))
     if not diagnostics:
       return new
@@ -321,11 +344,12 @@ def scale_by_sophia(
       new = new._replace(hessian_fn_state=hessian_fn_state)
       if target_win_rate is not None:
         new = new._replace(gamma_factor=steered(new, grads))
-      return measured(new, new if refresh_before_update else old, params)
+      used = new if refresh_before_update else old
+      return measured(new, used, grads, params)
 
     is_due = (state.count % _as_int(update_interval) == 0) & may_refresh
     new = _cond(is_due, refresh, old)
-    ratios = ratios_of(new if refresh_before_update else old)
+    ratios = ratios_of(new if refresh_before_update else old, grads)
     if verbose:
       _print_every(_as_int(print_interval), old.count, wins, ratios)
     updates = _coordinates.join(updates, jax.tree.map(clip, ratios))

@@ -95,6 +95,106 @@ def test_algorithm_3_in_numpy(k, bias_correction, refresh_first):
   assert sophia_state.hessian_fn_state == refreshes == -(-steps // k)
 
 
+@pytest.mark.parametrize('refresh_first', [False, True])
+@pytest.mark.parametrize('bias_correction', [False, True])
+@pytest.mark.parametrize(
+  ('nesterov', 'nu_bias_correction'),
+  [(True, False), (False, True), (True, True)],
+)
+def test_nesterov_and_bias_correction_of_h_in_numpy(
+  nesterov, nu_bias_correction, bias_correction, refresh_first
+):
+  b1, b2, gamma, eps, clip, k = 0.9, 0.8, 0.5, 1e-3, 0.7, 3
+  rng = np.random.default_rng(0)
+  grads = rng.normal(size=(20, 6)).astype(np.float32)
+  estimates = rng.normal(size=(20, 6)).astype(np.float32) + 0.5
+  tx = sophia_optax.scale_by_sophia(
+    b1,
+    b2,
+    eps,
+    gamma,
+    clip,
+    k,
+    scripted(list(jnp.asarray(estimates))),
+    bias_correction=bias_correction,
+    nu_bias_correction=nu_bias_correction,
+    nesterov=nesterov,
+    refresh_before_update=refresh_first,
+  )
+  correct = lambda x, b, t: x / (1 - b**t) if bias_correction else x
+  m, h, n = 0.0, 0.0, 0
+  seen = run(tx, list(jnp.asarray(grads)), jnp.zeros(6))
+  for t, (updates, state) in enumerate(seen, start=1):
+    g = grads[t - 1]
+    m = b1 * m + (1 - b1) * g
+    m_hat = correct(m, b1, t)
+    if nesterov:
+      m_hat = b1 * correct(m, b1, t + 1) + (1 - b1) * correct(g, b1, t)
+    old_h, old_n = h, n
+    if due := t % k == 1:
+      h = b2 * h + (1 - b2) * estimates[n]
+      n += 1
+    used_h, used_n = (h, n) if refresh_first else (old_h, old_n)
+    h_hat = (
+      used_h / (1 - b2**used_n) if nu_bias_correction and used_n else used_h
+    )
+    ratio = m_hat / np.maximum(gamma * h_hat, eps)
+    np.testing.assert_allclose(
+      updates, np.clip(ratio, -clip, clip), rtol=1e-4, atol=1e-5
+    )
+    if due:
+      win_rate = np.mean(np.abs(ratio) < clip)
+      np.testing.assert_allclose(state.win_rate, win_rate, rtol=1e-6)
+
+
+def test_nesterov_is_that_of_optax():
+  # Both divide by 1: h is 0 and ε is 1; NAdam has b2 = 0 and |g| is 1.
+  signs = jnp.array([1.0, -1.0, 1.0, 1.0, -1.0])
+  ours = sophia_optax.scale_by_sophia(
+    0.9,
+    eps=1.0,
+    clip_threshold=None,
+    hessian_diagonal_fn=scripted([jnp.zeros(1)]),
+    nesterov=True,
+  )
+  theirs = optax.scale_by_adam(0.9, 0.0, eps=0.0, nesterov=True)
+  state = theirs.init(jnp.zeros(1))
+  seen = run(ours, signs[:, None], jnp.zeros(1))
+  with jax.numpy_dtype_promotion('standard'):  # optax's needs it.
+    for g, (updates, _) in zip(signs, seen, strict=True):
+      expected, state = theirs.update(g[None], state)
+      np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+def test_target_win_rate_is_that_of_the_update_with_nesterov_and_corrected_h():
+  # All ratios of the update are between the target's quantiles, so the factor
+  # settles where the reported win rate, which is that of the update, meets it.
+  key = jax.random.PRNGKey(0)
+  curvature = 10 ** jnp.linspace(-2, 2, 400)
+  tx = sophia_optax.scale_by_sophia(
+    b1=0.9,
+    b2=0.99,
+    gamma=1.0,
+    update_interval=1,
+    target_win_rate=0.3,
+    nesterov=True,
+    nu_bias_correction=True,
+    refresh_before_update=True,
+    hessian_diagonal_fn=optax.stateless(lambda g, _: curvature),
+  )
+
+  def step(state, key):
+    grads = curvature * jax.random.normal(key, (400,))
+    updates, state = tx.update(grads, state, grads)
+    won = jnp.mean((jnp.abs(updates) < 1).astype(jnp.float32))
+    return state, (won, state.win_rate)
+
+  keys = jax.random.split(key, 60)
+  _, (won, reported) = jax.lax.scan(step, tx.init(curvature), keys)
+  np.testing.assert_allclose(won, reported, rtol=1e-5)
+  np.testing.assert_allclose(won[20:], 0.3, atol=0.1)
+
+
 def test_state_and_update_dtypes():
   params = {
     'f32': jnp.ones(2),
