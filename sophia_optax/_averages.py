@@ -1,7 +1,7 @@
 """Averages of independent estimates: over draws, parts of a batch, replicas.
 
 An average of M unbiased estimates is unbiased, and has 1/M of the variance if
-they are independent. All three are averages of this kind.
+they are independent.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ def over_draws(
     zeros: Zeros like what `draw` returns.
   """
   if num_samples == 1:
-    return draw(key)
+    return _coordinates.widen(draw(key))
 
   def add_draw(total, subkey):
-    return optax.tree.add(total, draw(subkey)), None
+    return optax.tree.add(total, _coordinates.widen(draw(subkey))), None
 
   keys = jax.random.split(key, num_samples)
   total, _ = jax.lax.scan(add_draw, zeros, keys)

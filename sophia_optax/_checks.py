@@ -1,8 +1,8 @@
 """Checks of what the user passes in: needed, given, and how to fix it.
 
 Numbers are checked only if they are static. Arrays and tracers, which is what
-`optax.inject_hyperparams` passes, are accepted as they are. A check with a
-single caller is defined beside its caller.
+`optax.inject_hyperparams` passes, are accepted as they are. Checks of device
+axes are here, too. Other checks with a single caller are beside that caller.
 """
 
 from collections.abc import Callable, Collection
@@ -18,19 +18,14 @@ from sophia_optax import _collectives
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def _is_static(value: Any) -> bool:
-  return isinstance(value, (int, float, np.number))
-
-
-def _is_array(value: Any) -> bool:
-  return isinstance(value, (jax.Array, np.ndarray))
+_ARRAY = (jax.Array, np.ndarray)
 
 
 def _number(name: str, value: Any, holds: Callable[[Any], bool], need: str):
   """Raises unless `value` is an array or a static number for which it holds."""
-  if _is_array(value):
+  if isinstance(value, _ARRAY):
     return
-  if not _is_static(value):
+  if not isinstance(value, (int, float, np.number)):
     raise TypeError(
       f'{name} must be a number {need}, got {value!r}. Pass a Python number,'
       ' or wrap the factory in optax.inject_hyperparams to change it over'
@@ -67,7 +62,7 @@ def whole_number(name: str, value: Any, at_least: int) -> Any:
     lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
     f'that is whole and at least {at_least}',
   )
-  return value if _is_array(value) else int(value)
+  return value if isinstance(value, _ARRAY) else int(value)
 
 
 def one_of(name: str, value: Any, known: Collection[str]):
@@ -75,26 +70,19 @@ def one_of(name: str, value: Any, known: Collection[str]):
     raise ValueError(f'{name} must be one of {sorted(known)}, got {value!r}.')
 
 
-_CALLS = {
-  'params': 'update(grads, state, params, ...)',
-  'obj_fn': (
-    'update(grads, state, params, obj_fn=lambda params: loss(params, batch))'
-  ),
-  'predict_fn': (
-    'update(grads, state, params, predict_fn=lambda params: logits(params,'
-    ' batch))'
-  ),
-  'batch': (
-    'update(grads, state, params, batch=batch, ...), and let obj_fn or'
-    ' predict_fn take (params, batch)'
-  ),
+_EXAMPLES = {
+  'params': '...',
+  'batch': 'batch=batch, ...',
+  'obj_fn': 'obj_fn=lambda params: loss(params, batch)',
+  'predict_fn': 'predict_fn=lambda params: logits(params, batch)',
 }
 
 
-def given(name: str, value: Any, user: str):
+def given(name: str, value: Any, user: str, got: str = 'None'):
   if value is None:
     raise ValueError(
-      f'{user} needs {name}, got None. Pass it to update: {_CALLS[name]}.'
+      f'{user} needs {name}, got {got}. Pass it to update:'
+      f' update(grads, state, params, {_EXAMPLES[name]}).'
     )
 
 
@@ -112,14 +100,11 @@ def call(name: str, fn: Any, arguments: dict[str, Any]) -> Any:
   try:
     return fn(*arguments.values())
   except (AttributeError, TypeError) as error:
-    types = ', '.join(
-      f'{key} a {type(value).__name__}' for key, value in arguments.items()
-    )
+    types = [f'{key} a {type(x).__name__}' for key, x in arguments.items()]
     error.add_note(
-      f'{name} must be a function that can be called as'
-      f' {name}({", ".join(arguments)}), with {types}. Bind what else it needs,'
-      f' as in {name}=lambda {", ".join(arguments)}: .... params are those of'
-      ' update(grads, state, params), not a model.'
+      f'{name} was called as {name}({", ".join(arguments)}), with'
+      f' {", ".join(types)}. If the error is about these: bind what else it'
+      ' needs, and make a model from its parameters inside.'
     )
     raise
 

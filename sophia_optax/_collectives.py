@@ -58,11 +58,12 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
   return jax.tree.map(vary_leaf, tree)
 
 
-def vary_like_result(tree: Any, fn: Callable[..., Any], *args: Any) -> Any:
-  """Marks arrays as varying like those that `fn(*args)` returns."""
+def vary_like(tree: Any, fn: Callable[[], Any]) -> Any:
+  """Marks arrays as varying like those that `fn()` returns."""
   if not jax.sharding.get_abstract_mesh().manual_axes:
     return tree
-  results = iter(jax.make_jaxpr(fn)(*args).out_avals)
+  # `jax.eval_shape` loses what varies if some axes are left to the compiler.
+  results = iter(jax.make_jaxpr(fn)().out_avals)
   return jax.tree.map(lambda x: vary(x, tuple(next(results).mat.varying)), tree)
 
 

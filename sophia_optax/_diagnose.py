@@ -82,7 +82,7 @@ def diagnose(
     saddle 0.5 0.5
   """
   sophia = _sophia.find_state(state)
-  if sophia.win_rates is None:
+  if sophia.by_leaf is None:
     raise ValueError(
       'diagnose needs what an optimizer with diagnostics=True measures, got'
       ' the state of one without. Pass diagnostics=True to the optimizer.'
@@ -90,25 +90,20 @@ def diagnose(
   depth = _checks.whole_number('depth', depth, at_least=1)
 
   modules: dict[str, list[tuple[Any, ...]]] = {}
-  trees = sophia.mu, sophia.nu, sophia.win_rates, sophia.negative_fractions
-  paths = [path for path, _ in jax.tree.leaves_with_path(sophia.mu)]
-  leaves = zip(*map(jax.tree.leaves, trees), strict=True)
-  for path, leaf in zip(paths, leaves, strict=True):
+  mu, nu = jax.tree.leaves_with_path(sophia.mu), jax.tree.leaves(sophia.nu)
+  for (path, m), h, fractions in zip(mu, nu, sophia.by_leaf, strict=True):
     name = jax.tree_util.keystr(path[:depth], simple=True, separator='/')
-    modules.setdefault(name, []).append(leaf)
+    modules.setdefault(name, []).append((m, h, fractions))
   return {name: _diagnose(leaves) for name, leaves in modules.items()}
 
 
 def _diagnose(leaves):
-  """Looks into the parameters of one module: (m, h, and two fractions) each."""
-  mu, nu, win_rates, negative_fractions = map(list, zip(*leaves, strict=True))
-  like = win_rates[0]
+  """Looks into one module: m, h and two fractions of each parameter."""
+  mu, nu, fractions = map(list, zip(*leaves, strict=True))
+  like = fractions[0]
   mu, nu = _coordinates.split(mu, mu), _coordinates.split(mu, nu)
-  sizes = [jnp.float32(_fractions.size(h, like)) for h in nu]
-
-  def average(fractions):
-    parts = [n * f for n, f in zip(sizes, fractions, strict=True)]
-    return sum(parts) / jnp.maximum(sum(sizes), 1)
+  sizes = jnp.array([_fractions.size(h, like) for h in nu], jnp.float32)
+  average = sizes @ jnp.stack(fractions) / jnp.maximum(jnp.sum(sizes), 1)
 
   def is_finite(m, h):
     return jnp.isfinite(m) & jnp.isfinite(h)
@@ -117,8 +112,8 @@ def _diagnose(leaves):
     lambda h: jnp.sum(jnp.square(h), dtype=jnp.float32), nu, like
   )
   return ModuleDiagnosis(
-    win_rate=average(win_rates),
-    negative_fraction=average(negative_fractions),
+    win_rate=average[0],
+    negative_fraction=average[1],
     nonfinite_fraction=_fractions.fraction(
       jnp.logical_not, jax.tree.map(is_finite, mu, nu), like
     ),

@@ -9,6 +9,7 @@ Here are the checks of arguments, the keys, and the three averages.
 """
 
 from collections.abc import Callable
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -42,7 +43,6 @@ def sampled_estimator(
   num_samples: int = 1,
   has_aux: bool = False,
   axis_name: str | tuple[str, ...] | None = None,
-  state_type: type[EstimatorState] = EstimatorState,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Makes an estimator of the Hessian diagonal from the formula of one draw.
 
@@ -57,21 +57,23 @@ def sampled_estimator(
 
   Args:
     make_draw: ``(theta, fn, **extra_args) -> draw``, where ``draw(key)``
-      returns one estimate, a tree like ``theta`` in float32 or wider. What
-      ``make_draw`` computes itself is shared by all draws. ``theta`` is the
-      tree of parameters with a pair (real part, imaginary part) for a complex
-      leaf and None for an integer leaf. ``fn(theta)`` calls the function that
-      was passed to ``update``. ``extra_args`` are the other arguments of
-      ``update``, with ``label_mask`` and ``loss_scale`` among them.
+      returns one estimate, a tree like ``theta``. All draws share what
+      ``make_draw`` computes itself. ``theta`` is the tree of parameters with a
+      pair (real part, imaginary part) for a complex leaf and None for an
+      integer leaf. ``fn(theta)`` calls the function that was passed to
+      ``update``. ``extra_args`` are ``random_like``, ``label_mask``,
+      ``loss_scale`` and the other extra arguments of ``update``.
+      ``random_like(key, theta, sampler)`` draws arrays like ``theta``, with
+      independent draws for the parts of an array that is divided over devices.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
     fn_name: ``'obj_fn'``, a function that returns the loss, or
       ``'predict_fn'``, a function that returns the outputs of the model. With
-      ``loss_scale=`` an estimate of ``obj_fn`` is divided by it.
+      ``loss_scale=s``, ``obj_fn`` returns s times the loss, and the estimate is
+      divided by s. So draws with ``obj_fn`` must be linear in it.
     num_samples: Number n of draws to average.
     has_aux: Whether the function returns ``(value, aux)``.
     axis_name: Mapped axis or axes over which to average, see
       :func:`hutchinson_estimator_diag_hessian`.
-    state_type: Type of the state.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` returns
@@ -88,9 +90,9 @@ def sampled_estimator(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import sophia_optax
-    >>> def make_draw(theta, loss, **extra_args):
+    >>> def make_draw(theta, loss, *, random_like, **extra_args):
     ...   def draw(key):
-    ...     probe = optax.tree.random_like(key, theta)  # Gaussian
+    ...     probe = random_like(key, theta, jax.random.normal)
     ...     _, curvature = jax.jvp(jax.grad(loss), (theta,), (probe,))
     ...     return optax.tree.mul(probe, curvature)
     ...   return draw
@@ -103,10 +105,11 @@ def sampled_estimator(
   """
   num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
   _checks.one_of('fn_name', fn_name, ('obj_fn', 'predict_fn'))
+  random_like = functools.partial(_collectives.random_like, axis_name=axis_name)
 
   def init_fn(params):
     del params
-    return state_type(key=_make_key(random_seed))
+    return EstimatorState(key=_make_key(random_seed))
 
   def update_fn(
     updates,
@@ -116,14 +119,15 @@ def sampled_estimator(
     batch=None,
     full_params=None,
     loss_scale=None,
-    num_microbatches=None,
     label_mask=None,
+    sophia_request=None,
     **extra_args,
   ):
     del updates
     _checks.given('params', params, 'the estimator')
     fn = extra_args.pop(fn_name, None)
-    _checks.given(fn_name, fn, 'the estimator')
+    got = 'only ' + ', '.join(extra_args) if extra_args else 'None'
+    _checks.given(fn_name, fn, 'the estimator', got)
     _check_complete(fn_name, params, full_params)
     _checks.mapped_axes(axis_name)
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
@@ -140,17 +144,18 @@ def sampled_estimator(
         return value
 
       extra = {'label_mask': label_mask, 'loss_scale': loss_scale}
-      draw = make_draw(theta, fn_of_theta, **extra, **extra_args)
+      draw = make_draw(
+        theta, fn_of_theta, random_like=random_like, **extra, **extra_args
+      )
       key, subkey = jax.random.split(key)
       subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
       return _averages.over_draws(draw, subkey, num_samples, zeros), key
 
-    if num_microbatches is None:
+    num_parts = None if sophia_request is None else sophia_request.grant()
+    if num_parts is None:
       mean, key = estimate(state.key, batch, label_mask)
     else:
-      split = _averages.split_batch(
-        batch, label_mask, num_microbatches, axis_name
-      )
+      split = _averages.split_batch(batch, label_mask, num_parts, axis_name)
       mean, key = _averages.over_parts(estimate, *split, zeros, state.key)
     if fn_name == 'obj_fn':
       mean = _coordinates.unscale(mean, loss_scale)
@@ -161,23 +166,33 @@ def sampled_estimator(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+class Request:
+  """Asks an estimator for something, and says whether one has heard it.
+
+  It travels among the extra arguments of `update`, through chains and other
+  wrappers, some of which ignore it. An estimator that grants it divides by
+  `loss_scale`, and averages over `num_parts` parts of the batch if that is not
+  None.
+  """
+
+  def __init__(self, num_parts: int | None = None):
+    self.num_parts = num_parts
+    self.is_granted = False
+
+  def grant(self) -> int | None:
+    self.is_granted = True
+    return self.num_parts
+
+
+def names_loss_scale(estimator: optax.GradientTransformation) -> bool:
+  """Whether `update` names the argument, and so should divide by it."""
+  return 'loss_scale' in inspect.signature(estimator.update).parameters
+
+
 def is_sampled(state: Any) -> bool:
   """Whether a state is that of a sampled estimator, or contains one."""
   is_ours = lambda x: isinstance(x, EstimatorState)
   return any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))
-
-
-def check_unscales(estimator: optax.GradientTransformation, state: Any):
-  """Raises if an estimator would not divide its estimate by `loss_scale`."""
-  parameters = inspect.signature(estimator.update).parameters
-  if not is_sampled(state) and 'loss_scale' not in parameters:
-    raise ValueError(
-      'loss_scale needs an estimator that divides by it, got one whose update'
-      ' has no argument of that name. Write it with'
-      ' sophia_optax.sampled_estimator, or give its update an argument'
-      ' loss_scale; or pass neither loss_scale nor a scaled obj_fn, and unscale'
-      ' the gradients before the optimizer.'
-    )
 
 
 def _make_key(random_seed):
@@ -219,19 +234,17 @@ def _array_of(name, value, has_aux):
     'obj_fn': 'the loss alone, a real floating point scalar',
     'predict_fn': 'one real floating point array, the logits or means',
   }[name]
+  fix = 'If it returns (value, aux), pass has_aux=True to the estimator.'
   if has_aux:
-    need = f'a pair (value, aux), as has_aux=True, with {need}'
-    value = value[0] if isinstance(value, tuple) and len(value) == 2 else None
-  is_array = isinstance(value, (jax.Array, np.ndarray, np.generic, float))
-  if not is_array or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-    got = f'dtype {value.dtype}' if is_array else f'a {type(value).__name__}'
-    raise TypeError(
-      f'{name} must return {need}, got {got}. If it returns (value, aux), pass'
-      ' has_aux=True to the estimator; otherwise select or cast the value.'
-    )
-  if name == 'obj_fn' and (shape := np.shape(value)):
-    raise TypeError(
-      f'{name} must return {need}, got an array of shape {shape}. Reduce it, as'
-      ' in jnp.mean(losses).'
-    )
-  return value
+    need, fix = f'a pair (value, aux), with {need}', 'Or leave has_aux out.'
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    value, has_aux = (value[0], False) if is_pair else (value, True)
+  got = f'a {type(value).__name__}'
+  if isinstance(value, (jax.Array, np.ndarray, np.generic, float)):
+    got = f'{jnp.result_type(value)} of shape {np.shape(value)}'
+    is_real = jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    if not has_aux:
+      if is_real and not (name == 'obj_fn' and np.shape(value)):
+        return value
+      fix = 'Reduce it, as in jnp.mean(losses), or cast it.'
+  raise TypeError(f'{name} must return {need}, got {got}. {fix}')

@@ -25,16 +25,20 @@ from sophia_optax import _fractions
 
 _GAIN = 0.5
 _LONGEST_STEP = 4.0
-# Without these bounds, a target that is out of reach, because too many of the
-# other coordinates lose or win, would move γ in one direction without end.
-_REACH = (0.1, 0.9)
+# Bounds of the target of the coordinates on which γ has an effect. Without them
+# a target that is out of reach, because too many of the others lose or win,
+# would move γ in one direction without end.
+_TARGETS = (0.1, 0.9)
 _FACTORS = (1e-10, 1e10)
 
 
 def outcome(
   counted: jax.Array, affected: jax.Array, won: jax.Array
 ) -> jax.Array:
-  """Returns the outcome of coordinates, int8: small, and read only once.
+  """Returns the outcome of coordinates, int8.
+
+  0 is not counted, 1 lost, 2 won, 3 and 4 are lost and won where γ has an
+  effect. One array of bytes is smaller than three conditions.
 
   Args:
     counted: Whether the win rate is also that of this coordinate.
@@ -67,11 +71,11 @@ def steer(factor: jax.Array, target: jax.Array, outcomes: Any) -> jax.Array:
 def _steer(factor, target, affected, won, missing):
   """The law, given how many coordinates are affected and how many of these won.
 
-  The others miss the target by `missing` wins, which the affected ones have to
-  win in addition to their own share.
+  `missing` is the target times the number of the other coordinates, minus the
+  number of these that won: what the affected ones have to win in addition.
   """
   number = jnp.maximum(affected, 1)
-  target = jnp.clip(target + missing / number, *_REACH)
+  target = jnp.clip(target + missing / number, *_TARGETS)
   logit = jax.scipy.special.logit
   longest = jnp.log(_LONGEST_STEP)
   distance = logit(target) - logit(won / number)

@@ -23,12 +23,7 @@ from sophia_optax import _coordinates
 from sophia_optax import _estimator
 from sophia_optax import likelihoods
 
-
-class GaussNewtonBartlettState(_estimator.EstimatorState):
-  """State of the estimator: ``key``, the PRNG key of the next labels.
-
-  The key is raw (shape (2,), uint32) or typed (shape ()), as it was given.
-  """
+GaussNewtonBartlettState = _estimator.EstimatorState
 
 
 def gauss_newton_bartlett_estimator_diag_hessian(
@@ -141,12 +136,14 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     axes = _collectives.other_axes(outputs, axis_name)
     count = _collectives.total(jnp.sum(mask.astype(wide)), axes)
     count = jnp.maximum(count, 1)  # B
-    # Scores of √B ĝ, because B ĝ can overflow in half precision where ĝ²
-    # vanishes. A loss_scale is chosen for scores of ĝ, as those of the loss.
-    scale, gain = 1 / jnp.sqrt(count), None
+    # What is sent backward are the scores of √B ĝ: in half precision B ĝ can
+    # overflow where ĝ² vanishes. With a loss_scale, which is chosen for the
+    # gradient, they are those of loss_scale ĝ.
+    root_of_count = jnp.sqrt(count)
+    scale, gain = 1 / root_of_count, None
     if loss_scale is not None:
       scale = jnp.asarray(loss_scale, wide) / count
-      gain = scale * jnp.sqrt(count)
+      gain = scale * root_of_count
 
     def draw(key):
       key = _collectives.fold_in_index(key, axes)
@@ -166,7 +163,6 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     num_samples=num_samples,
     has_aux=has_aux,
     axis_name=axis_name,
-    state_type=GaussNewtonBartlettState,
   )
 
 
@@ -174,11 +170,10 @@ def _resolve(likelihood):
   """Returns the function that draws scores, and the axes of a prediction."""
   if isinstance(likelihood, likelihoods.Likelihood):
     return likelihood.draw_score, likelihood.event_ndim
+  if likelihood is likelihoods.gaussian:
+    raise TypeError('likelihood must be called: pass likelihoods.gaussian().')
   if callable(likelihood):
-    arguments = ('key', 'outputs')
-    return lambda *args: _checks.call(
-      'likelihood', likelihood, dict(zip(arguments, args, strict=True))
-    ), 0
+    return likelihood, 0
   _checks.one_of('likelihood', likelihood, likelihoods.BY_NAME)
   return _resolve(likelihoods.BY_NAME[likelihood])
 

@@ -11,18 +11,13 @@ import jax
 import optax
 
 from sophia_optax import _checks
-from sophia_optax import _collectives
 from sophia_optax import _coordinates
 from sophia_optax import _estimator
 
 _PROBES = {'rademacher': jax.random.rademacher, 'normal': jax.random.normal}
 
 
-class HutchinsonState(_estimator.EstimatorState):
-  """State of Hutchinson's estimator: ``key``, the PRNG key of the next probes.
-
-  The key is raw (shape (2,), uint32) or typed (shape ()), as it was given.
-  """
+HutchinsonState = _estimator.EstimatorState
 
 
 def hutchinson_estimator_diag_hessian(
@@ -53,10 +48,10 @@ def hutchinson_estimator_diag_hessian(
   the gradients. ``obj_fn(params)`` is the loss, a real scalar; with ``batch=``
   it is called as ``obj_fn(params, batch)``. Where :func:`optax.masked` or
   :func:`optax.partition` hides parameters, ``full_params=`` has them all for
-  ``obj_fn``; with ``loss_scale=`` it returns that many times the loss, and the
-  estimate is divided again. The estimate has the structure of ``params``. Its
-  leaves are float32 or wider; that of a complex leaf holds the curvature of the
-  real part in its real part and that of the imaginary part in its imaginary
+  ``obj_fn``. With ``loss_scale=s``, ``obj_fn`` returns s times the loss, and
+  the estimate is divided by s. The estimate has the structure of ``params``.
+  Its leaves are float32 or wider; that of a complex leaf holds the curvature of
+  the real part in its real part and that of the imaginary part in its imaginary
   part; that of an integer leaf is zero.
 
   Args:
@@ -105,11 +100,11 @@ def hutchinson_estimator_diag_hessian(
   _checks.one_of('distribution', distribution, _PROBES)
   sampler = _PROBES[distribution]
 
-  def make_draw(theta, loss, **extra_args):
+  def make_draw(theta, loss, *, random_like, **extra_args):
     del extra_args
 
     def draw(key):
-      probe = _collectives.random_like(key, theta, sampler, axis_name)
+      probe = random_like(key, theta, sampler)
       _, hvp = jax.jvp(jax.grad(loss), (theta,), (probe,))
       return optax.tree.mul(_coordinates.widen(probe), _coordinates.widen(hvp))
 
@@ -121,5 +116,4 @@ def hutchinson_estimator_diag_hessian(
     num_samples=num_samples,
     has_aux=has_aux,
     axis_name=axis_name,
-    state_type=HutchinsonState,
   )

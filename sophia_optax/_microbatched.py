@@ -1,7 +1,5 @@
 """Averages of an estimator over parts of the batch."""
 
-import functools
-
 import jax
 import optax
 
@@ -30,7 +28,9 @@ def microbatched(
   ``batch``, and of ``label_mask`` if there is one, to the estimator, so
   ``obj_fn`` and ``predict_fn`` are called with ``(params, batch)``. The split
   is strided, so a batch whose leading axis is sharded over devices stays so.
-  With ``label_mask`` parts weigh by the number of predictions that count.
+  With ``label_mask`` the weight of a part is its number of predictions that
+  count. In a chain, what comes after an estimator of this library acts on the
+  average over the parts.
 
   Args:
     estimator: The estimator of one part.
@@ -64,27 +64,41 @@ def microbatched(
   )
   inner = optax.with_extra_args_support(estimator)
 
-  @functools.wraps(inner.update)  # Its signature says what it accepts.
   def update_fn(
-    updates, state, params=None, *, batch=None, label_mask=None, **extra_args
+    updates,
+    state,
+    params=None,
+    *,
+    batch=None,
+    label_mask=None,
+    sophia_request=None,
+    **extra_args,
   ):
     _checks.given('params', params, 'microbatched')
     _checks.given('batch', batch, 'microbatched')
+    request = sophia_request or _estimator.Request()
+    asked = _estimator.Request(num_microbatches * (request.num_parts or 1))
 
     def estimate(state, **part):
-      return inner.update(updates, state, params, **part, **extra_args)
+      return inner.update(
+        updates, state, params, sophia_request=asked, **part, **extra_args
+      )
 
     if _estimator.is_sampled(state):
-      # These average over parts themselves, and over replicas only once.
-      num_parts = num_microbatches * extra_args.pop('num_microbatches', 1)
-      return estimate(
-        state, batch=batch, label_mask=label_mask, num_microbatches=num_parts
-      )
+      # Such an estimator averages over the parts itself, and over replicas only
+      # once, unless a wrapper around it did not pass the request.
+      result = estimate(state, batch=batch, label_mask=label_mask)
+      if asked.is_granted:
+        request.grant()
+        return result
+    asked.num_parts = None
     parts, weights = _averages.split_batch(batch, label_mask, num_microbatches)
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros, state = _collectives.vary_like_result(
+    zeros, state = _collectives.vary_like(
       (_coordinates.zeros_like(params), state), lambda: estimate(state, **first)
     )
+    if asked.is_granted or _estimator.names_loss_scale(estimator):
+      request.is_granted = request.num_parts is None
     return _averages.over_parts(estimate, parts, weights, zeros, state)
 
   return optax.GradientTransformationExtraArgs(inner.init, update_fn)

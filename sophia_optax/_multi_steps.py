@@ -84,6 +84,8 @@ def _ignores_may_refresh(value_fn):
     return value_fn(*args, **kwargs)
 
   signature = inspect.signature(value_fn)
+  if 'may_refresh' in signature.parameters:
+    return value_fn
   argument = inspect.Parameter('may_refresh', inspect.Parameter.KEYWORD_ONLY)
   names = [*signature.parameters.values(), argument]
   names.sort(key=lambda parameter: parameter.kind)

@@ -45,9 +45,9 @@ class SophiaState(NamedTuple):
       shape (), float32. None without a target.
     negative_fraction: Fraction of coordinates whose entry of h was negative
       after the last refresh, shape (), float32. None without ``diagnostics``.
-    win_rates: The win rate of each parameter, a tree like the parameters of
-      arrays of shape (), float32. None without ``diagnostics``.
-    negative_fractions: The negative fraction of each parameter, likewise.
+    by_leaf: Win rate and negative fraction of each parameter, in the order of
+      ``jax.tree.leaves``, shape (number of parameters, 2), float32. None
+      without ``diagnostics``.
   """
 
   count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
@@ -59,8 +59,7 @@ class SophiaState(NamedTuple):
   refresh_count: jax.Array
   gamma_factor: jax.Array | None = None
   negative_fraction: jax.Array | None = None
-  win_rates: Any = None
-  negative_fractions: Any = None
+  by_leaf: jax.Array | None = None
 
 
 def scale_by_sophia(
@@ -210,23 +209,23 @@ def scale_by_sophia(
 
   def gamma_of(used):
     # Schedules count the steps before this one, as optax's do.
-    scale = gamma(used.count - 1) if callable(gamma) else gamma
+    gamma_t = gamma(used.count - 1) if callable(gamma) else gamma
     if target_win_rate is not None:
-      scale = jnp.asarray(scale, jnp.float32) * used.gamma_factor
-    if nu_bias_correction:  # Of h, which only occurs as γ h.
+      gamma_t = jnp.asarray(gamma_t, jnp.float32) * used.gamma_factor
+    if nu_bias_correction:  # Of h, which occurs as γ h only.
       num_refreshes = jnp.maximum(used.refresh_count, 1).astype(jnp.float32)
       correction = 1 - jnp.asarray(b2, jnp.float32) ** num_refreshes
-      scale = jnp.asarray(scale, jnp.float32) / correction
-    return scale
+      gamma_t = jnp.asarray(gamma_t, jnp.float32) / correction
+    return gamma_t
 
   def momentum_of(used, grads):
     def corrected(tree, count):
+      if not bias_correction:
+        return tree
       decay = jnp.asarray(b1, float)
       count = count.astype(decay.dtype)
       return optax.tree.bias_correction(tree, decay, count)
 
-    if not bias_correction:
-      corrected = lambda tree, count: tree
     if not nesterov:
       return corrected(used.mu, used.count)
     ahead = corrected(used.mu, optax.safe_increment(used.count))
@@ -235,11 +234,11 @@ def scale_by_sophia(
     )
 
   def ratios_of(used, grads):
-    scale = gamma_of(used)
+    gamma_t = gamma_of(used)
 
     def ratio(m, h):
       h = h.astype(m.dtype)
-      return m / jnp.maximum(_cast(scale, h) * h, _cast(eps, h))
+      return m / jnp.maximum(_cast(gamma_t, h) * h, _cast(eps, h))
 
     return jax.tree.map(ratio, momentum_of(used, grads), used.nu)
 
@@ -254,37 +253,38 @@ def scale_by_sophia(
       return jnp.full_like(ratio, True, bool)
     return jnp.abs(ratio) < _cast(clip_threshold, ratio)
 
-  def steered(new, grads):
-    def outcome(g, m, h, ratio):
+  def steered(new, grads, has_gradient):
+    def outcome(has_gradient, m, h, ratio):
       floor = _cast(clip_threshold, m) * _cast(eps, m)
       return _gamma.outcome(
         # Without a gradient m fades, and the coordinate wins whatever γ is.
-        counted=(g != 0) & jnp.isfinite(ratio),
+        counted=has_gradient & jnp.isfinite(ratio),
         affected=(h > 0) & (jnp.abs(m) >= floor),
         won=wins(ratio),
       )
 
-    # Not m̂, which would be held in memory: m differs in the first steps only.
-    outcomes = jax.tree.map(
-      outcome, grads, new.mu, new.nu, ratios_of(new, grads)
-    )
+    # m and not m̂, which would be held in memory: near ε it makes no difference.
+    ratios = ratios_of(new, grads)
+    outcomes = jax.tree.map(outcome, has_gradient, new.mu, new.nu, ratios)
     target = jnp.asarray(target_win_rate, jnp.float32)
     return _gamma.steer(new.gamma_factor, target, outcomes)
 
   def measured(new, used, grads, params):
-    # Not of all leaves at once, which would hold all ratios in memory.
+    # Leaf by leaf: all ratios at once would be held in memory.
     ratios, like = ratios_of(used, grads), new.count
-    is_negative = lambda h: h < 0
     new = new._replace(win_rate=_fractions.fraction(wins, ratios, like))
     if not diagnostics:
       return new
-    by_leaf = lambda condition, tree: jax.tree.map(
-      lambda _, leaf: _fractions.fraction(condition, leaf, like), params, tree
-    )
+    is_negative = lambda h: h < 0
+
+    def by_leaf(condition, tree):
+      fraction = lambda _, leaf: _fractions.fraction(condition, leaf, like)
+      return jax.tree.leaves(jax.tree.map(fraction, params, tree))
+
+    columns = by_leaf(wins, ratios), by_leaf(is_negative, new.nu)
     return new._replace(
       negative_fraction=_fractions.fraction(is_negative, new.nu, like),
-      win_rates=by_leaf(wins, ratios),
-      negative_fractions=by_leaf(is_negative, new.nu),
+      by_leaf=jnp.array(columns, jnp.float32).T,
     )
 
   def init_fn(params):
@@ -292,7 +292,7 @@ def scale_by_sophia(
     if mu_dtype is not None:
       mu = _coordinates.zeros_like(params, mu_dtype)
     number = lambda dtype: jnp.zeros([], dtype)
-    by_leaf = lambda: jax.tree.map(lambda _: number(jnp.float32), params)
+    size = len(jax.tree.leaves(params))
     return SophiaState(
       count=number(jnp.int32),
       mu=mu,
@@ -305,8 +305,7 @@ def scale_by_sophia(
         None if target_win_rate is None else jnp.ones([], jnp.float32)
       ),
       negative_fraction=number(jnp.float32) if diagnostics else None,
-      win_rates=by_leaf() if diagnostics else None,
-      negative_fractions=by_leaf() if diagnostics else None,
+      by_leaf=jnp.zeros((size, 2), jnp.float32) if diagnostics else None,
     )
 
   def update_fn(
@@ -321,12 +320,12 @@ def scale_by_sophia(
     _checks.given('params', params, 'scale_by_sophia')
     find_state(state)
     _checks.same_shapes('The gradient', updates, params)
+    request = _estimator.Request()
     if loss_scale is not None:
-      _estimator.check_unscales(hessian_diagonal_fn, state.hessian_fn_state)
-      extra_args['loss_scale'] = loss_scale
+      extra_args |= {'loss_scale': loss_scale, 'sophia_request': request}
     updates = jax.tree.map(_gradient_of, params, updates)
-    grads = _coordinates.widen(_coordinates.split(params, updates))
-    grads = _coordinates.unscale(grads, loss_scale)
+    raw = _coordinates.split(params, updates)
+    grads = _coordinates.unscale(_coordinates.widen(raw), loss_scale)
     mu = _coordinates.split(params, state.mu)
     old = state._replace(
       count=optax.safe_increment(state.count),
@@ -338,12 +337,15 @@ def scale_by_sophia(
       estimate, hessian_fn_state = estimator.update(
         updates, old.hessian_fn_state, params=params, **extra_args
       )
+      if loss_scale is not None:
+        _check_unscaled(hessian_diagonal_fn, request)
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       _checks.averaged(estimate, state.nu)
       new = _average(b2, old, _coordinates.split(params, estimate))
       new = new._replace(hessian_fn_state=hessian_fn_state)
       if target_win_rate is not None:
-        new = new._replace(gamma_factor=steered(new, grads))
+        has_gradient = jax.tree.map(lambda g: g != 0, raw)
+        new = new._replace(gamma_factor=steered(new, grads, has_gradient))
       used = new if refresh_before_update else old
       return measured(new, used, grads, params)
 
@@ -455,3 +457,14 @@ def _print_every(n, count, wins, ratios):
     lambda r: None,
     ratios,
   )
+
+
+def _check_unscaled(estimator, request):
+  """Raises if an estimator did not divide its estimate by `loss_scale`."""
+  if not request.is_granted and not _estimator.names_loss_scale(estimator):
+    raise ValueError(
+      'loss_scale needs an estimator that divides by it, got one that ignores'
+      ' it. Write it with sophia_optax.sampled_estimator, or give its update an'
+      ' argument loss_scale; or unscale the gradients before the optimizer, and'
+      ' pass neither loss_scale nor a scaled obj_fn.'
+    )

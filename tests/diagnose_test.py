@@ -161,6 +161,25 @@ def test_before_the_first_step():
     np.testing.assert_array_equal(module, 0)
 
 
+def test_state_is_sharded_like_the_parameters():
+  # Regression: a tree of numbers per parameter was taken for one of parameters.
+  mesh = jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  params = {'w': jnp.ones((8, 2)), 'b': jnp.ones(8)}
+  sharding = jax.sharding.NamedSharding(mesh, P('data'))
+  tx = sophia_optax.sophia(0.1, diagnostics=True, target_win_rate=0.3)
+  shardings = optax.tree.map_params(
+    tx,
+    lambda _: sharding,
+    tx.init(params),
+    transform_non_params=lambda _: jax.sharding.NamedSharding(mesh, P()),
+  )
+  state = jax.jit(tx.init, out_shardings=shardings)(params)
+  assert state[0].nu['w'].sharding == sharding
+  assert state[0].by_leaf.shape == (2, 2)
+
+
 def test_state_of_nnx():
   model = nnx.Sequential(
     nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))

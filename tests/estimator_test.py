@@ -46,7 +46,7 @@ def own(random_seed=None, **options):
   return sophia_optax.sampled_estimator(make_draw, random_seed, **options)
 
 
-def noise_of(key, scale=1.0):
+def noise_of(key):
   """What `make_draw` adds to the curvature with this key."""
   theta = {'w': PARAMS['w'], 'z': (jnp.array(1.0), jnp.array(2.0))}
   draw = make_draw(theta, lambda theta: jnp.zeros(()) * theta['w'].sum())
@@ -106,8 +106,9 @@ def test_loss_scale(scale):
 def test_predictions_and_extra_arguments():
   seen = {}
 
-  def make_draw(theta, predict, *, label_mask, loss_scale, temperature):
-    seen.update(mask=label_mask, scale=loss_scale, temperature=temperature)
+  def make_draw(theta, predict, *, random_like, label_mask, loss_scale, heat):
+    del random_like
+    seen.update(mask=label_mask, scale=loss_scale, heat=heat)
     return lambda key: jax.tree.map(jnp.square, jax.grad(
       lambda theta: predict(theta).sum())(theta))  # fmt: skip
 
@@ -117,11 +118,11 @@ def test_predictions_and_extra_arguments():
   estimate, _ = estimator.update(
     None, estimator.init(PARAMS), {'w': PARAMS['w']},
     predict_fn=lambda p: (p['w'] ** 2, 'aux'),
-    loss_scale=8.0, label_mask='mask', temperature=0.5,
+    loss_scale=8.0, label_mask='mask', heat=0.5,
   )  # fmt: skip
   # The driver does not divide what is no estimate of the scaled loss.
   chex.assert_trees_all_close(estimate, {'w': 4 * PARAMS['w'] ** 2})
-  assert seen == {'mask': 'mask', 'scale': 8.0, 'temperature': 0.5}
+  assert seen == {'mask': 'mask', 'scale': 8.0, 'heat': 0.5}
 
 
 def test_unknown_function():
@@ -286,3 +287,113 @@ def test_error_in_the_users_function_says_how_it_was_called():
   x = {'w': jnp.ones(3)}
   with pytest.raises(TypeError, match=r'not callable(?s:.*)params a dict'):
     tx.update(x, tx.init(x), x, obj_fn=model)
+
+
+def test_loss_scale_of_the_squared_gradient_within_wrappers():
+  # Regression: the estimator was not recognized within a chain.
+  estimator = sophia_optax.squared_gradient_estimator_diag_hessian(4)
+  x = jnp.arange(1.0, 4.0)
+  for wrapped in (
+    optax.chain(estimator, optax.identity()),
+    optax.masked(estimator, True),
+  ):
+    tx = sophia_optax.scale_by_sophia(b2=0.0, hessian_diagonal_fn=wrapped)
+    _, state = tx.update(8 * x, tx.init(x), x, loss_scale=8.0)
+    np.testing.assert_allclose(state.nu, 4 * x**2)
+
+
+def wrapper(forwards):
+  """A user's own, around an estimator; may drop what it does not know."""
+  inner = own()
+
+  def update(updates, state, params, *, obj_fn, batch=None, **extra_args):
+    extra_args = extra_args if forwards else {}
+    return inner.update(
+      updates, state, params, obj_fn=obj_fn, batch=batch, **extra_args
+    )
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+@pytest.mark.parametrize('forwards', [True, False])
+def test_parts_through_a_wrapper(forwards):
+  # Regression: parts that a wrapper dropped were not split, without an error.
+  sizes = []
+
+  def obj_fn(params, batch):
+    sizes.append(len(batch))
+    return loss_fn(params, batch)
+
+  estimator = sophia_optax.microbatched(wrapper(forwards), 2)
+  estimate, _ = estimator.update(
+    None, estimator.init(PARAMS), PARAMS, obj_fn=obj_fn, batch=BATCH
+  )
+  chex.assert_trees_all_close(estimate, curvature(), atol=0.01)
+  assert sizes[-1] == 4
+
+
+def test_loss_scale_that_a_wrapper_drops():
+  tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=wrapper(forwards=False))
+  with pytest.raises(ValueError, match='loss_scale needs an estimator'):
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, obj_fn=loss_fn, loss_scale=8.0)
+
+
+def test_what_is_chained_acts_on_the_average_of_the_parts():
+  x = jnp.ones(3)
+  estimator = sophia_optax.microbatched(
+    optax.chain(
+      sophia_optax.hutchinson_estimator_diag_hessian(), optax.clip(5.0)
+    ),
+    2,
+  )
+  estimate, _ = estimator.update(
+    None, estimator.init(x), x, batch=jnp.array([1.0, 8.0]),
+    obj_fn=lambda x, batch: jnp.mean(batch) * jnp.sum(x**2) / 2,
+  )  # fmt: skip
+  np.testing.assert_allclose(estimate, 4.5)  # Not the mean of 1 and 5.
+
+
+def test_draws_in_half_precision():
+  def make_draw(theta, loss, **extra_args):
+    del extra_args
+    return lambda key: jax.grad(loss)(theta)
+
+  params = jnp.array([1.0, 2.0], jnp.bfloat16)
+  for num_samples in (1, 2):
+    estimator = sophia_optax.sampled_estimator(
+      make_draw, num_samples=num_samples
+    )
+    estimate, _ = estimator.update(
+      None, estimator.init(params), params, obj_fn=lambda x: jnp.sum(x**2)
+    )
+    assert estimate.dtype == jnp.float32
+    np.testing.assert_array_equal(estimate, [2.0, 4.0])
+
+
+def test_divided_parameters_have_draws_of_their_own():
+  # The Hessian is all ones. With one draw for all parts of the parameters the
+  # estimate would be their number on average.
+  def make_draw(theta, loss, *, random_like, **extra_args):
+    del extra_args
+
+    def draw(key):
+      probe = random_like(key, theta, jax.random.normal)
+      _, hvp = jax.jvp(jax.grad(loss), (theta,), (probe,))
+      return optax.tree.mul(probe, hvp)
+
+    return draw
+
+  estimator = sophia_optax.sampled_estimator(make_draw, num_samples=4000)
+
+  def update(x):
+    loss = lambda x: jax.lax.psum(jnp.sum(x), 'model') ** 2 / 2
+    return estimator.update(None, estimator.init(x), x, obj_fn=loss)[0]
+
+  mesh = jax.make_mesh(
+    (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  got = jax.jit(
+    jax.shard_map(update, mesh=mesh, in_specs=P('model'), out_specs=P('model'))
+  )(jnp.ones(8))
+  # Of 4,000 Gaussian probes, each with variance 7 + 2.
+  np.testing.assert_allclose(got, 1.0, atol=5 * (9 / 4000) ** 0.5)

@@ -157,6 +157,7 @@ def test_schedule_of_micro_steps_counts_the_steps_taken():
   [
     lambda x, obj_fn=None: jnp.sum(x**2),
     lambda x, obj_fn=None, **kwargs: jnp.sum(x**2),
+    lambda x, obj_fn=None, may_refresh=None: jnp.sum(x**2),
   ],
 )
 def test_line_search(value_fn):
