@@ -230,21 +230,25 @@ def _check_complete(name, params, full_params):
 
 def _array_of(name, value, has_aux):
   """Returns the array that the user's function returned, or raises."""
-  need = {
-    'obj_fn': 'the loss alone, a real floating point scalar',
-    'predict_fn': 'one real floating point array, the logits or means',
-  }[name]
-  fix = 'If it returns (value, aux), pass has_aux=True to the estimator.'
-  if has_aux:
-    need, fix = f'a pair (value, aux), with {need}', 'Or leave has_aux out.'
-    is_pair = isinstance(value, tuple) and len(value) == 2
-    value, has_aux = (value[0], False) if is_pair else (value, True)
-  got = f'a {type(value).__name__}'
-  if isinstance(value, (jax.Array, np.ndarray, np.generic, float)):
-    got = f'{jnp.result_type(value)} of shape {np.shape(value)}'
-    is_real = jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    if not has_aux:
-      if is_real and not (name == 'obj_fn' and np.shape(value)):
-        return value
-      fix = 'Reduce it, as in jnp.mean(losses), or cast it.'
+  is_pair = isinstance(value, tuple) and len(value) == 2
+  if has_aux and is_pair:
+    value = value[0]
+  is_array = isinstance(value, (jax.Array, np.ndarray, np.generic, float))
+  got, is_real = f'a {type(value).__name__}', False
+  if is_array:
+    dtype, shape = jnp.result_type(value), np.shape(value)
+    got = f'{dtype} of shape {shape}'
+    is_real = jnp.issubdtype(dtype, jnp.floating)
+  if has_aux and not is_pair:
+    need, fix = 'a pair (value, aux)', 'Or leave has_aux=True out.'
+  elif name == 'obj_fn' and not (is_real and shape == ()):
+    need = 'the loss alone, a real floating point scalar'
+    fix = 'Reduce it, as in jnp.mean(losses), or cast it.'
+  elif not is_real:
+    need = 'one real floating point array, the logits or means'
+    fix = 'Select it, or cast it.'
+  else:
+    return value
+  if not is_array and not has_aux:
+    fix = 'If it returns (value, aux), pass has_aux=True to the estimator.'
   raise TypeError(f'{name} must return {need}, got {got}. {fix}')

@@ -87,7 +87,8 @@ def microbatched(
     if _estimator.is_sampled(state):
       # Such an estimator averages over the parts itself, and over replicas only
       # once, unless a wrapper around it did not pass the request.
-      result = estimate(state, batch=batch, label_mask=label_mask)
+      mask = {} if label_mask is None else {'label_mask': label_mask}
+      result = estimate(state, batch=batch, **mask)
       if asked.is_granted:
         request.grant()
         return result
@@ -97,8 +98,10 @@ def microbatched(
     zeros, state = _collectives.vary_like(
       (_coordinates.zeros_like(params), state), lambda: estimate(state, **first)
     )
-    if asked.is_granted or _estimator.names_loss_scale(estimator):
-      request.is_granted = request.num_parts is None
-    return _averages.over_parts(estimate, parts, weights, zeros, state)
+    result = _averages.over_parts(estimate, parts, weights, zeros, state)
+    unscales = asked.is_granted or _estimator.names_loss_scale(estimator)
+    if unscales and request.num_parts is None:
+      request.grant()
+    return result
 
   return optax.GradientTransformationExtraArgs(inner.init, update_fn)
