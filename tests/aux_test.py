@@ -45,12 +45,12 @@ def test_aux_has_to_be_said_and_to_be_there(name):
   fn = FUNCTIONS[name]
   with pytest.raises(TypeError, match='pass has_aux=True'):
     estimate(name, lambda params: (fn(params), 1))
-  with pytest.raises(TypeError, match=rf'{name} must return a pair'):
+  with pytest.raises(
+    TypeError, match=r'pair .* got float32 of .*leave has_aux'
+  ):
     estimate(name, fn, has_aux=True)
   with pytest.raises(TypeError, match=rf'{name} must return a pair'):
     estimate(name, lambda params: (fn(params), 1, 2), has_aux=True)
-  with pytest.raises(TypeError, match=r'got float32 of .*leave has_aux out'):
-    estimate(name, fn, has_aux=True)
 
 
 def test_maximize_turns_the_loss_and_not_aux():
