@@ -505,6 +505,16 @@ def test_injected_update_interval(dtype, k):
   assert optax.tree.get(state, 'refresh_count') == 300
 
 
+def test_update_interval_that_was_rounded():
+  # A schedule computes 2.9999998 in float32 where it means 3.
+  tx = sophia_optax.scale_by_sophia(
+    update_interval=jnp.nextafter(jnp.float32(3), 0.0),
+    hessian_diagonal_fn=optax.identity(),
+  )
+  *_, (_, state) = run(tx, [jnp.ones(2)] * 6, jnp.ones(2))
+  assert state.refresh_count == 2
+
+
 @pytest.mark.parametrize(
   'make',
   [

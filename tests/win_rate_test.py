@@ -191,6 +191,7 @@ def test_gamma_is_used_with_the_curvature_that_it_was_found_for(
   newton = jnp.clip(x / 0.125, -1, 1)
   expected = newton if refresh_before_update else jnp.sign(x)
   np.testing.assert_allclose(first, expected, rtol=1e-6)
+  assert state.win_rate == 0  # Measured with that γ too: all are clipped.
   second, state = tx.update(grads, state, x, obj_fn=loss_fn)
   np.testing.assert_allclose(second, newton, rtol=1e-6)
   assert state.gamma_factor == 0.25  # Not a step that refreshes.
@@ -330,22 +331,45 @@ def test_recovers_from_all_coordinates_without_a_gradient():
   np.testing.assert_allclose(after[300:, 0], TARGET, atol=0.1)
 
 
-def test_coordinates_below_eps_do_not_count():
+@pytest.mark.parametrize('c', [1.0, 100.0])
+def test_coordinates_below_eps_do_not_count(c):
   # They win at any γ, also with a gradient and positive curvature.
-  grads = jnp.array([0.01, 0.02, 0.05, 0.5, 2.0, 4.0] + [1e-5] * 6)
+  grads = jnp.array([0.01, 0.02, 0.05, 0.5, 2.0, 4.0] + [5e-4] * 6)
   tx = sophia_optax.scale_by_sophia(
     b1=0.0,
     b2=0.0,
-    eps=1e-3,
+    eps=1e-3 / c,
+    clip_threshold=c,
     update_interval=1,
-    target_win_rate=0.5,
+    target_win_rate=0.3,
     hessian_diagonal_fn=optax.stateless(lambda g, _: jnp.ones_like(g)),
   )
+  step = jax.jit(lambda state: tx.update(grads, state, grads)[1])
   state = tx.init(grads)
   for _ in range(100):
-    _, state = tx.update(grads, state, grads)
+    state = step(state)
   # Half win by eps. Of the others as few win as γ is made to let win.
-  assert 0.001 < 0.01 * state.gamma_factor < 0.02
+  assert 0.001 < c * 0.01 * state.gamma_factor < 0.02
+
+
+def test_coordinates_of_negative_curvature_do_not_count():
+  # They lose at any γ, so the target is out of reach.
+  x = jnp.linspace(0.1, 1.0, 10)
+  curvature = jnp.where(jnp.arange(10) < 8, -1.0, 1.0)
+  tx = sophia_optax.scale_by_sophia(
+    b1=0.0,
+    b2=0.0,
+    gamma=1.0,
+    update_interval=1,
+    target_win_rate=0.5,
+    hessian_diagonal_fn=optax.stateless(lambda g, _: curvature),
+  )
+  step = jax.jit(lambda state: tx.update(x, state, x)[1])
+  state = tx.init(x)
+  for _ in range(100):
+    state = step(state)
+  # The other two win, by little.
+  assert 0.1 < state.gamma_factor < 10
 
 
 def test_infinite_gradient_of_one_step():
@@ -365,7 +389,9 @@ def test_infinite_gradient_of_one_step():
     lambda s: jax.lax.scan(step, s, jnp.arange(200))
   )(tx.init(x))
   assert jnp.all(jnp.isfinite(factors))
-  assert jnp.all(factors > 0)
+  assert factors[2] > 0
+  # Since then m is infinite, which no γ changes.
+  np.testing.assert_array_equal(factors[3:], factors[2])
   assert jnp.all(jnp.isfinite(updates))
 
 
