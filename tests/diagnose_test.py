@@ -227,14 +227,13 @@ def test_without_clipping_all_win():
   assert sophia_optax.diagnose(train(tx, 1))['layer'].win_rate == 1
 
 
-def test_entries_that_are_not_finite():
+@pytest.mark.parametrize('name', ['mu', 'nu'])
+def test_entries_that_are_not_finite(name):
   state = train(sophia_optax.scale_by_sophia(diagnostics=True), 1)
   bad = jnp.zeros(4).at[:2].set(jnp.array([jnp.nan, jnp.inf]))
-  found = sophia_optax.diagnose(
-    optax.tree.set(
-      state, mu=state.mu | {'layer': state.mu['layer'] | {'bias': bad}}
-    )
-  )
+  tree = getattr(state, name)
+  tree = tree | {'layer': tree['layer'] | {'bias': bad}}
+  found = sophia_optax.diagnose(optax.tree.set(state, **{name: tree}))
   assert found['layer'].nonfinite_fraction == np.float32(2 / 18)
   assert found['wave'].nonfinite_fraction == 0
 
@@ -342,3 +341,10 @@ def test_fraction_is_float32_in_double_precision_too():
     _, state = tx.update(x, tx.init(x), x, obj_fn=lambda x: -jnp.sum(x**2))
   assert state.negative_fraction == 1
   assert state.negative_fraction.dtype == jnp.float32
+
+
+def test_norm_is_summed_in_float32():
+  tx = sophia_optax.scale_by_sophia(nu_dtype=jnp.bfloat16, diagnostics=True)
+  nu = {'w': jnp.array([16.0, 1.0], jnp.bfloat16)}  # 257 has too many bits.
+  found = sophia_optax.diagnose(tx.init({'w': jnp.ones(2)})._replace(nu=nu))
+  np.testing.assert_allclose(found['w'].curvature_norm, 257**0.5, rtol=1e-6)
