@@ -149,6 +149,57 @@ def test_divided_parameters_need_check_vma(name):
     )
 
 
+def test_loss_that_differs_along_the_axis_of_the_parameters():
+  # Derivatives with respect to b, which is on all devices, would be sums.
+  estimator = ESTIMATORS['hutchinson'](axis_name='data')
+  update = lambda params: estimator.update(
+    None,
+    estimator.init(params),
+    params,
+    obj_fn=lambda p: jnp.sum(p['w'] ** 2) + p['b'] ** 2,
+  )[0]
+  specs = {'w': P('model'), 'b': P()}
+  with pytest.raises(ValueError, match=r"the same on all of \['model'\]"):
+    map_grid(
+      update,
+      {'w': jnp.ones(4), 'b': jnp.array(1.0)},
+      specs=(specs,),
+      out_specs=specs,
+    )
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_axis_of_one_device_divides_nothing(name):
+  estimator = ESTIMATORS[name](axis_name='data')
+
+  def update(params, inputs):
+    return estimator.update(
+      None,
+      estimator.init(params),
+      params,
+      obj_fn=lambda p: jnp.mean(dense_predict(p, inputs) ** 2),
+      predict_fn=lambda p: dense_predict(p, inputs),
+    )[0]
+
+  def run(shape, axes):
+    mesh = jax.make_mesh(
+      shape, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes)
+    )
+    return jax.jit(
+      jax.shard_map(
+        update,
+        mesh=mesh,
+        in_specs=(P(), P('data')),
+        out_specs=P(),
+        check_vma=False,
+      )
+    )(TP_PARAMS, INPUTS.reshape(-1, 3))
+
+  chex.assert_trees_all_close(
+    run((8, 1), ('data', 'model')), run((8,), ('data',)), rtol=1e-6
+  )
+
+
 @pytest.mark.parametrize('poisoned', [False, True])
 def test_training_divided_parameters_equals_one_device(poisoned):
   # Diagonal Hessian, so the probes do not matter and all is exact. One NaN in
@@ -245,3 +296,28 @@ def test_predictions_divided_over_two_axes():
   got = map_grid(update, x, inputs, specs=(P(axes), P(axes)), out_specs=P(axes))
   np.testing.assert_allclose(got, update(x, inputs), rtol=1e-5)
   np.testing.assert_allclose(got, 16 * (inputs / 16) ** 2, rtol=1e-5)
+
+
+def test_parts_of_masked_predictions_divided_over_two_axes():
+  # Parts weigh by what counts on all devices, not on one.
+  axes = ('data', 'model')
+  estimator = sophia_optax.microbatched(
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      likelihood=lambda key, means: jnp.ones_like(means)
+    ),
+    2,
+  )
+
+  def update(w, x, mask):
+    return estimator.update(
+      None,
+      estimator.init(w),
+      w,
+      predict_fn=lambda w, x: w * x,
+      batch=x,
+      label_mask=mask,
+    )[0]
+
+  args = jnp.float32(1), jnp.arange(1.0, 33.0), jnp.arange(32) % 5 > 1
+  got = map_grid(update, *args, specs=(P(), P(axes), P(axes)), out_specs=P())
+  np.testing.assert_allclose(got, update(*args), rtol=1e-5)

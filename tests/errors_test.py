@@ -233,6 +233,7 @@ def test_numbers_of_estimators(make):
     ({'batch': jnp.ones((10, 2))}, r'10 examples .* 4 does not divide'),
     ({'batch': {'x': jnp.ones(8), 'y': jnp.ones(4)}}, 'same leading axis'),
     ({'batch': {'x': jnp.ones(8), 'rate': 0.1}}, 'same leading axis'),
+    ({'batch': {'rate': 0.1}}, 'same leading axis'),
     (
       {'batch': jnp.ones(8), 'label_mask': jnp.ones(6, bool)},
       r'shape \(8,\), got shape \(6,\)',

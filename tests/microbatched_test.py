@@ -100,24 +100,27 @@ def test_variance_falls_and_the_mean_does_not_move():
   assert 6 < whole.var() / parts.var() < 10
 
 
-def test_masked_parts_weigh_by_what_counts():
+@pytest.mark.parametrize('mask', [
+    [True, False, True, True],
+    [1, 0, 2, 7],  # Numbers of documents, 0 is padding.
+])  # fmt: skip
+def test_masked_parts_weigh_by_what_counts(mask):
   # Scores of ±1 make B ĝ² deterministic where a part has one prediction.
   inner = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
     likelihood=lambda key, z: jnp.ones_like(z)
   )
   estimator = sophia_optax.microbatched(inner, 2)
   x = jnp.array([1.0, 2.0, 3.0, 4.0])
-  mask = jnp.array([True, True, True, False])
   estimate, _ = estimator.update(
     None,
     estimator.init(1.0),
     1.0,
     predict_fn=lambda w, x: w * x,
     batch=x,
-    label_mask=mask,
+    label_mask=jnp.array(mask),
   )
-  # Parts (1, 3) and (2, masked): (4²/2)·2/3 + (2²/1)·1/3.
-  np.testing.assert_allclose(estimate, 8 * 2 / 3 + 4 / 3, rtol=1e-6)
+  # Parts (1, 3) and (masked, 4): (4²/2)·2/3 + (4²/1)·1/3.
+  np.testing.assert_allclose(estimate, 8 * 2 / 3 + 16 / 3, rtol=1e-6)
   none, _ = estimator.update(
     None,
     estimator.init(1.0),
@@ -127,6 +130,47 @@ def test_masked_parts_weigh_by_what_counts():
     label_mask=jnp.zeros(4, bool),
   )
   assert none == 0
+
+
+def test_mask_that_broadcasts_over_the_examples():
+  inner = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    likelihood=lambda key, z: jnp.ones_like(z)
+  )
+  estimator = sophia_optax.microbatched(inner, 2)
+  estimates = [
+    estimator.update(
+      None,
+      estimator.init(PARAMS),
+      PARAMS,
+      predict_fn=lambda p, x: x * p['w'],
+      batch=BATCH,
+      label_mask=mask,
+    )[0]
+    for row in [jnp.array([[True, False, True]])]
+    for mask in (row, jnp.broadcast_to(row, (24, 3)))
+  ]
+  chex.assert_trees_all_equal(*estimates)
+  assert estimates[0]['w'][1] == 0 < estimates[0]['w'][0]
+
+
+def test_estimator_of_a_user_gets_the_mask_of_its_part():
+  seen = []
+
+  def update(updates, state, params=None, *, batch, label_mask, **extra_args):
+    del updates, extra_args
+    jax.debug.callback(lambda *x: seen.append(x), batch, label_mask)
+    return params, state
+
+  own = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+  estimator = sophia_optax.microbatched(own, 2)
+  w, x = jnp.ones(2), jnp.arange(4.0)
+  estimator.update(None, estimator.init(w), w, batch=x, label_mask=x > 1)
+  jax.effects_barrier()
+  assert len(seen) == 2
+  for part, mask in seen:
+    np.testing.assert_array_equal(mask, part > 1)
 
 
 def test_memory_falls_with_the_number_of_parts():

@@ -1,5 +1,7 @@
 """Estimates that are averaged over devices, against the dense Hessian."""
 
+import functools
+
 import chex
 from devices import ESTIMATORS
 from devices import INPUTS
@@ -155,6 +157,33 @@ def test_microbatches_of_replicas(name, map_name):
       atol=1e-6,
     )
     np.testing.assert_array_equal(state.key[device], key)
+
+
+@pytest.mark.parametrize('map_name', MAPS)
+def test_masked_microbatches_of_replicas(map_name):
+  # Parts weigh by what counts on their replica, and replicas weigh the same.
+  def update(params, shard, axis_name=None):
+    estimator = sophia_optax.microbatched(
+      sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+        likelihood=lambda key, means: jnp.ones_like(means), axis_name=axis_name
+      ),
+      2,
+    )
+    return estimator.update(
+      None,
+      estimator.init(params),
+      params,
+      predict_fn=predict,
+      batch=shard,
+      label_mask=shard[:, 0] > 0,
+    )[0]
+
+  got = MAPS[map_name](functools.partial(update, axis_name='data'))(PARAMS)
+  alone = [update(PARAMS, shard) for shard in INPUTS]
+  expected = jax.tree.map(lambda *x: sum(x) / 8, *alone)
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda x: x[0], got), expected, rtol=1e-5
+  )
 
 
 def by_hand(name):
