@@ -1,5 +1,7 @@
 """Sophia itself: formula, cadence, dtypes, faults, win rate."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -255,6 +257,12 @@ def test_x64():
     chex.assert_trees_all_equal_shapes_and_dtypes(nu, params)
     np.testing.assert_allclose(nu['f64'], 0.06, rtol=1e-12)
 
+    # Of one gradient m̂ is that gradient, to the last digits.
+    tx = sophia_optax.scale_by_sophia(eps=1.0, clip_threshold=None)
+    grads = jax.grad(loss)(params)
+    updates, _ = tx.update(grads, tx.init(params), params, obj_fn=loss)
+    np.testing.assert_allclose(updates['f64'], 3.0, rtol=1e-14)
+
 
 @pytest.mark.parametrize('params', [{}, [], jnp.array(2.0), 2.0], ids=str)
 def test_trees_of_every_size(params):
@@ -386,9 +394,27 @@ def test_printed_win_rate(params, capsys, n, injected):
     assert 0 < float(rate) < 1
 
 
-def test_no_print_costs_nothing(params):
+def test_printed_win_rate_is_that_of_the_update(capsys):
+  # The first update is clipped everywhere, the curvature after it is large.
+  tx = sophia_optax.scale_by_sophia(
+    gamma=1000.0,
+    hessian_diagonal_fn=optax.identity(),
+    verbose=True,
+    print_win_rate_every_n_steps=1,
+  )
+  run(tx, [jnp.ones(2)] * 2, jnp.ones(2))
+  jax.effects_barrier()
+  rates = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+  assert rates == ['0.0', '1.0']
+
+
+@pytest.mark.parametrize(
+  'factory',
+  [sophia_optax.scale_by_sophia, functools.partial(sophia_optax.sophia, 0.1)],
+)
+def test_no_print_costs_nothing(params, factory):
   def program(**kwargs):
-    tx = sophia_optax.scale_by_sophia(**kwargs)
+    tx = factory(**kwargs)
     update = lambda s: tx.update(params, s, params, obj_fn=loss_fn)
     return jax.jit(update).lower(tx.init(params)).as_text()
 
