@@ -269,15 +269,16 @@ def test_loss_scale_of_an_estimator_that_names_it():
     del params, extra_args
     return jax.tree.map(lambda g: (g / loss_scale) ** 2, updates), state
 
-  estimator = optax.GradientTransformationExtraArgs(
+  own = optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
   )
   x = jnp.arange(1.0, 4.0)
-  for maximize in (False, True):
+  parts = sophia_optax.microbatched(own, 2)
+  for estimator, maximize in [(own, False), (own, True), (parts, False)]:
     tx = sophia_optax.sophia_g(
       b2=0.0, hessian_diagonal_fn=estimator, maximize=maximize
     )
-    _, state = tx.update(8 * x, tx.init(x), x, loss_scale=8.0)
+    _, state = tx.update(8 * x, tx.init(x), x, loss_scale=8.0, batch=BATCH)
     np.testing.assert_allclose(optax.tree.get(state, 'nu'), x**2)
 
 

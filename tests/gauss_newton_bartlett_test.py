@@ -87,6 +87,7 @@ def every_label(probabilities):
 
 
 CASES = {
+  'no_axis': ((), None),
   'one': ((1,), None),
   'three': ((3,), None),
   'ranks': ((2, 2), None),
@@ -175,6 +176,16 @@ def test_many_classes_are_drawn_with_their_probabilities():
   np.testing.assert_allclose(frequencies, jax.nn.softmax(logits), atol=0.008)
   single = likelihoods.categorical.sample(jax.random.PRNGKey(0), logits[:1])
   assert single == 0
+
+
+def test_threshold_of_zero_draws_no_impossible_class(monkeypatch):
+  # One random number in eight million is exactly zero.
+  monkeypatch.setattr(
+    jax.random, 'uniform', lambda key, shape, dtype: jnp.zeros(shape, dtype)
+  )
+  logits = jnp.full(9, 0.0).at[:4].set(-jnp.inf)  # The first block, and one.
+  label = likelihoods.categorical.sample(jax.random.PRNGKey(0), logits)
+  assert label == 4
 
 
 @pytest.mark.parametrize('possible', [0, 3, 9])
@@ -369,7 +380,7 @@ def test_squared_gradient():
   }
   grads = {
     'w': jnp.array([1.0, -2.0]),
-    'b': jnp.array([3.0, 0.5], jnp.bfloat16),
+    'b': jnp.array([3.0, 1.0078125], jnp.bfloat16),
     'z': jnp.array(3.0 - 4.0j),
     'int': np.zeros((), jax.dtypes.float0),
   }
@@ -377,7 +388,7 @@ def test_squared_gradient():
   estimate, _ = estimator.update(grads, estimator.init(params), params)
   expected = {
     'w': jnp.array([10.0, 40.0]),
-    'b': jnp.array([90.0, 2.5]),
+    'b': jnp.array([90.0, 10 * 1.0078125**2]),  # More bits than bfloat16 has.
     'z': jnp.array(90.0 + 160.0j),
     'int': jnp.array(0),
   }

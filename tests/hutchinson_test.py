@@ -224,3 +224,12 @@ def test_batch_is_handed_to_the_objective(params):
     None, state, params, obj_fn=lambda p: 2 * loss_fn(p), unknown='ignored'
   )
   chex.assert_trees_all_close(given, bound, rtol=1e-6)
+
+
+@pytest.mark.parametrize('loss', [1.0, np.float32(1.0), jnp.array(1.0)])
+def test_constant_loss_has_no_curvature(params, loss):
+  estimator = sophia_optax.hutchinson_estimator_diag_hessian()
+  estimate, _ = estimator.update(
+    None, estimator.init(params), params, obj_fn=lambda p: loss
+  )
+  chex.assert_trees_all_equal(estimate, optax.tree.zeros_like(params))
