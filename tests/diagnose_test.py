@@ -285,6 +285,7 @@ def test_divided_parameters_are_counted_as_one():
   )(x, curvature)
   expected = step(lambda loss: loss, x, curvature)
   assert expected[0] == np.mean(curvature < 0) > 0
+  assert expected[1]['w'].negative_fraction == expected[0]
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected
   )

@@ -364,6 +364,18 @@ def test_win_rate_is_measured_on_refresh_steps(params):
   assert optax.tree.get(state, 'win_rate').dtype == jnp.float32
 
 
+def test_coordinate_at_the_threshold_does_not_win():
+  tx = sophia_optax.scale_by_sophia(
+    b1=0.0,
+    b2=0.0,
+    gamma=1.0,
+    refresh_before_update=True,
+    hessian_diagonal_fn=scripted([jnp.ones(2)]),
+  )
+  ((_, state),) = run(tx, [jnp.array([1.0, 0.5])], jnp.ones(2))
+  assert state.win_rate == 0.5
+
+
 def test_win_rate_without_clipping_is_one():
   tx = sophia_optax.scale_by_sophia(
     clip_threshold=None, hessian_diagonal_fn=optax.identity()
