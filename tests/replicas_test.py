@@ -8,6 +8,7 @@ from devices import INPUTS
 from devices import loss_fn
 from devices import map_grid
 from devices import MAPS
+from devices import mesh
 from devices import PARAMS
 from devices import predict
 import jax
@@ -183,6 +184,32 @@ def test_masked_microbatches_of_replicas(map_name):
   expected = jax.tree.map(lambda *x: sum(x) / 8, *alone)
   chex.assert_trees_all_close(
     jax.tree.map(lambda x: x[0], got), expected, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('params', [{'w': INPUTS[:, 0]}, {}], ids=['w', 'none'])
+def test_trainings_of_their_own_have_win_rates_of_their_own(params):
+  # States that differ from device to device: nothing is to be summed.
+  tx = sophia_optax.scale_by_sophia(
+    b1=0.0,
+    b2=0.0,
+    gamma=1.0,
+    refresh_before_update=True,
+    hessian_diagonal_fn=optax.stateless(
+      lambda g, _: jax.tree.map(jnp.ones_like, g)
+    ),
+  )
+  states = jax.vmap(lambda p, _: tx.init(p))(params, jnp.arange(8))
+
+  @jax.vmap
+  def win_rates(params, state):
+    return tx.update(params, state, params)[1].win_rate
+
+  mapped = jax.shard_map(
+    win_rates, mesh=mesh(), in_specs=P('data'), out_specs=P('data')
+  )
+  np.testing.assert_allclose(
+    jax.jit(mapped)(params, states), win_rates(params, states)
   )
 
 
