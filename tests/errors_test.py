@@ -193,6 +193,11 @@ PREDICTIONS = [
     ValueError,
     'no axis for classes',
   ),
+  (
+    {'predict_fn': predict_fn, 'label_mask': jnp.ones((4, 1), bool)},
+    ValueError,
+    'no axis for classes',
+  ),
 ]
 
 
