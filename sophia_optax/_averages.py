@@ -100,7 +100,7 @@ def over_parts(
     total, state = carry
     part, weight = xs
     new, state = estimate(state, **part)
-    add = lambda t, e: t + weight.astype(t.dtype) * e.astype(t.dtype)
+    add = lambda t, e: t + weight.astype(t.dtype) * jnp.asarray(e, t.dtype)
     return (jax.tree.map(add, total, new), state), None
 
   return jax.lax.scan(add_part, (zeros, state), (parts, weights))[0]

@@ -102,6 +102,7 @@ def _diagnose(leaves):
   mu, nu, fractions = map(list, zip(*leaves, strict=True))
   like = fractions[0]
   mu, nu = _coordinates.split(mu, mu), _coordinates.split(mu, nu)
+  nu = _coordinates.widen(nu)
   sizes = jnp.array([_fractions.size(h, like) for h in nu], jnp.float32)
   average = sizes @ jnp.stack(fractions) / jnp.maximum(jnp.sum(sizes), 1)
 

@@ -349,3 +349,11 @@ def test_norm_is_summed_in_float32():
   nu = {'w': jnp.array([16.0, 1.0], jnp.bfloat16)}  # 257 has too many bits.
   found = sophia_optax.diagnose(tx.init({'w': jnp.ones(2)})._replace(nu=nu))
   np.testing.assert_allclose(found['w'].curvature_norm, 257**0.5, rtol=1e-6)
+
+
+def test_norm_of_curvature_in_float16():
+  # Regression: 300² is more than float16 can hold; the norm is not.
+  tx = sophia_optax.scale_by_sophia(nu_dtype=jnp.float16, diagnostics=True)
+  nu = {'w': jnp.array([300.0, 400.0], jnp.float16)}
+  found = sophia_optax.diagnose(tx.init({'w': jnp.ones(2)})._replace(nu=nu))
+  assert found['w'].curvature_norm == 500

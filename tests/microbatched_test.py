@@ -215,3 +215,13 @@ def test_split_keeps_the_sharding():
   chex.assert_trees_all_close(
     step(state, sharded)[0], step(state, jnp.ones((64, 3)))[0], rtol=1e-5
   )
+
+
+def test_parts_of_an_estimate_that_is_a_python_number():
+  own = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), lambda g, s, p=None, **_: (2.0, s)
+  )
+  estimator = sophia_optax.microbatched(own, 2)
+  w = jnp.array(1.0)
+  estimate, _ = estimator.update(None, estimator.init(w), w, batch=jnp.ones(4))
+  assert estimate == 2
