@@ -108,8 +108,10 @@ def scale_by_sophia(
   refresh changes the factor by at most 4, so that the win rate of the
   coordinates with a gradient reaches the target. Coordinates whose gradient is
   zero, such as embedding rows that are not in the batch, win at any γ and do
-  not count. The factor is ``optax.tree.get(state, 'gamma_factor')``, and stays
-  between 1e-10 and 1e10.
+  not count. Where γ has no effect, because h is not positive or m̂ is below
+  ``clip_threshold * eps``, a coordinate counts, but the others must reach the
+  target; their own win rate stays between 0.1 and 0.9. The factor is
+  ``optax.tree.get(state, 'gamma_factor')``, and stays between 1e-10 and 1e10.
 
   With ``update(..., loss_scale=s)`` gradients and ``obj_fn`` are those of s
   times the loss, which prevents underflow in half precision. They are divided
