@@ -78,8 +78,9 @@ _EXAMPLES = {
 }
 
 
-def given(name: str, value: Any, user: str, got: str = 'None'):
+def given(name: str, value: Any, user: str, others: Collection[str] = ()):
   if value is None:
+    got = f'only {", ".join(others)}' if others else 'None'
     raise ValueError(
       f'{user} needs {name}, got {got}. Pass it to update:'
       f' update(grads, state, params, {_EXAMPLES[name]}).'
@@ -118,8 +119,8 @@ def same_shapes(name: str, tree: Any, params: Any):
       f'{name} must be a tree like params. Needed: {need}, got: {got}.'
       ' Return one array for each parameter.'
     )
-  paths = jax.tree_util.tree_leaves_with_path(params)
-  for (path, p), x in zip(paths, jax.tree.leaves(tree), strict=True):
+  leaves = jax.tree.leaves_with_path(params), jax.tree.leaves(tree)
+  for (path, p), x in zip(*leaves, strict=True):
     if np.shape(x) != np.shape(p):
       raise ValueError(
         f'{name} must be a tree like params, but its leaf'

@@ -126,8 +126,7 @@ def sampled_estimator(
     del updates
     _checks.given('params', params, 'the estimator')
     fn = extra_args.pop(fn_name, None)
-    got = 'only ' + ', '.join(extra_args) if extra_args else 'None'
-    _checks.given(fn_name, fn, 'the estimator', got)
+    _checks.given(fn_name, fn, 'the estimator', extra_args)
     _check_complete(fn_name, params, full_params)
     _checks.mapped_axes(axis_name)
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
