@@ -107,10 +107,13 @@ def sophia(
     >>> tx = sophia_optax.sophia(learning_rate=0.1)
     >>> x = jnp.array([1.0, 2.0])
     >>> state = tx.init(x)
-    >>> for _ in range(100):
+    >>> @jax.jit
+    ... def step(x, state):
     ...   grads = jax.grad(loss)(x)
     ...   updates, state = tx.update(grads, state, x, obj_fn=loss)
-    ...   x = optax.apply_updates(x, updates)
+    ...   return optax.apply_updates(x, updates), state
+    >>> for _ in range(100):
+    ...   x, state = step(x, state)
     >>> print(bool(loss(x) < 0.1))
     True
 

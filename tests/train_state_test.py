@@ -154,7 +154,7 @@ def test_optimizers_without_extra_arguments(tx):
 
 def test_what_sophia_needs_is_named():
   state = create(make_optimizer())
-  with pytest.raises(ValueError, match='needs obj_fn, got None'):
+  with pytest.raises(ValueError, match='needs obj_fn, got only objfn'):
     state.apply_gradients(grads=init_params(), objfn=loss_fn)
 
 
