@@ -1,24 +1,35 @@
-"""How far AdamW, Lion and Sophia get, each with the same number of trials.
+"""How far optimizers get, after the same search for each, by length of the run.
 
-  python benchmarks/convergence.py --output=benchmarks/convergence.json
-  python benchmarks/convergence.py --show=benchmarks/convergence.json
+  python benchmarks/convergence.py --output=benchmarks/convergence.json --jobs=2
+  python benchmarks/convergence_plots.py --show=benchmarks/convergence.json
 
-Three problems: a byte-level GPT of 0.95 million parameters on the text of the
-standard library, in steps of 2,048 tokens; one of 0.25 million, in steps of
-16,384; and digits of 8 × 8 pixels. Every optimizer has warm-up and cosine decay
-to 5 %, gradients that are clipped to a norm of 1 (GPT), and as many trials:
-settings drawn at random from RANGES, which the trial's number decides. The
-best, by its last validation loss, is run with two more seeds of parameters,
-batches and probes. Sophia's best is also run, with all three seeds, with
-target_win_rate=0.3 and γ from its default.
+The protocol, the same for every optimizer:
 
-Runs that are in the file are not run again, so a benchmark that was stopped
-goes on where it was. --jobs runs go on side by side, on one core each. Seconds
-are those of one core: steps times the time of a step in the fastest stretch
-between two validations of any of the three runs, as other load on the machine
-only ever adds to it. Compilation and validation are not in them.
+1. Search. The shortest language task (TASKS) gets --trials settings each, the
+   points of a scrambled Halton sequence in the optimizer's space (SPACES). The
+   learning rate of the best is then multiplied by powers of √2, down and up,
+   until the loss is 0.03 above the best on both sides.
+2. Longer runs, larger batches and models. The two best trials of the task
+   before (one, where runs are long) are run; the better one's learning rate is
+   multiplied by powers of √2 until one that is lower and one that is higher are
+   worse.
+3. Report. The best of a task is run with three seeds that had no part in the
+   search; a seed decides parameters, batches and probes.
+
+'untuned' is Sophia-G without a search: AdamW's best learning rate in that task,
+10 % warm-up, updates capped to a root mean square of 0.3 in each array, and γ
+steered to a win rate of 0.3. Variants of the best settings differ in one thing.
+
+Every run ends with its schedule: linear warm-up, cosine to 5 %. Sophia's
+curvature is that of a quarter of the batch, on every tenth step.
+
+A run is written as soon as it ends, and runs that are in the file are not run
+again, so a benchmark that was stopped continues where it was. --jobs runs go on
+side by side, in one thread each. Seconds are of the processor, so that other
+load on the machine does not count; without compilation and validation.
 """
 
+from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
 import functools
@@ -28,451 +39,629 @@ import multiprocessing
 import os
 import pathlib
 import platform
-import statistics
 import sys
+import time
 
 from absl import app
 from absl import flags
 import flax
 import jax
+import jax.numpy as jnp
 import jaxlib
-from matplotlib import figure
 import numpy as np
 import optax
-import tqdm
+import scipy.stats
+import sklearn
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
-import demo
-import digits
-import gpt_configs
+import convergence_problems
 import sophia_optax
-from sweep import choice
-from sweep import decay
-from sweep import log_uniform
-from sweep import uniform
 import text
-import train_gpt
 
-_SEEDS = 3
-_TARGET_WIN_RATE = 0.3
-_DEFAULT_GAMMA = {'sophia_h': 0.01, 'sophia_g': 0.04}
+_NUM_TRIALS = 20
+SEEDS = (1, 2, 3)  # of what is reported; the search has seed 0
+_FINAL_RATE = 0.05
+_CURVE = 20  # validations in a run
+_CHUNK = 15  # steps in one call of the program; divides all steps / _CURVE
+_CAP = 0.3
+_DIVERGED = 1e9  # sorts last, and JSON has no infinity
 
-_GPT = gpt_configs.Config(
-  num_layers=2,
-  unroll=2,
-  micro_batch_size=16,
-  eval_interval=20,
-  eval_batches=16,
-  curvature_parts=4,
-)
-TASKS = {
-  'gpt_1m_2k': dataclasses.replace(
-    _GPT,
-    width=192,
-    num_heads=4,
-    batch_size=32,
-    num_steps=260,
-    warmup_steps=80,
-    curvature_batch_size=32,
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A problem and the length of its runs.
+
+  Attributes:
+    title: For tables and plots.
+    problem: A name of `convergence_problems.get`.
+    steps: Length of a run.
+    tokens: Number of tokens for each parameter; 0 where there are none.
+    parent: Task whose best trials are carried on; None for trials of its own.
+    carried: Number of trials that are.
+    rate: Power of √2 that their learning rates are multiplied by first.
+    margin: The sweep of the learning rate ends where the loss is that much
+      above the best. None means that there is no sweep.
+    peers: The optimizers, AdamW first.
+  """
+
+  title: str
+  problem: str
+  steps: int
+  tokens: float = 0
+  parent: str | None = None
+  carried: int = 2
+  rate: int = 0
+  margin: float | None = 0.0
+  peers: tuple[str, ...] = (
+    'adamw',
+    'nadamw',
+    'sophia_g',
+    'sophia_h',
+    'lion',
+    'signum',
+    'contrib',
+    'untuned',
+  )
+
+
+_SMALL = 'GPT, 0.12 M parameters, 2,048 tokens a step'
+LENGTHS = 'language_1200', 'language_4800', 'language_19200'
+TASKS = {  # in the order in which they are run
+  'language_1200': Task(
+    f'{_SMALL}, 1,200 steps', 'language', 1200, 20.6, margin=0.03
   ),
-  'gpt_16k': dataclasses.replace(
-    _GPT,
-    width=96,
-    num_heads=3,
-    batch_size=256,
-    num_steps=120,
-    warmup_steps=40,
-    curvature_batch_size=64,
+  'axes': Task('Regression along the axes', 'axes', 300, margin=None),
+  'rotated': Task('Regression, rotated', 'rotated', 300, margin=None),
+  'language_4800': Task(
+    f'{_SMALL}, 4,800 steps', 'language', 4800, 82.5, 'language_1200'
   ),
-  'digits': {'steps': 300, 'warmup_steps': 30},
+  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
+  'large_batch': Task(
+    'GPT, 0.12 M parameters, 16,384 tokens a step, 600 steps',
+    'language_large_batch',
+    600,
+    82.5,
+    'language_1200',
+    rate=1,
+  ),
+  'language_19200': Task(
+    f'{_SMALL}, 19,200 steps',
+    'language',
+    19200,
+    330,
+    'language_4800',
+    carried=1,
+    peers=('adamw', 'nadamw', 'sophia_g', 'sophia_h', 'signum', 'untuned'),
+  ),
+  'large_model': Task(
+    'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
+    'language_1m',
+    5400,
+    21.6,
+    'language_1200',
+    carried=1,
+    rate=-1,
+    peers=('adamw', 'nadamw', 'sophia_g', 'untuned'),
+  ),
 }
-TITLES = {
-  'gpt_1m_2k': 'GPT, 0.95 M parameters, 2,048 tokens a step',
-  'gpt_16k': 'GPT, 0.25 M parameters, 16,384 tokens a step',
-  'digits': 'Digits, 128 images a step',
-}
-_TASK_SEEDS = {'gpt_1m_2k': 0, 'gpt_16k': 2, 'digits': 3}  # of the trials
-STYLES = demo.STYLES | {
-  'lion': {'label': 'Lion', 'color': '#009E73', 'linestyle': '--'}
-}
-OPTIMIZERS = gpt_configs.OPTIMIZERS
 
-_SOPHIA = {'update_interval': choice(5, 10)}
-_GPT_RANGES = {
-  'adamw': {
-    'learning_rate': log_uniform(1e-3, 2e-2),
-    'b1': uniform(0.6, 0.95),
-    'b2': decay(0.9, 0.99),
-    'weight_decay': log_uniform(0.01, 1.0),
-  },
-  'lion': {
-    'learning_rate': log_uniform(1.5e-4, 3e-3),
-    'b1': uniform(0.6, 0.95),
-    'b2': decay(0.9, 0.99),
-    'weight_decay': log_uniform(0.03, 3.0),
-  },
-  'sophia_h': _SOPHIA
-  | {
-    'learning_rate': log_uniform(3e-4, 6e-3),
-    'b1': uniform(0.6, 0.95),
-    'b2': decay(0.9, 0.99),
-    'weight_decay': log_uniform(0.01, 1.0),
-    'gamma': log_uniform(3e-3, 3e-1),
-  },
-  'sophia_g': _SOPHIA
-  | {
-    'learning_rate': log_uniform(3e-4, 6e-3),
-    'b1': uniform(0.6, 0.95),
-    'b2': decay(0.9, 0.99),
-    'weight_decay': log_uniform(0.01, 1.0),
-    'gamma': log_uniform(1e-2, 1.0),
-  },
+
+def _log_uniform(low, high):
+  return lambda u: low * (high / low) ** u
+
+
+def _decay(low, high):
+  """Uniform in the logarithm of the distance from 1."""
+  return lambda u: 1 - _log_uniform(1 - low, 1 - high)(u)
+
+
+def _choice(*values):
+  return lambda u: values[int(u * len(values))]
+
+
+_SHARED = {
+  'warmup': _log_uniform(0.05, 0.5),  # a fraction of the steps
+  'b1': _decay(0.8, 0.97),
 }
-_DIGITS_RATES = {
-  'adamw': log_uniform(2e-3, 1e-1),
-  'lion': log_uniform(2e-4, 1e-2),
-  'sophia_h': log_uniform(5e-4, 2e-2),
-  'sophia_g': log_uniform(5e-4, 2e-2),
+_ADAM = {
+  'learning_rate': _log_uniform(2e-3, 3e-2),
+  **_SHARED,
+  'b2': _decay(0.9, 0.995),
+  'weight_decay': _log_uniform(0.03, 0.3),
 }
-RANGES = dict.fromkeys(TASKS, _GPT_RANGES) | {
-  'digits': {
-    name: ranges | {'learning_rate': _DIGITS_RATES[name]}
-    for name, ranges in _GPT_RANGES.items()
+_SIGN = {
+  'learning_rate': _log_uniform(3e-4, 4.5e-3),
+  **_SHARED,
+  'weight_decay': _log_uniform(0.1, 1.0),
+}
+_SOPHIA = {
+  # Of a capped update. One that is not may be 1 / 0.3 times as long, and its
+  # rate is 0.3 times what is drawn.
+  'learning_rate': _log_uniform(2e-3, 3e-2),
+  **_SHARED,
+  'b2': _decay(0.8, 0.99),
+  'weight_decay': _log_uniform(0.03, 0.3),
+  'cap': _choice(_CAP, None),
+  # γ at the end of the run, as a fraction of the first: a cosine leads there
+  # over the second half.
+  'gamma_end': _choice(1.0, 0.1),
+}
+_GAMMA_G = {'gamma': _log_uniform(0.02, 1.0)}
+_GAMMA_H = {'gamma': _log_uniform(0.003, 0.3)}
+SPACES = {
+  'adamw': _ADAM,
+  'nadamw': _ADAM,
+  'sophia_g': _SOPHIA | _GAMMA_G,
+  'sophia_h': _SOPHIA | _GAMMA_H,
+  'lion': _SIGN | {'b2': _decay(0.9, 0.995)},
+  'signum': _SIGN | {'nesterov': _choice(True, False)},
+  'contrib': {
+    'learning_rate': _log_uniform(6e-4, 9e-3),
+    **_SHARED,
+    'b2': _decay(0.8, 0.99),
+    'weight_decay': _log_uniform(0.03, 0.3),
   }
+  | _GAMMA_H,
 }
+_FIXED = {
+  'sophia_g': {'nesterov': True, 'nu_bias_correction': True},
+  'sophia_h': {'nesterov': True, 'nu_bias_correction': True},
+  'untuned': {
+    'nesterov': True,
+    'nu_bias_correction': True,
+    'warmup': 0.1,
+    'b1': 0.9,
+    'b2': 0.97,
+    'weight_decay': 0.1,
+    'cap': _CAP,
+    'gamma': 0.04,
+    'gamma_end': 1.0,
+    'target_win_rate': 0.3,
+  },
+}
+# Where losses are not of a language, steps are not as long either.
+RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
+VARIANTS = {
+  'without Nesterov momentum': lambda s: {'nesterov': False},
+  'without bias correction of h': lambda s: {'nu_bias_correction': False},
+  'cap the other way': lambda s: (
+    {'cap': None, 'learning_rate': _CAP * s['learning_rate']}
+    if s['cap']
+    else {'cap': _CAP, 'learning_rate': s['learning_rate'] / _CAP}
+  ),
+  'γ the other way': lambda s: {'gamma_end': 0.1 if s['gamma_end'] == 1 else 1},
+}
+VARIED = {'language_1200': ('sophia_g', 'sophia_h')}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One run. Trials have the first seed; γ is fixed unless it is steered."""
+  """One run.
+
+  Attributes:
+    task: A key of `TASKS`.
+    optimizer: A key of `SPACES`, or 'untuned'.
+    trial: Number of the point in the space; of AdamW's, for 'untuned'.
+    rate: Power of √2 that its learning rate is multiplied by.
+    seed: Of parameters, batches and probes.
+    variant: A key of `VARIANTS`, or ''.
+  """
 
   task: str
   optimizer: str
   trial: int
+  rate: int = 0
   seed: int = 0
-  steered: bool = False
+  variant: str = ''
 
-  @functools.cached_property
-  def settings(self) -> dict[str, float]:
-    """What the trial draws, rounded to what a table can show."""
-    ranges = RANGES[self.task][self.optimizer]
-    rng = np.random.default_rng(
-      (_TASK_SEEDS[self.task], OPTIMIZERS.index(self.optimizer), self.trial)
+
+@functools.cache
+def _points(optimizer):
+  """Enough for any number of trials; the first ones are always the same."""
+  # Of the first 100 seeds the one with which the coordinates of the first 20
+  # points in Sophia's space correlate least, by at most 0.3; 0.5 is typical.
+  return scipy.stats.qmc.Halton(len(SPACES[optimizer]), seed=77).random(100)
+
+
+def settings(case: Case) -> dict:
+  """What a run has for hyperparameters, with three digits each."""
+  source = 'adamw' if case.optimizer == 'untuned' else case.optimizer
+  drawn = {
+    name: sample(u)
+    for (name, sample), u in zip(
+      SPACES[source].items(), _points(source)[case.trial], strict=True
     )
-    settings = {name: sample(rng) for name, sample in ranges.items()}
-    settings = {
-      name: x if isinstance(x, int) else float(f'{x:.3g}')
-      for name, x in settings.items()
-    }
-    if self.steered:
-      settings |= {
-        'gamma': _DEFAULT_GAMMA[self.optimizer],
-        'target_win_rate': _TARGET_WIN_RATE,
-      }
-    return settings
-
-
-def _train_gpt(case):
-  config = dataclasses.replace(
-    TASKS[case.task], optimizer=case.optimizer, seed=case.seed, **case.settings
-  )
-  return train_gpt.train(config).history
-
-
-def _train_digits(case):
-  task, settings = TASKS[case.task], dict(case.settings)
-  rate = settings.pop('learning_rate')
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, rate, task['warmup_steps'], task['steps'], 0.05 * rate
-  )
-  gamma = settings.pop('gamma', None)
-  optimizer = {
-    'adamw': optax.adamw,
-    'lion': optax.lion,
-    'sophia_h': functools.partial(sophia_optax.sophia, gamma=gamma),
-    'sophia_g': functools.partial(sophia_optax.sophia_g, rho=gamma),
-  }[case.optimizer](schedule, **settings)
-  history = digits.train(optimizer, task['steps'], case.seed)[1]
-  return [{'val_loss': h.pop('loss')} | h for h in history]
-
-
-def run(case: Case) -> dict:
-  """Trains once; returns the case and what every validation saw."""
-  train = _train_digits if case.task == 'digits' else _train_gpt
-  history = [
-    {name: float(f'{x:.5g}') for name, x in entry.items()}
-    for entry in train(case)
-  ]
-  return dataclasses.asdict(case) | {
-    'settings': case.settings,
-    'history': history,
+  }
+  if 'cap' in drawn and drawn['cap'] is None:
+    drawn['learning_rate'] *= _CAP
+  drawn['learning_rate'] *= RATES.get(case.task, 1.0) * 2 ** (case.rate / 2)
+  if case.optimizer == 'untuned':
+    drawn = {'learning_rate': drawn['learning_rate']}
+  drawn |= _FIXED.get(case.optimizer, {})
+  if case.variant:
+    drawn |= VARIANTS[case.variant](drawn)
+  return {
+    name: float(f'{x:.3g}') if isinstance(x, float) else x
+    for name, x in drawn.items()
   }
 
 
-def _case(result):
-  return Case(**{f.name: result[f.name] for f in dataclasses.fields(Case)})
+def _learning_rate(s):
+  """Warm-up and cosine, of numbers that may be traced."""
+
+  def schedule(count):
+    warmup = s['warmup'] * s['steps']
+    progress = jnp.clip((count - warmup) / (s['steps'] - warmup), 0, 1)
+    cosine = (1 + jnp.cos(jnp.pi * progress)) / 2
+    cosine = _FINAL_RATE + (1 - _FINAL_RATE) * cosine
+    return s['learning_rate'] * jnp.where(
+      count < warmup, count / warmup, cosine
+    )
+
+  return schedule
 
 
-def final_loss(result: dict) -> float:
-  """The last validation loss; one that diverged is worse than any."""
-  loss = result['history'][-1]['val_loss']
-  return loss if np.isfinite(loss) else float('inf')
+def _gamma(s):
+  """γ, and from the middle of the run a cosine to `gamma_end` of it."""
+
+  def schedule(count):
+    progress = jnp.clip(2 * count / s['steps'] - 1, 0, 1)
+    cosine = (1 + jnp.cos(jnp.pi * progress)) / 2
+    return s['gamma'] * (s['gamma_end'] + (1 - s['gamma_end']) * cosine)
+
+  return s['gamma'] if 'target_win_rate' in s else schedule
 
 
-def _trials_of(results, task, optimizer):
-  return [
-    r
-    for r in results
-    if r['seed'] == 0
-    and not r['steered']
-    and (r['task'], r['optimizer']) == (task, optimizer)
-  ]
-
-
-def best_trial(results: list[dict], task: str, optimizer: str) -> int:
-  """Returns the trial with the lowest final loss of the first seed."""
-  return min(_trials_of(results, task, optimizer), key=final_loss)['trial']
-
-
-def trials(num_trials: int) -> list[Case]:
-  """All trials, one of each optimizer before the next of any."""
-  return [
-    Case(task, optimizer, trial)
-    for trial in range(num_trials)
-    for task in TASKS
-    for optimizer in OPTIMIZERS
-  ]
-
-
-def finals(results: list[dict]) -> list[Case]:
-  """The runs that are reported, given the results of all trials."""
-  return [
-    Case(task, optimizer, best_trial(results, task, optimizer), seed, steered)
-    for task in TASKS
-    for seed in range(_SEEDS)
-    for optimizer in OPTIMIZERS
-    for steered in ((False, True) if optimizer in _DEFAULT_GAMMA else (False,))
-  ]
-
-
-def _steps_to(history, target):
-  return next((h['step'] for h in history if h['val_loss'] <= target), None)
-
-
-def _seconds_a_step(results):
-  """Of the fastest stretch between two validations."""
-  return min(
-    (b['seconds'] - a['seconds']) / (b['step'] - a['step'])
-    for r in results
-    for a, b in itertools.pairwise(r['history'])
+def _scale_by_sophia(s, estimator):
+  return optax.chain(
+    sophia_optax.scale_by_sophia(
+      s['b1'],
+      s['b2'],
+      gamma=_gamma(s),
+      hessian_diagonal_fn=estimator,
+      target_win_rate=s.get('target_win_rate'),
+      nesterov=s['nesterov'],
+      nu_bias_correction=s['nu_bias_correction'],
+    ),
+    optax.clip_by_block_rms(s['cap']),
   )
 
 
-def _label(result):
-  name = STYLES[result['optimizer']]['label']
-  return f'{name}, γ steered' if result['steered'] else name
-
-
-def summary(results: list[dict], task: str) -> list[dict]:
-  """Compares the final runs of a task.
+def make_optimizer(
+  name: str, s: dict, problem, seed
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimizer with clipping, schedule and masked decay.
 
   Args:
-    results: all runs.
-    task: a key of `TASKS`.
+    name: A key of `SPACES`, or 'untuned'.
+    s: Its settings and `steps`; numbers may be traced, booleans not.
+    problem: The problem.
+    seed: Of probes.
 
   Returns:
-    For each optimizer: label, runs, mean and standard deviation of the final
-    losses, the steps after which each seed is at AdamW's mean final loss (None
-    if it never is), seconds a step, and the final losses of all trials, sorted.
+    A transformation that takes `obj_fn`, `predict_fn` and `batch`.
   """
-  by_case = {_case(r): r for r in results}
-  chosen = [[by_case[c] for c in cases] for cases in _by_row(results, task)]
-  target = statistics.mean(map(final_loss, chosen[0]))
-  rows = []
-  for runs in chosen:
-    losses = [final_loss(r) for r in runs]
-    rows.append(
-      {
-        'label': _label(runs[0]),
-        'runs': runs,
-        'mean': statistics.mean(losses),
-        'deviation': float(np.std(losses, ddof=1)),
-        'steps': [_steps_to(r['history'], target) for r in runs],
-        'seconds_a_step': _seconds_a_step(runs),
-        'trials': sorted(
-          map(final_loss, _trials_of(results, task, runs[0]['optimizer']))
-        ),
-      }
+  rate = _learning_rate(s)
+  decay = s['weight_decay'], problem.decay_mask
+  probe = jax.random.key(seed)
+  if name == 'adamw':
+    tx = optax.adamw(
+      rate, s['b1'], s['b2'], weight_decay=decay[0], mask=decay[1]
     )
-  return rows
+  elif name == 'nadamw':
+    tx = optax.nadamw(
+      rate, s['b1'], s['b2'], weight_decay=decay[0], mask=decay[1]
+    )
+  elif name == 'lion':
+    tx = optax.lion(
+      rate, s['b1'], s['b2'], weight_decay=decay[0], mask=decay[1]
+    )
+  elif name == 'contrib':
+    tx = optax.contrib.sophia(
+      rate,
+      s['b1'],
+      s['b2'],
+      weight_decay=decay[0],
+      weight_decay_mask=decay[1],
+      gamma=s['gamma'],
+      hessian_diagonal_fn=optax.contrib.hutchinson_estimator_diag_hessian(
+        jax.random.key_data(probe)
+      ),
+    )
+  else:
+    if name == 'signum':
+      direction = sophia_optax.scale_by_sophia(
+        s['b1'],
+        gamma=0.0,
+        hessian_diagonal_fn=optax.set_to_zero(),
+        nesterov=s['nesterov'],
+      )
+    elif name == 'sophia_h':
+      direction = _scale_by_sophia(
+        s, sophia_optax.hutchinson_estimator_diag_hessian(probe)
+      )
+    else:
+      # Four estimates have half the scatter of one, at the same cost.
+      direction = _scale_by_sophia(
+        s,
+        sophia_optax.microbatched(
+          sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+            probe, likelihood=problem.likelihood
+          ),
+          4,
+        ),
+      )
+    tx = optax.chain(
+      direction,
+      optax.add_decayed_weights(*decay),
+      optax.scale_by_learning_rate(rate),
+    )
+  return optax.with_extra_args_support(
+    optax.chain(optax.clip_by_global_norm(problem.clip_norm), tx)
+  )
 
 
-def _by_row(results, task):
-  """The final cases of a task: a list for each optimizer, AdamW first."""
-  rows = {}
-  for case in finals(results):
-    if case.task == task:
-      rows.setdefault((case.optimizer, case.steered), []).append(case)
-  return list(rows.values())
+def _gradient(problem, params, batch):
+  """The mean gradient, of as many examples at a time as the cache holds."""
+  parts = batch.reshape(-1, problem.micro_batch, *batch.shape[1:])
+  grad = jax.grad(problem.loss)
+  if len(parts) == 1:
+    return grad(params, batch)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, grad(params, part)), None
+
+  total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+  return jax.tree.map(lambda g: g / len(parts), total)
 
 
-def render(results: list[dict]) -> str:
-  """Lays out a Markdown table and the best settings for each task."""
-  lines = []
-  for task in TASKS:
-    lines += [
-      f'{TITLES[task]}:',
-      '',
-      "| | validation loss | steps to AdamW's | ms a step |"
-      " seconds to AdamW's | trials: best, median |",
-      '|---' * 6 + '|',
+@functools.cache
+def _programs(problem_name, optimizer_name, switches):
+  """Compiled once for all trials, lengths and seeds: these are arguments."""
+  problem = convergence_problems.get(problem_name)
+
+  def make(numbers, seed):
+    return make_optimizer(
+      optimizer_name, numbers | dict(switches), problem, seed
+    )
+
+  @jax.jit
+  def init(params, numbers, seed):
+    return make(numbers, seed).init(params)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def advance(params, opt_state, numbers, seed, start):
+    tx = make(numbers, seed)
+    key = jax.random.key(seed)
+
+    def step(carry, t):
+      params, opt_state = carry
+      batch = problem.sample(jax.random.fold_in(key, t))
+      quarter = batch[: len(batch) // 4]
+      updates, opt_state = tx.update(
+        _gradient(problem, params, batch),
+        opt_state,
+        params,
+        obj_fn=lambda params, batch=quarter: problem.loss(params, batch),
+        predict_fn=problem.predict,
+        batch=quarter,
+      )
+      return (optax.apply_updates(params, updates), opt_state), None
+
+    carry, _ = jax.lax.scan(
+      step, (params, opt_state), start + jnp.arange(_CHUNK)
+    )
+    return carry
+
+  return (
+    jax.jit(problem.init),
+    init,
+    advance,
+    jax.jit(problem.validate),
+    jax.jit(problem.validate_all),
+  )
+
+
+def _number(loss):
+  return float(f'{loss:.5g}') if np.isfinite(loss) else _DIVERGED
+
+
+def run(case: Case) -> dict:
+  """Trains once; returns the case, its settings and what came of it.
+
+  Args:
+    case: The run.
+
+  Returns:
+    The case's fields and `settings`, `steps`, `curve` (validation losses on a
+    part of the held-out data, evenly spaced), `loss` (the last one, on all of
+    it), `ms` (of the processor for a step, in the fastest pair of chunks) and
+    `seconds` (for all steps). For this library's Sophia also `win_rate`, and
+    `gamma` where it is steered, with the curve.
+  """
+  task, drawn = TASKS[case.task], settings(case)
+  switches = tuple((k, v) for k, v in drawn.items() if isinstance(v, bool))
+  numbers = {
+    name: jnp.float32(np.inf if x is None else x)
+    for name, x in drawn.items()
+    if not isinstance(x, bool)
+  } | {'steps': jnp.float32(task.steps)}
+  init_params, init, advance, validate, validate_all = _programs(
+    task.problem, case.optimizer, switches
+  )
+  params = init_params(case.seed)
+  opt_state = init(params, numbers, case.seed)
+  history = {'curve': [], 'win_rate': [], 'gamma': []}
+  seconds = []
+  for start in range(0, task.steps, _CHUNK):
+    clock = time.process_time()
+    params, opt_state = jax.block_until_ready(
+      advance(params, opt_state, numbers, case.seed, start)
+    )
+    seconds.append(time.process_time() - clock)
+    if (start + _CHUNK) % (task.steps // _CURVE) == 0:
+      history['curve'].append(_number(validate(params)))
+      win_rate = optax.tree.get(opt_state, 'win_rate')
+      if win_rate is not None and case.optimizer != 'signum':
+        history['win_rate'].append(float(f'{win_rate:.3g}'))
+      factor = optax.tree.get(opt_state, 'gamma_factor')
+      if factor is not None:
+        history['gamma'].append(float(f'{factor * drawn["gamma"]:.3g}'))
+  # Two chunks together have three refreshes, whichever they are.
+  pairs = [a + b for a, b in zip(seconds[2::2], seconds[3::2], strict=False)]
+  return (
+    dataclasses.asdict(case)
+    | {
+      'settings': drawn,
+      'steps': task.steps,
+      'loss': _number(validate_all(params)),
+      # The first chunk is not in them, as it may have been compiled.
+      'ms': round(1e3 * min(pairs) / (2 * _CHUNK), 3),
+      'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
+    }
+    | {name: values for name, values in history.items() if values}
+  )
+
+
+def case_of(result: dict) -> Case:
+  """Returns the case that a result is of."""
+  return Case(**{f.name: result[f.name] for f in dataclasses.fields(Case)})
+
+
+def search(
+  task: str, optimizer: str, losses: dict[Case, float], num_trials: int
+) -> tuple[list[Case], Case | None]:
+  """Returns what the search for an optimizer's settings consists of.
+
+  Args:
+    task: A key of `TASKS`.
+    optimizer: One of its peers.
+    losses: Final losses of what has been run.
+    num_trials: Number of trials.
+
+  Returns:
+    The cases that are known to be needed, run or not; and the best of them if
+    all have been run and no more are needed, else None.
+  """
+  spec = TASKS[task]
+  if optimizer == 'untuned':
+    _, best = search(task, 'adamw', losses, num_trials)
+    return [], best and Case(task, optimizer, best.trial, best.rate)
+  if spec.parent is None:
+    cases = [Case(task, optimizer, trial) for trial in range(num_trials)]
+  else:
+    tried, best = search(spec.parent, optimizer, losses, num_trials)
+    if best is None:
+      return [], None
+    first_of_trial = {}
+    for case in sorted(tried, key=losses.get):
+      first_of_trial.setdefault(case.trial, case)
+    cases = [
+      dataclasses.replace(case, task=task, rate=case.rate + spec.rate)
+      for case in list(first_of_trial.values())[: spec.carried]
     ]
-    settings = []
-    for row in summary(results, task):
-      reached = [s for s in row['steps'] if s is not None]
-      steps = seconds = 'never'
-      if reached:
-        steps = f'{statistics.mean(reached):.0f}'
-        seconds = f'{statistics.mean(reached) * row["seconds_a_step"]:.1f}'
-      if 0 < len(reached) < _SEEDS:
-        steps += f' ({len(reached)} of {_SEEDS} seeds)'
-      if not row['runs'][0]['steered']:
-        settings.append(
-          f'* {row["label"]}: '
-          + ', '.join(
-            f'{name} {x:g}' for name, x in row['runs'][0]['settings'].items()
-          )
-        )
-      lines.append(
-        f'| {row["label"]} | {row["mean"]:.3f} ± {row["deviation"]:.3f} '
-        f'| {steps} | {1e3 * row["seconds_a_step"]:.0f} | {seconds} '
-        f'| {row["trials"][0]:.3f}, {statistics.median(row["trials"]):.3f} |'
-      )
-    lines += ['', 'Settings of the best trials:', '', *settings, '']
-  return '\n'.join(lines)
+  if any(case not in losses for case in cases):
+    return cases, None
+  best = min(cases, key=losses.get)
+  if spec.margin is None:
+    return cases, best
+  swept = [
+    c
+    for c in losses
+    if c.trial == best.trial and dataclasses.replace(c, rate=best.rate) == best
+  ]
+  best = min(swept, key=losses.get)
+  for direction in -1, 1:
+    for distance in range(1, 13):
+      case = dataclasses.replace(best, rate=best.rate + direction * distance)
+      cases.append(case)
+      if case not in losses or losses[case] > losses[best] + spec.margin:
+        break
+  cases = list(dict.fromkeys(cases + swept))
+  return cases, best if all(c in losses for c in cases) else None
 
 
-def plot_losses(results: list[dict], path: str) -> None:
-  """Draws validation loss over steps: mean and range of the seeds."""
-  fig = figure.Figure(figsize=(12, 4.5), layout='constrained')
-  for ax, task in zip(fig.subplots(1, 3), TASKS, strict=True):
-    rows = summary(results, task)
-    shown = []
-    for row in rows:
-      losses = np.array(
-        [[h['val_loss'] for h in r['history']] for r in row['runs']]
-      )
-      steps = [h['step'] for h in row['runs'][0]['history']]
-      style = dict(STYLES[row['runs'][0]['optimizer']])
-      if row['runs'][0]['steered']:
-        style |= {'linestyle': ':', 'alpha': 0.7}
-      ax.plot(
-        steps, losses.mean(0), linewidth=2, **style | {'label': row['label']}
-      )
-      ax.fill_between(
-        steps,
-        losses.min(0),
-        losses.max(0),
-        alpha=0.15,
-        linewidth=0,
-        color=style['color'],
-      )
-      # The steep start would press what matters into a corner.
-      shown += list(losses.mean(0)[len(steps) // 4 :])
-    ax.axhline(rows[0]['mean'], color='#999999', linewidth=1, zorder=0)
-    if task == 'digits':
-      ax.set_yscale('log')
-    else:
-      ax.set_ylim(0.98 * min(shown), 1.02 * max(shown))
-    ax.set_title(TITLES[task], fontsize='medium')
-    ax.set_xlabel('Steps')
-    ax.set_xlim(left=0)
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
-  fig.axes[0].set_ylabel('Validation loss (nats)')
-  fig.axes[0].legend(frameon=False, fontsize='small')
-  fig.savefig(path, dpi=110)
-
-
-def plot_trials(results: list[dict], path: str) -> None:
-  """Draws the final loss of every trial, sorted: how hard is it to tune?"""
-  fig = figure.Figure(figsize=(12, 4), layout='constrained')
-  for ax, task in zip(fig.subplots(1, 3), TASKS, strict=True):
-    rows = [r for r in summary(results, task) if not r['runs'][0]['steered']]
-    for row in rows:
-      ax.plot(
-        range(1, len(row['trials']) + 1),
-        row['trials'],
-        marker='o',
-        markersize=4,
-        **STYLES[row['runs'][0]['optimizer']],
-      )
-    best = min(row['trials'][0] for row in rows)
-    if task == 'digits':
-      ax.set_yscale('log')
-    else:
-      ax.set_ylim(0.98 * best, 1.5 * best)
-    ax.set_title(TITLES[task], fontsize='medium')
-    ax.set_xlabel('Trials, the best first')
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
-  fig.axes[0].set_ylabel('Final validation loss (nats)')
-  fig.axes[0].legend(frameon=False, fontsize='small')
-  fig.savefig(path, dpi=110)
-
-
-def _begin_worker(cores):
-  """Gives it a core of its own, where the system lets it, and no bars."""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-  core = cores.get()
-  if hasattr(os, 'sched_setaffinity'):
-    os.sched_setaffinity(0, {core})
-
-
-def left(cases: list[Case], results: list[dict]) -> list[Case]:
-  """Returns the cases that have no result yet."""
-  done = {_case(r) for r in results}
-  return [case for case in cases if case not in done]
-
-
-def _run_all(cases, record, path, jobs):
-  """Runs what the record does not have, writing it after every run."""
-  os.environ['XLA_FLAGS'] = '--xla_cpu_multi_thread_eigen=false'
-  spawn = multiprocessing.get_context('spawn')
-  cores = spawn.SimpleQueue()
-  for core in range(jobs):
-    cores.put(core)
-  with concurrent.futures.ProcessPoolExecutor(
-    jobs, spawn, _begin_worker, (cores,)
-  ) as pool:
-    futures = [pool.submit(run, case) for case in left(cases, record['runs'])]
-    for future in tqdm.tqdm(
-      concurrent.futures.as_completed(futures), total=len(futures)
+def plan(results: list[dict], num_trials: int = _NUM_TRIALS) -> Iterator[Case]:
+  """Yields what is known to be needed, the most urgent first, run or not."""
+  losses = {case_of(r): r['loss'] for r in results}
+  for task, spec in TASKS.items():
+    searches = {o: search(task, o, losses, num_trials) for o in spec.peers}
+    # One of each optimizer before the next of any.
+    for row in itertools.zip_longest(
+      *(cases for cases, _ in searches.values())
     ):
-      record['runs'].append(future.result())
-      record['runs'].sort(key=lambda r: dataclasses.astuple(_case(r)))
-      write(record, path)
+      yield from filter(None, row)
+    best = [case for _, case in searches.values() if case]
+    for seed in SEEDS:
+      for case in best:
+        yield dataclasses.replace(case, seed=seed)
+    for seed in SEEDS:
+      for case in best:
+        if case.optimizer in VARIED.get(task, ()):
+          for variant in VARIANTS:
+            yield dataclasses.replace(case, seed=seed, variant=variant)
+
+
+def run_all(record: dict, path: pathlib.Path, jobs: int, num_trials: int):
+  """Runs what the record does not have, writing it after every run."""
+  os.environ['NPROC'] = '1'  # Threads of XLA in each of the processes.
+  runs = record['runs']
+  with concurrent.futures.ProcessPoolExecutor(
+    jobs, multiprocessing.get_context('spawn')
+  ) as pool:
+    running = {}
+    while True:
+      known = {case_of(r) for r in runs} | set(running.values())
+      left = (c for c in plan(runs, num_trials) if c not in known)
+      for case in itertools.islice(left, jobs - len(running)):
+        running[pool.submit(run, case)] = case
+      if not running:
+        return
+      done, _ = concurrent.futures.wait(
+        running, return_when=concurrent.futures.FIRST_COMPLETED
+      )
+      for future in done:
+        result = future.result()
+        runs.append(result)
+        write(record, path)
+        print(
+          time.strftime('%H:%M:%S'),
+          len(runs),
+          *dataclasses.astuple(running.pop(future)),
+          f'loss {result["loss"]}, {result["ms"]} ms a step',
+          flush=True,
+        )
 
 
 def write(record: dict, path: pathlib.Path) -> None:
   """Writes a run a line; never leaves a file that is cut off."""
-  runs = ',\n'.join(json.dumps(r) for r in record['runs'])
+  runs = ',\n'.join(json.dumps(r, ensure_ascii=False) for r in record['runs'])
   rest = json.dumps({k: v for k, v in record.items() if k != 'runs'}, indent=1)
   part = pathlib.Path(f'{path}.part')
   part.write_text(f'{rest[:-2]},\n "runs": [\n{runs}\n]}}\n')
   part.replace(path)
 
 
-def _begin():
+def _processor():
+  info = pathlib.Path('/proc/cpuinfo')
+  if not info.exists():
+    return platform.processor()
+  lines = [s for s in info.read_text().splitlines() if s.startswith('model n')]
+  return lines[0].split(':')[1].strip() if lines else platform.processor()
+
+
+def begin() -> dict:
+  """Returns a record without runs: what it was made with."""
   return {
     'command': ' '.join(['python benchmarks/convergence.py', *sys.argv[1:]]),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+    'machine': f'{platform.machine()}, {_processor()}, {os.cpu_count()} cores',
     'versions': {
       'python': platform.python_version(),
       'jax': jax.__version__,
       'jaxlib': jaxlib.__version__,
       'optax': optax.__version__,
       'flax': flax.__version__,
+      'scipy': scipy.__version__,
+      'sklearn': sklearn.__version__,
       'sophia_optax': sophia_optax.__version__,
     },
     'text_sha256': text.fingerprint(text.standard_library()),
@@ -481,24 +670,20 @@ def _begin():
 
 
 def main(argv):
-  """Runs what is left, prints the tables and draws the plots."""
+  """Runs what is left."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --output=f; got {argv[1:]}.')
-  path = pathlib.Path(_SHOW.value or _OUTPUT.value or 'convergence.json')
-  record = json.loads(path.read_text()) if path.exists() else _begin()
-  if not _SHOW.value:
-    _run_all(trials(_TRIALS.value), record, path, _JOBS.value)
-    _run_all(finals(record['runs']), record, path, _JOBS.value)
-  print(render(record['runs']))
-  if _PLOTS.value:
-    plot_losses(record['runs'], f'{_PLOTS.value}/convergence.png')
-    plot_trials(record['runs'], f'{_PLOTS.value}/trials.png')
+  path = pathlib.Path(_OUTPUT.value)
+  record = json.loads(path.read_text()) if path.exists() else begin()
+  run_all(record, path, _JOBS.value, _TRIALS.value)
 
 
 if __name__ == '__main__':
-  _OUTPUT = flags.DEFINE_string('output', None, 'JSON file of the runs.')
-  _SHOW = flags.DEFINE_string('show', None, 'JSON file whose table to print.')
-  _PLOTS = flags.DEFINE_string('plots', None, 'Folder to draw the plots into.')
-  _TRIALS = flags.DEFINE_integer('trials', 12, 'Trials for each optimizer.')
+  _OUTPUT = flags.DEFINE_string(
+    'output', 'convergence.json', 'JSON file of the runs.'
+  )
+  _TRIALS = flags.DEFINE_integer(
+    'trials', _NUM_TRIALS, 'Trials for each optimizer.'
+  )
   _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs side by side, a core each.')
   app.run(main)

@@ -1,0 +1,480 @@
+"""Tables and plots of what benchmarks/convergence.py has run so far.
+
+  python benchmarks/convergence_plots.py --show=benchmarks/convergence.json
+  python benchmarks/convergence_plots.py --show=... --plots=docs/_static
+
+Validation loss: mean ± standard deviation of the seeds that had no part in the
+search. Differences are to AdamW with the same seed. "Steps to AdamW's": the
+part of the steps after which the curve is at AdamW's last value with that seed,
+on average. "Best of n": the lowest loss that n of the trials, drawn at random,
+are expected to have. "Rates": the largest learning rate whose loss is within
+0.03 of the best, divided by the smallest.
+"""
+
+import json
+import math
+import pathlib
+import statistics
+
+from absl import app
+from absl import flags
+from matplotlib import figure
+import numpy as np
+
+import convergence
+
+_WITHIN = 0.03
+# Okabe and Ito's colours, and a line style each for those who print in grey.
+STYLES = {
+  'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
+  'nadamw': {'label': 'NAdamW', 'color': '#CC79A7', 'linestyle': '--'},
+  'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-'},
+  'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
+  'untuned': {
+    'label': 'Sophia-G, not tuned',
+    'color': '#D55E00',
+    'linestyle': ':',
+    'markerfacecolor': 'white',
+  },
+  'lion': {'label': 'Lion', 'color': '#009E73', 'linestyle': '-.'},
+  'signum': {'label': 'Signum', 'color': '#E69F00', 'linestyle': '-.'},
+  'contrib': {
+    'label': 'optax.contrib.sophia',
+    'color': '#56B4E9',
+    'linestyle': ':',
+  },
+}
+
+
+def losses_of(results: list[dict]) -> dict[convergence.Case, float]:
+  """Returns the final loss of each case."""
+  return {convergence.case_of(r): r['loss'] for r in results}
+
+
+def num_trials(results: list[dict], task: str) -> int:
+  """Returns how many trials every optimizer has finished, of a task's own."""
+  while convergence.TASKS[task].parent:
+    task = convergence.TASKS[task].parent
+  done = losses_of(results)
+  count = 0
+  while all(
+    convergence.Case(task, o, count) in done for o in convergence.SPACES
+  ):
+    count += 1
+  return count
+
+
+def best_of(losses: list[float], n: int) -> float:
+  """Returns the mean of the lowest of n, over all choices of n of them."""
+  losses = sorted(losses)
+  total = math.comb(len(losses), n)
+  return sum(
+    loss * math.comb(len(losses) - 1 - i, n - 1) / total
+    for i, loss in enumerate(losses[: len(losses) - n + 1])
+  )
+
+
+def part_to(curve: list[float], target: float) -> float | None:
+  """Returns after what part of a run its curve is at a loss, or None.
+
+  Args:
+    curve: Losses at even distances, the last at the end.
+    target: The loss.
+  """
+  for i, loss in enumerate(curve):
+    if loss <= target:
+      before = curve[i - 1] if i else loss
+      inside = (before - target) / (before - loss) if before > loss else 1.0
+      return (i + inside) / len(curve)
+  return None
+
+
+def rates(results: list[dict], best: convergence.Case) -> dict[float, float]:
+  """Returns losses by learning rate, of the runs that differ only in that."""
+  return dict(
+    sorted(
+      (r['settings']['learning_rate'], r['loss'])
+      for r in results
+      if (r['task'], r['optimizer'], r['trial'], r['seed'], r['variant'])
+      == (best.task, best.optimizer, best.trial, best.seed, best.variant)
+    )
+  )
+
+
+def width(losses: dict[float, float], within: float = _WITHIN) -> float:
+  """Returns the range of rates within so much of the best, as a factor.
+
+  Where the loss passes the limit between two rates, a straight line over the
+  logarithm of the rate says where.
+
+  Args:
+    losses: by learning rate.
+    within: how far above the lowest one may be.
+  """
+  limit = min(losses.values()) + within
+  edges = []
+  for items in list(losses.items()), list(losses.items())[::-1]:
+    start = min(range(len(items)), key=lambda i, x=items: x[i][1])
+    inside = items[start]
+    for outside in items[start + 1 :]:
+      if outside[1] > limit:
+        part = (limit - inside[1]) / (outside[1] - inside[1])
+        edges.append(inside[0] * (outside[0] / inside[0]) ** part)
+        break
+      inside = outside
+    else:
+      edges.append(inside[0])
+  return edges[0] / edges[1]
+
+
+def summary(results: list[dict], task: str) -> dict[str, dict]:
+  """Gathers what the tables and plots show of a task.
+
+  Args:
+    results: all runs.
+    task: a key of `convergence.TASKS`.
+
+  Returns:
+    For each optimizer that has been run: `tried` (losses of the search's
+    trials), `best` (its case; None before the search has ended), `searched`
+    (the lowest loss of the search), `runs` (by seed), `variants` (by name and
+    seed), `parts` (of the steps to AdamW's loss, by seed), `differences` (by
+    seed), `ms` and `rates`.
+  """
+  losses = losses_of(results)
+  of_task = [r for r in results if r['task'] == task]
+  by_case = {convergence.case_of(r): r for r in of_task}
+  count = num_trials(results, task)
+  rows = {}
+  for name in STYLES:
+    of_name = [r for r in of_task if r['optimizer'] == name]
+    searched = [r for r in of_name if r['seed'] == 0 and not r['variant']]
+    if not of_name:
+      continue
+    best = None
+    if count and name in convergence.TASKS[task].peers:
+      _, best = convergence.search(task, name, losses, count)
+    runs, variants = {}, {}
+    for case, result in by_case.items():
+      same = best and (case.optimizer, case.trial, case.rate) == (
+        best.optimizer,
+        best.trial,
+        best.rate,
+      )
+      if same and case.seed in convergence.SEEDS:
+        into = variants.setdefault(case.variant, {}) if case.variant else runs
+        into[case.seed] = result
+    rows[name] = {
+      'tried': [r['loss'] for r in searched if r['rate'] == 0],
+      'best': best,
+      'searched': min((r['loss'] for r in searched), default=None),
+      'runs': runs,
+      'variants': variants,
+      'ms': min(r['ms'] for r in of_name),
+      'rates': rates(results, best) if best else {},
+    }
+  first = rows.get('adamw', {'runs': {}})['runs']
+  for row in rows.values():
+    both = sorted(row['runs'].keys() & first.keys())
+    row['differences'] = {
+      seed: row['runs'][seed]['loss'] - first[seed]['loss'] for seed in both
+    }
+    row['parts'] = {
+      seed: part_to(row['runs'][seed]['curve'], first[seed]['curve'][-1])
+      for seed in both
+    }
+  return rows
+
+
+def _mean(values, form):
+  values = list(values)
+  if not values:
+    return '–'
+  text = format(statistics.mean(values), form)
+  if len(values) > 1:
+    text += f' ± {statistics.stdev(values):{form.lstrip("+")}}'
+  return text
+
+
+def _table(header, rows):
+  return [
+    '| ' + ' | '.join(header) + ' |',
+    '|---' * len(header) + '|',
+    *('| ' + ' | '.join(cells) + ' |' for cells in rows),
+    '',
+  ]
+
+
+def _form(task):
+  return '.3f' if convergence.TASKS[task].tokens else '.3g'
+
+
+def _row(name, row, first, task):
+  form = _form(task)
+  losses = [r['loss'] for r in row['runs'].values()]
+  parts = list(row['parts'].values())
+  steps = time = '–'
+  if parts:
+    reached = [p for p in parts if p is not None]
+    steps = time = 'never'
+    if reached:
+      part = statistics.mean(reached)
+      few = (
+        ''
+        if len(reached) == len(parts)
+        else (f' ({len(reached)} of {len(parts)} seeds)')
+      )
+      steps = f'{part:.2f}{few}'
+      time = f'{part * row["ms"] / first["ms"]:.2f}'
+  tried = row['tried']
+  best = '–'
+  if len(tried) > 1 and convergence.TASKS[task].parent is None:
+    best = ', '.join(
+      f'{best_of(tried, n):{form}}'
+      for n in (1, 5, len(tried))
+      if n <= len(tried)
+    )
+  return [
+    STYLES[name]['label'],
+    _mean(losses, form),
+    _mean(row['differences'].values(), '+' + form),
+    steps,
+    f'{row["ms"]:.3g}',
+    time,
+    '–' if row['searched'] is None else f'{row["searched"]:{form}}',
+    best,
+    f'{width(row["rates"]):.1f}'
+    if convergence.TASKS[task].margin == _WITHIN and row['rates']
+    else '–',
+  ]
+
+
+def render(results: list[dict]) -> str:
+  """Lays out Markdown tables of what has been run."""
+  lines = []
+  summaries = {
+    task: summary(results, task)
+    for task in convergence.TASKS
+    if any(r['task'] == task for r in results)
+  }
+  for task, rows in summaries.items():
+    lines += [f'### {convergence.TASKS[task].title}', '']
+    lines += _table(
+      [
+        '',
+        'validation loss',
+        '− AdamW',
+        "steps to AdamW's",
+        'ms a step',
+        "time to AdamW's",
+        'search',
+        'best of 1, 5, all trials',
+        'rates',
+      ],
+      [_row(name, row, rows['adamw'], task) for name, row in rows.items()],
+    )
+    found = [row['best'] for row in rows.values() if row['best']]
+    if found:
+      lines += ['Settings:', '']
+      for case in found:
+        chosen = ', '.join(
+          f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
+          for k, v in convergence.settings(case).items()
+        )
+        lines.append(f'* {STYLES[case.optimizer]["label"]}: {chosen}')
+      lines.append('')
+    variants = [
+      [
+        STYLES[name]['label'],
+        variant,
+        _mean(
+          [
+            r['loss'] - row['runs'][seed]['loss']
+            for seed, r in runs.items()
+            if seed in row['runs']
+          ],
+          '+.3f',
+        ),
+      ]
+      for name, row in rows.items()
+      for variant, runs in row['variants'].items()
+    ]
+    if variants:
+      lines += _table(['', 'variant', 'difference'], variants)
+  lines += ['### Cost', '']
+  lines += _table(
+    ['', 'runs', 'hours of a core'],
+    [
+      [
+        task,
+        str(sum(r['task'] == task for r in results)),
+        f'{sum(r["seconds"] for r in results if r["task"] == task) / 3600:.2f}',
+      ]
+      for task in summaries
+    ],
+  )
+  return '\n'.join(lines)
+
+
+def _finish(ax, **kwargs):
+  ax.set(**kwargs)
+  ax.grid(alpha=0.25)
+  ax.spines[['top', 'right']].set_visible(False)
+
+
+def plot_lengths(results: list[dict]) -> figure.Figure:
+  """Draws the headline: the difference to AdamW over the length of the run."""
+  fig = figure.Figure(figsize=(8, 4.8), layout='constrained')
+  ax = fig.subplots()
+  summaries = {t: summary(results, t) for t in convergence.LENGTHS}
+  for name, style in STYLES.items():
+    points = [
+      (convergence.TASKS[task].tokens, list(rows[name]['differences'].values()))
+      for task, rows in summaries.items()
+      if name in rows and rows[name]['differences']
+    ]
+    if not points:
+      continue
+    ax.plot(
+      [tokens for tokens, _ in points],
+      [statistics.mean(values) for _, values in points],
+      marker='o',
+      linewidth=2,
+      **style,
+    )
+    ax.vlines(
+      [tokens for tokens, _ in points],
+      [min(values) for _, values in points],
+      [max(values) for _, values in points],
+      color=style['color'],
+      alpha=0.4,
+    )
+  ticks = [convergence.TASKS[task].tokens for task in convergence.LENGTHS]
+  ax.set_xscale('log')
+  ax.set_xlim(0.85 * ticks[0], 1.2 * ticks[-1])
+  ax.set_xticks(ticks, [f'{t:.0f}' for t in ticks])
+  ax.minorticks_off()
+  _finish(
+    ax,
+    xlabel='Tokens for each parameter',
+    ylabel="Final validation loss − AdamW's (nats per byte)",
+  )
+  fig.suptitle('Mean and range of three seeds; lower is better')
+  fig.legend(
+    *ax.get_legend_handles_labels(), frameon=False, loc='outside right center'
+  )
+  return fig
+
+
+def plot_curves(results: list[dict]) -> figure.Figure:
+  """Draws losses over steps, and over time: mean and range of the seeds."""
+  tasks = [
+    task
+    for task in convergence.TASKS
+    if any(row['runs'] for row in summary(results, task).values())
+  ]
+  fig = figure.Figure(
+    figsize=(10, 3.6 * max(len(tasks), 1)), layout='constrained'
+  )
+  grid = fig.subplots(max(len(tasks), 1), 2, squeeze=False, sharey='row')
+  for axes, task in zip(grid, tasks, strict=False):
+    steps = convergence.TASKS[task].steps
+    shown = []
+    for name, row in summary(results, task).items():
+      if not row['runs']:
+        continue
+      curves = np.array([r['curve'] for r in row['runs'].values()])
+      x = steps * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
+      # The steep start would press what matters into a corner.
+      shown += list(curves.mean(0)[curves.shape[1] // 3 :])
+      for ax, scale in zip(axes, (1, row['ms'] / 1e3), strict=True):
+        ax.plot(scale * x, curves.mean(0), linewidth=2, **STYLES[name])
+        ax.fill_between(
+          scale * x,
+          curves.min(0),
+          curves.max(0),
+          color=STYLES[name]['color'],
+          alpha=0.15,
+          linewidth=0,
+        )
+    for ax, label in zip(axes, ('Steps', 'Seconds of one core'), strict=True):
+      _finish(ax, xlabel=label)
+      ax.set_xlim(left=0)
+    if convergence.TASKS[task].tokens:
+      axes[0].set_ylim(min(shown) - 0.02, np.quantile(shown, 0.95))
+    else:
+      axes[0].set_yscale('log')
+    axes[0].set_ylabel('Validation loss')
+    axes[0].set_title(
+      convergence.TASKS[task].title, loc='left', fontsize='medium'
+    )
+  if tasks:
+    fig.legend(
+      *grid[0, 0].get_legend_handles_labels(),
+      frameon=False,
+      loc='outside upper center',
+      ncols=4,
+    )
+  return fig
+
+
+def plot_tuning(results: list[dict]) -> figure.Figure:
+  """Draws best-of-n, and loss over the learning rate, of the shortest runs."""
+  task = convergence.LENGTHS[0]
+  rows = summary(results, task)
+  fig = figure.Figure(figsize=(11, 4.4), layout='constrained')
+  left, right = fig.subplots(1, 2, sharey=True)
+  lowest = [row['searched'] for row in rows.values() if row['searched']]
+  for name, row in rows.items():
+    tried = row['tried']
+    if tried:
+      n = range(1, len(tried) + 1)
+      left.plot(n, [best_of(tried, i) for i in n], linewidth=2, **STYLES[name])
+    elif row['runs']:
+      loss = statistics.mean(r['loss'] for r in row['runs'].values())
+      left.axhline(loss, linewidth=2, **STYLES[name])
+    if row['rates']:
+      right.plot(
+        row['rates'].keys(),
+        row['rates'].values(),
+        marker='o',
+        linewidth=2,
+        **STYLES[name],
+      )
+  if lowest:
+    left.set_ylim(min(lowest) - 0.01, min(lowest) + 0.3)
+  _finish(
+    left,
+    xlabel='Number of trials',
+    ylabel='Final validation loss',
+    title='Expected best of n trials',
+  )
+  right.set_xscale('log')
+  _finish(right, xlabel='Learning rate', title='Best settings')
+  handles, labels = left.get_legend_handles_labels()
+  fig.legend(
+    handles, labels, frameon=False, loc='outside upper center', ncols=4
+  )
+  return fig
+
+
+def main(argv):
+  """Prints the tables and draws the plots."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Flags only, such as --show=f; got {argv[1:]}.')
+  results = json.loads(pathlib.Path(_SHOW.value).read_text())['runs']
+  print(render(results))
+  if _PLOTS.value:
+    folder = pathlib.Path(_PLOTS.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_lengths(results).savefig(folder / 'convergence.png', dpi=130)
+    plot_curves(results).savefig(folder / 'curves.png', dpi=110)
+    plot_tuning(results).savefig(folder / 'tuning.png', dpi=110)
+
+
+if __name__ == '__main__':
+  _SHOW = flags.DEFINE_string(
+    'show', 'benchmarks/convergence.json', 'JSON file of the runs.'
+  )
+  _PLOTS = flags.DEFINE_string('plots', None, 'Folder to draw the plots into.')
+  app.run(main)

@@ -1,0 +1,237 @@
+"""What benchmarks/convergence.py trains: three kinds of problems.
+
+Data are on the device, and a batch is a function of (seed, step), so that many
+steps can be one program, and all optimizers with one seed see the same batches.
+"""
+
+from collections.abc import Callable
+import functools
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn import datasets
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import gpt
+import text
+import train_gpt
+
+
+class Problem(NamedTuple):
+  """What an optimizer needs to know.
+
+  Attributes:
+    init: (seed) -> parameters.
+    sample: (key) -> batch, an array whose first axis is examples.
+    loss: (params, batch) -> mean loss of the batch.
+    predict: (params, batch) -> logits or means.
+    likelihood: Distribution of the labels given these, for Sophia-G.
+    validate: (params) -> validation loss, on a part of the held-out data.
+    validate_all: (params) -> validation loss, on all of it.
+    micro_batch: Number of examples in one gradient, which divides the batch.
+    decay_mask: (params) -> where weight decay applies.
+    clip_norm: Largest global norm of a gradient.
+  """
+
+  init: Callable[[Any], Any]
+  sample: Callable[[jax.Array], jax.Array]
+  loss: Callable[[Any, jax.Array], jax.Array]
+  predict: Callable[[Any, jax.Array], jax.Array]
+  likelihood: str
+  validate: Callable[[Any], jax.Array]
+  validate_all: Callable[[Any], jax.Array]
+  micro_batch: int
+  decay_mask: Callable[[Any], Any]
+  clip_norm: float
+
+
+def _mean_over_batches(loss, examples, size):
+  """Returns (params) -> the mean loss of all examples, so many at a time."""
+  batches = examples[: len(examples) // size * size].reshape(
+    -1, size, *examples.shape[1:]
+  )
+  return lambda params: jax.lax.map(
+    lambda batch: loss(params, batch), batches
+  ).mean()
+
+
+def language(width: int, num_layers: int, num_heads: int, batch_size: int):
+  """A byte-level GPT on the text of the standard library, 64 bytes at a time.
+
+  All held-out bytes are half a million, those of the curve 32,768 of them.
+  """
+  length = 64
+  model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
+  predict = train_gpt.make_predict(model)
+  loss = train_gpt.make_loss(predict)
+  tokens, held_out = map(jnp.asarray, text.load())
+  windows = jnp.arange(length + 1)
+  starts = np.arange(0, len(held_out) - length, length)
+  few = starts[np.linspace(0, len(starts) - 1, 512, dtype=int)]
+
+  def init(seed):
+    return model.init(jax.random.key(seed), jnp.zeros((1, length), jnp.int32))[
+      'params'
+    ]
+
+  def cut(tokens, starts):  # (B, T + 1)
+    return tokens[starts[:, None] + windows].astype(jnp.int32)
+
+  def sample(key):
+    last = len(tokens) - length
+    return cut(tokens, jax.random.randint(key, (batch_size,), 0, last))
+
+  return Problem(
+    init,
+    sample,
+    loss,
+    predict,
+    'categorical',
+    _mean_over_batches(loss, cut(held_out, few), 32),
+    _mean_over_batches(loss, cut(held_out, starts), 32),
+    16,
+    gpt.decay_mask,
+    1.0,
+  )
+
+
+class _Autoencoder(nn.Module):
+  """A deep autoencoder with a narrow middle, as in Martens (2010)."""
+
+  @nn.compact
+  def __call__(self, x):  # (B, 256)
+    for features in (128, 64, 16, 64, 128):
+      x = nn.tanh(nn.Dense(features)(x))
+    return nn.Dense(256)(x)
+
+
+def photographs(batch_size: int = 256):
+  """A deep autoencoder of 16 × 16 pixels of scikit-learn's two photographs.
+
+  The right fifth of each is held out. The loss is half the mean squared error,
+  in units of the pixels' variance.
+  """
+  size = 16
+  model = _Autoencoder()
+  photos = np.stack(datasets.load_sample_images().images).mean(-1)
+  photos = jnp.asarray((photos - photos.mean()) / photos.std(), jnp.float32)
+  num_photos, height, width = photos.shape
+  edge = width * 4 // 5
+  offsets = jnp.arange(size)
+
+  def cut(photo, top, left):  # (B, 256)
+    rows = top[:, None, None] + offsets[:, None]
+    columns = left[:, None, None] + offsets
+    return photos[photo[:, None, None], rows, columns].reshape(-1, size**2)
+
+  def sample(key):
+    shape = (batch_size,)
+    keys = jax.random.split(key, 3)
+    return cut(
+      jax.random.randint(keys[0], shape, 0, num_photos),
+      jax.random.randint(keys[1], shape, 0, height - size + 1),
+      jax.random.randint(keys[2], shape, 0, edge - size + 1),
+    )
+
+  held_out = cut(
+    *map(
+      jnp.ravel,
+      jnp.meshgrid(
+        jnp.arange(num_photos),
+        jnp.arange(0, height - size + 1, 4),
+        jnp.arange(edge, width - size + 1, 4),
+        indexing='ij',
+      ),
+    )
+  )
+
+  def predict(params, x):
+    return model.apply({'params': params}, x)
+
+  def loss(params, x):
+    return jnp.mean((predict(params, x) - x) ** 2) / 2
+
+  validate = _mean_over_batches(loss, held_out, 256)
+  return Problem(
+    lambda seed: model.init(jax.random.key(seed), jnp.zeros((1, size**2)))[
+      'params'
+    ],
+    sample,
+    loss,
+    predict,
+    'gaussian',
+    validate,
+    validate,
+    batch_size,
+    lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    1.0,
+  )
+
+
+def regression(rotated: bool, condition: float = 1e5, batch_size: int = 128):
+  """Linear least squares whose curvatures lie along the axes, or do not.
+
+  Inputs are normal, with variances from 1 down to 1 / condition along the axes,
+  or along those of a random rotation. Labels have no noise. So the Hessian is
+  diagonal, and the same one rotated: nothing else differs. The validation loss
+  is the expected one, as a fraction of that of the start, zero.
+  """
+  size = 32
+  rng = np.random.default_rng(0)
+  scales = condition ** -np.linspace(0, 0.5, size)
+  rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
+  solution = rng.normal(size=size)
+  axes = rotation if rotated else np.eye(size)
+  inputs = jnp.asarray(scales[:, None] * axes.T, jnp.float32)  # of unit noise
+  solution = jnp.asarray(axes @ solution, jnp.float32)
+
+  def predict(params, x):
+    return x @ params
+
+  def loss(params, x):
+    return jnp.mean((x @ (params - solution)) ** 2) / 2
+
+  def excess(params):
+    return jnp.sum((inputs @ (params - solution)) ** 2)
+
+  def validate(params):
+    return excess(params) / excess(jnp.zeros(size))
+
+  return Problem(
+    lambda seed: jnp.zeros(size),
+    lambda key: jax.random.normal(key, (batch_size, size)) @ inputs,
+    loss,
+    predict,
+    'gaussian',
+    validate,
+    validate,
+    batch_size,
+    lambda params: False,
+    float('inf'),
+  )
+
+
+_MAKERS = {
+  'language': functools.partial(language, 64, 2, 2, 32),
+  'language_large_batch': functools.partial(language, 64, 2, 2, 256),
+  'language_1m': functools.partial(language, 128, 5, 4, 64),
+  'photographs': photographs,
+  'axes': functools.partial(regression, False),
+  'rotated': functools.partial(regression, True),
+}
+
+
+@functools.cache
+def get(name: str) -> Problem:
+  """Returns the problem of that name, made once."""
+  return _MAKERS[name]()
+
+
+def num_params(name: str) -> int:
+  """Counts the parameters of a problem."""
+  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(get(name).init, 0)))
