@@ -34,26 +34,22 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
 import platform
-import sys
 import time
 
 from absl import app
 from absl import flags
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 import scipy.stats
-import sklearn
 
 import convergence_problems
+import records
 import sophia_optax
 import text
 
@@ -601,10 +597,10 @@ def plan(results: list[dict], num_trials: int = _NUM_TRIALS) -> Iterator[Case]:
             yield dataclasses.replace(case, seed=seed, variant=variant)
 
 
-def run_all(record: dict, path: pathlib.Path, jobs: int, num_trials: int):
-  """Runs what the record does not have, writing it after every run."""
+def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):
+  """Runs what is not in `runs`, writing them all after every run."""
   os.environ['NPROC'] = '1'  # Threads of XLA in each of the processes.
-  runs = record['runs']
+  fingerprint = text.fingerprint(text.standard_library())
   with concurrent.futures.ProcessPoolExecutor(
     jobs, multiprocessing.get_context('spawn')
   ) as pool:
@@ -622,7 +618,9 @@ def run_all(record: dict, path: pathlib.Path, jobs: int, num_trials: int):
       for future in done:
         result = future.result()
         runs.append(result)
-        write(record, path)
+        records.write(
+          path, processor=_processor(), text_sha256=fingerprint, runs=runs
+        )
         print(
           time.strftime('%H:%M:%S'),
           len(runs),
@@ -630,15 +628,6 @@ def run_all(record: dict, path: pathlib.Path, jobs: int, num_trials: int):
           f'loss {result["loss"]}, {result["ms"]} ms a step',
           flush=True,
         )
-
-
-def write(record: dict, path: pathlib.Path) -> None:
-  """Writes a run a line; never leaves a file that is cut off."""
-  runs = ',\n'.join(json.dumps(r, ensure_ascii=False) for r in record['runs'])
-  rest = json.dumps({k: v for k, v in record.items() if k != 'runs'}, indent=1)
-  part = pathlib.Path(f'{path}.part')
-  part.write_text(f'{rest[:-2]},\n "runs": [\n{runs}\n]}}\n')
-  part.replace(path)
 
 
 def _processor():
@@ -649,39 +638,16 @@ def _processor():
   return lines[0].split(':')[1].strip() if lines else platform.processor()
 
 
-def begin() -> dict:
-  """Returns a record without runs: what it was made with."""
-  return {
-    'command': ' '.join(['python benchmarks/convergence.py', *sys.argv[1:]]),
-    'machine': f'{platform.machine()}, {_processor()}, {os.cpu_count()} cores',
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'jaxlib': jaxlib.__version__,
-      'optax': optax.__version__,
-      'flax': flax.__version__,
-      'scipy': scipy.__version__,
-      'sklearn': sklearn.__version__,
-      'sophia_optax': sophia_optax.__version__,
-    },
-    'text_sha256': text.fingerprint(text.standard_library()),
-    'runs': [],
-  }
-
-
 def main(argv):
   """Runs what is left."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --output=f; got {argv[1:]}.')
-  path = pathlib.Path(_OUTPUT.value)
-  record = json.loads(path.read_text()) if path.exists() else begin()
-  run_all(record, path, _JOBS.value, _TRIALS.value)
+  path = pathlib.Path(records.OUTPUT.value or 'convergence.json')
+  runs = records.read(path)['runs'] if path.exists() else []
+  run_all(runs, path, _JOBS.value, _TRIALS.value)
 
 
 if __name__ == '__main__':
-  _OUTPUT = flags.DEFINE_string(
-    'output', 'convergence.json', 'JSON file of the runs.'
-  )
   _TRIALS = flags.DEFINE_integer(
     'trials', _NUM_TRIALS, 'Trials for each optimizer.'
   )

@@ -11,7 +11,6 @@ are expected to have. "Rates": the largest learning rate whose loss is within
 0.03 of the best, divided by the smallest.
 """
 
-import json
 import math
 import pathlib
 import statistics
@@ -22,6 +21,7 @@ from matplotlib import figure
 import numpy as np
 
 import convergence
+import records
 
 _WITHIN = 0.03
 # Okabe and Ito's colours, and a line style each for those who print in grey.
@@ -462,7 +462,8 @@ def main(argv):
   """Prints the tables and draws the plots."""
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --show=f; got {argv[1:]}.')
-  results = json.loads(pathlib.Path(_SHOW.value).read_text())['runs']
+  path = records.SHOW.value or 'benchmarks/convergence.json'
+  results = records.read(path)['runs']
   print(render(results))
   if _PLOTS.value:
     folder = pathlib.Path(_PLOTS.value)
@@ -473,8 +474,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  _SHOW = flags.DEFINE_string(
-    'show', 'benchmarks/convergence.json', 'JSON file of the runs.'
-  )
   _PLOTS = flags.DEFINE_string('plots', None, 'Folder to draw the plots into.')
   app.run(main)

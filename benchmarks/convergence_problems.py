@@ -6,7 +6,6 @@ steps can be one program, and all optimizers with one seed see the same batches.
 
 from collections.abc import Callable
 import functools
-import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -16,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+import records
+
+sys.path.append(records.EXAMPLES)
 import gpt
 import text
 import train_gpt

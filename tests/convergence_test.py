@@ -176,7 +176,7 @@ def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
 
   monkeypatch.setattr(convergence, 'run', run)
   with pytest.raises(KeyboardInterrupt):
-    convergence.run_all(convergence.begin(), path, 1, 4)
+    convergence.run_all([], path, 1, 4)
   record = json.loads(path.read_text())
   assert len(record['runs']) == 30
   first, runs[:] = list(runs), []
@@ -184,7 +184,7 @@ def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
   monkeypatch.setattr(
     convergence, 'run', lambda case: runs.append(case) or fake_run(case)
   )
-  convergence.run_all(record, path, 2, 4)
+  convergence.run_all(list(record['runs']), path, 2, 4)
   assert runs
   assert not set(runs) & set(first)
   again = json.loads(path.read_text())
@@ -196,7 +196,7 @@ def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
   count = len(runs)
-  convergence.run_all(again, path, 2, 4)
+  convergence.run_all(again['runs'], path, 2, 4)
   assert len(runs) == count
 
 
