@@ -62,6 +62,20 @@ _CAP = 0.3
 _DIVERGED = 1e9  # sorts last, and JSON has no infinity
 
 
+_PEERS = (
+  'adamw',
+  'nadamw',
+  'sophia_g',
+  'sophia_h',
+  'lion',
+  'signum',
+  'contrib',
+  'untuned',
+)
+# Those that are nearest to AdamW in short runs, for long ones.
+_FEW = 'adamw', 'nadamw', 'sophia_g', 'untuned'
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
   """A problem and the length of its runs.
@@ -87,16 +101,7 @@ class Task:
   carried: int = 2
   rate: int = 0
   margin: float | None = 0.0
-  peers: tuple[str, ...] = (
-    'adamw',
-    'nadamw',
-    'sophia_g',
-    'sophia_h',
-    'lion',
-    'signum',
-    'contrib',
-    'untuned',
-  )
+  peers: tuple[str, ...] = _PEERS
 
 
 _SMALL = 'GPT, 0.12 M parameters, 2,048 tokens a step'
@@ -107,10 +112,15 @@ TASKS = {  # in the order in which they are run
   ),
   'axes': Task('Regression along the axes', 'axes', 300, margin=None),
   'rotated': Task('Regression, rotated', 'rotated', 300, margin=None),
-  'language_4800': Task(
-    f'{_SMALL}, 4,800 steps', 'language', 4800, 82.5, 'language_1200'
-  ),
   'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
+  'language_4800': Task(
+    f'{_SMALL}, 4,800 steps',
+    'language',
+    4800,
+    82.5,
+    'language_1200',
+    peers=(*_FEW, 'sophia_h', 'signum'),
+  ),
   'large_batch': Task(
     'GPT, 0.12 M parameters, 16,384 tokens a step, 600 steps',
     'language_large_batch',
@@ -118,6 +128,7 @@ TASKS = {  # in the order in which they are run
     82.5,
     'language_1200',
     rate=1,
+    peers=(*_FEW, 'sophia_h'),
   ),
   'language_19200': Task(
     f'{_SMALL}, 19,200 steps',
@@ -126,7 +137,7 @@ TASKS = {  # in the order in which they are run
     330,
     'language_4800',
     carried=1,
-    peers=('adamw', 'nadamw', 'sophia_g', 'sophia_h', 'signum', 'untuned'),
+    peers=_FEW,
   ),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
@@ -136,7 +147,7 @@ TASKS = {  # in the order in which they are run
     'language_1200',
     carried=1,
     rate=-1,
-    peers=('adamw', 'nadamw', 'sophia_g', 'untuned'),
+    peers=_FEW,
   ),
 }
 
