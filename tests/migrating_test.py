@@ -29,7 +29,7 @@ SETTINGS = {
 def calls():
   """The first and last cell of each row of the page's first table."""
   text = PAGE.read_text()
-  start = text.index('| from |')
+  start = text.index('| implementation |')
   rows = text[start : text.index('\n\n', start)].splitlines()[2:]
   cells = [[c.strip() for c in row.strip('|').split(' | ')] for row in rows]
   return {name: call.strip('`') for name, _, call in cells}
