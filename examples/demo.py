@@ -1,9 +1,9 @@
-"""Trains a small GPT with AdamW, Sophia-H and Sophia-G, side by side.
+"""Trains a small GPT with AdamW, NAdamW, Sophia-H and Sophia-G.
 
   python examples/demo.py
 
-All start from the same parameters and see the same batches. Ctrl-C leaves a
-checkpoint, the table and the plot so far.
+All start from the same parameters and train on the same batches. Ctrl-C leaves
+a checkpoint, the table and the plot so far.
 """
 
 import os
@@ -21,6 +21,7 @@ import train_gpt
 # Okabe and Ito's colours, and a line style each for those who print in grey.
 STYLES = {
   'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
+  'nadamw': {'label': 'NAdamW', 'color': '#CC79A7', 'linestyle': ':'},
   'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
   'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-.'},
 }
@@ -105,38 +106,56 @@ def _plot_losses(axes, results):
   axes[0].legend(frameon=False)
 
 
-def _plot_inside(axes, results):
-  """Draws Sophia's win rate and γ over steps."""
+def _plot_differences(ax, results):
+  """Draws how far each validation loss is above the baseline's."""
+  baseline = {h['step']: h['val_loss'] for h in results[_BASELINE].history}
+  for optimizer, result in results.items():
+    both = [h for h in result.history if h['step'] in baseline]
+    ax.plot(
+      [h['step'] for h in both],
+      [h['val_loss'] - baseline[h['step']] for h in both],
+      linewidth=2,
+      **STYLES[optimizer],
+    )
+  # Early differences are ten times as large as the last ones.
+  ax.set(
+    xlabel='Steps',
+    ylabel=f"Loss − {STYLES[_BASELINE]['label']}'s",
+    ylim=(-0.15, 0.15),
+  )
+
+
+def _plot_win_rates(ax, results):
+  """Draws Sophia's win rate over steps."""
   for optimizer, result in results.items():
     entries = [entry for entry in result.history if 'win_rate' in entry]
-    steps = [entry['step'] for entry in entries]
-    fixed = gpt_configs.get_config('demo', optimizer).gamma
-    style = STYLES[optimizer] | {'linewidth': 2}
-    axes[0].plot(steps, [e['win_rate'] for e in entries], **style)
-    axes[1].plot(
-      steps, [fixed * e.get('gamma_factor', 1) for e in entries], **style
+    ax.plot(
+      [entry['step'] for entry in entries],
+      [entry['win_rate'] for entry in entries],
+      linewidth=2,
+      **STYLES[optimizer],
     )
-  axes[0].axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
-  axes[0].text(
+  ax.axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
+  ax.text(
     0.99,
     0.49,
     'tune γ for this range',
     fontsize='small',
     ha='right',
     va='top',
-    transform=axes[0].get_yaxis_transform(),
+    transform=ax.get_yaxis_transform(),
   )
-  axes[0].set(xlabel='Steps', ylabel='Win rate (not clipped)', ylim=(0, 1))
-  axes[1].set(xlabel='Steps', ylabel='γ', yscale='log', ylim=(1e-3, 1))
+  ax.set(xlabel='Steps', ylabel='Win rate (not clipped)', ylim=(0, 1))
 
 
 def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
-  """Draws the losses of all, and what Sophia looks like inside."""
+  """Draws losses, their differences to the baseline's, and win rates."""
   fig = figure.Figure(figsize=(10, 7), layout='constrained')
   axes = fig.subplots(2, 2, height_ratios=(3, 2))
   axes[0, 0].sharey(axes[0, 1])
   _plot_losses(axes[0], results)
-  _plot_inside(axes[1], results)
+  _plot_differences(axes[1, 0], results)
+  _plot_win_rates(axes[1, 1], results)
   for ax in axes.flat:
     ax.grid(alpha=0.25)
     ax.set_xlim(left=0)

@@ -80,6 +80,22 @@ def on_first_sequences(size, num_parts, estimator):
   return optax.GradientTransformationExtraArgs(estimator.init, update)
 
 
+def make_gamma(config):
+  """Returns γ, constant or falling over the second half of the run."""
+  if config.final_gamma == 1:
+    return config.gamma
+  half = config.num_steps // 2
+  return optax.join_schedules(
+    [
+      optax.constant_schedule(config.gamma),
+      optax.cosine_decay_schedule(
+        config.gamma, config.num_steps - half, alpha=config.final_gamma
+      ),
+    ],
+    [half],
+  )
+
+
 def make_optimizer(config):
   """Returns the optimizer with clipping, warm-up, cosine and masked decay."""
   learning_rate = optax.warmup_cosine_decay_schedule(
@@ -100,9 +116,11 @@ def make_optimizer(config):
       config.eps,
       config.weight_decay,
       gpt.decay_mask,
-      config.gamma,
+      make_gamma(config),
       update_interval=config.update_interval,
       target_win_rate=config.target_win_rate or None,
+      nesterov=config.nesterov,
+      nu_bias_correction=config.nu_bias_correction,
       hessian_diagonal_fn=part(
         sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
       ),
@@ -112,11 +130,13 @@ def make_optimizer(config):
       learning_rate,
       config.b1,
       config.b2,
-      config.gamma,
+      make_gamma(config),
       config.weight_decay,
       weight_decay_mask=gpt.decay_mask,
       update_interval=config.update_interval,
       target_win_rate=config.target_win_rate or None,
+      nesterov=config.nesterov,
+      nu_bias_correction=config.nu_bias_correction,
       hessian_diagonal_fn=part(
         sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(config.seed)
       ),
@@ -130,7 +150,8 @@ def make_optimizer(config):
       mask=gpt.decay_mask,
     )
   else:
-    optimizer = optax.adamw(
+    adam = {'adamw': optax.adamw, 'nadamw': optax.nadamw}[config.optimizer]
+    optimizer = adam(
       learning_rate,
       config.b1,
       config.b2,
