@@ -34,6 +34,7 @@ def sophia(
   bias_correction: bool = True,
   nu_bias_correction: bool = False,
   nesterov: bool = False,
+  max_update_rms: jax.typing.ArrayLike | None = None,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -82,6 +83,12 @@ def sophia(
     bias_correction: Whether m is corrected for its start at zero.
     nu_bias_correction: Whether h is corrected for its start at zero.
     nesterov: Whether to use Nesterov's momentum, as in :func:`optax.nadamw`.
+    max_update_rms: Largest root mean square of the update of each parameter
+      array, greater than 0, before weight decay and learning rate. A larger
+      update is scaled down, see :func:`optax.clip_by_block_rms`. AdamW's
+      updates have about 0.3, so with 0.3 its learning rate can be kept. Each
+      part of an array that ``shard_map`` divides is scaled by itself. None
+      means no limit.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), to which γ is steered, see
@@ -123,6 +130,10 @@ def sophia(
   """
   _checks.number_or_schedule('learning_rate', learning_rate)
   _checks.number_or_schedule('weight_decay', weight_decay)
+  limits = []
+  if max_update_rms is not None:
+    _checks.positive('max_update_rms', max_update_rms)
+    limits.append(optax.clip_by_block_rms(max_update_rms))
   tx = optax.chain(
     _sophia.scale_by_sophia(
       b1=b1,
@@ -145,6 +156,7 @@ def sophia(
     ),
     optax.masked(
       optax.chain(
+        *limits,
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
       ),
@@ -176,6 +188,7 @@ def sophia_g(
   nu_dtype: Any | None = None,
   nu_bias_correction: bool = False,
   nesterov: bool = False,
+  max_update_rms: jax.typing.ArrayLike | None = None,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -219,6 +232,8 @@ def sophia_g(
     nu_bias_correction: Whether h is corrected for its start at zero.
     nesterov: Whether to use Nesterov's momentum, as in :func:`optax.nadamw`,
       without a bias correction.
+    max_update_rms: Largest root mean square of the update of each parameter,
+      see :func:`sophia_optax.sophia`. None means no limit.
     refresh_before_update: Whether a step that refreshes h uses the new h
       already, as in Algorithm 3 of the paper.
     target_win_rate: Win rate, in (0, 1), to which γ is steered, see
@@ -282,6 +297,7 @@ def sophia_g(
     bias_correction=False,
     nu_bias_correction=nu_bias_correction,
     nesterov=nesterov,
+    max_update_rms=max_update_rms,
     refresh_before_update=refresh_before_update,
     target_win_rate=target_win_rate,
     diagnostics=diagnostics,

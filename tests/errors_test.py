@@ -64,6 +64,16 @@ def test_estimator_arguments(kwargs, error, match):
     sophia_optax.hutchinson_estimator_diag_hessian(**kwargs)
 
 
+@pytest.mark.parametrize(
+  'factory', [sophia_optax.sophia, sophia_optax.sophia_g]
+)
+def test_max_update_rms(factory):
+  with pytest.raises(ValueError, match='max_update_rms must .* got 0'):
+    factory(1e-3, max_update_rms=0)
+  with pytest.raises(TypeError, match="max_update_rms must .* got '0.3'"):
+    factory(1e-3, max_update_rms='0.3')
+
+
 @pytest.mark.parametrize('seed', [1.5, 'seed'])
 def test_seed(seed):
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(seed)

@@ -168,6 +168,56 @@ def test_nesterov_is_that_of_optax():
       np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  'factory', [sophia_optax.sophia, sophia_optax.sophia_g]
+)
+def test_max_update_rms_in_numpy(factory):
+  params = {
+    'over': jnp.array([1.0, -2.0, 3.0]),
+    'under': jnp.array([0.5]),
+    'complex': jnp.array([1.0 + 1.0j]),
+    'integer': jnp.array([3]),
+    'empty': jnp.zeros(0),
+  }
+  # With c = 1 and no curvature: ±1, 1e-3 / 1e-2, ±1 ± i, nothing, nothing.
+  grads = params | {'under': jnp.array([1e-3])}
+  estimator = optax.stateless(
+    lambda g, p: {
+      name: jnp.full_like(x, 0.05 if name == 'under' else 0)
+      for name, x in p.items()
+    }
+  )
+  update = {}
+  for limit in None, 0.3:
+    tx = factory(
+      2.0,
+      b1=0.0,
+      weight_decay=0.1,
+      hessian_diagonal_fn=estimator,
+      refresh_before_update=True,
+      max_update_rms=limit,
+      **(
+        {'gamma': 20.0, 'b2': 0.0}
+        if factory is sophia_optax.sophia
+        else {'rho': 20.0, 'b2': 0.0}
+      ),
+    )
+    with jax.numpy_dtype_promotion('standard'):  # For optax, complex / real.
+      update[limit], state = tx.update(grads, tx.init(params), params)
+    assert optax.tree.get(state, 'refresh_count') == 1
+  for name in ('over', 'under', 'complex'):
+    decay = -2.0 * 0.1 * np.asarray(params[name])
+    u = (np.asarray(update[None][name]) - decay) / -2.0
+    rms = np.sqrt(np.mean(np.abs(u) ** 2))
+    assert (rms > 0.3) == (name != 'under')
+    np.testing.assert_allclose(
+      update[0.3][name], decay - 2.0 * u * min(1, 0.3 / rms), rtol=1e-5
+    )
+  np.testing.assert_array_equal(
+    optax.apply_updates(params, update[0.3])['integer'], params['integer']
+  )
+
+
 def test_target_win_rate_is_that_of_the_update_with_nesterov_and_corrected_h():
   # All ratios of the update are between the target's quantiles, so the factor
   # settles where the reported win rate, which is that of the update, meets it.
