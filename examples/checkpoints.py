@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-# What may differ between a run and the one that takes it up again.
+# What may differ between a run and the one that resumes it.
 _FREE = ('out_dir', 'data_dir', 'checkpoint_interval', 'mesh')
 
 
@@ -56,7 +56,7 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: if the state has a NaN or an infinity. Saved, it would
-        in time replace all those that training can go on from.
+        in time replace all those that training can resume from.
       RuntimeError: if the checkpoint can't be written, as on a full disk.
     """
     if self._manager is None or self._manager.latest_step() == step:
@@ -64,7 +64,7 @@ class Checkpoints:
     if not _all_finite(state):
       raise FloatingPointError(
         f'The state after {step} steps must be finite to be saved, and is '
-        f'not: training diverged. The same command goes on {self._from()}; '
+        f'not: training diverged. The same command {self._resumes()}; '
         'if it ends here again, pass a smaller learning rate and another '
         '--out_dir.'
       )
@@ -81,8 +81,8 @@ class Checkpoints:
       raise RuntimeError(
         f'The checkpoint of step {step} could not be written to '
         f'{self._manager.directory}, for the reason above. Once it can, as '
-        'with space on the disk again, the same command goes on '
-        f'{self._from()}.'
+        'with space on the disk again, the same command '
+        f'{self._resumes()}.'
       ) from error
 
   def restore(self, abstract_state):
@@ -131,12 +131,12 @@ class Checkpoints:
       raise RuntimeError(
         f'{self._manager.directory / str(step)} could not be restored, for '
         'the reason above. If its files are damaged, delete that folder: the '
-        f'same command then goes on {self._from(step)}.'
+        f'same command then {self._resumes(step)}.'
       ) from error
 
-  def _from(self, damaged=None):
+  def _resumes(self, damaged=None):
     steps = set(self._manager.all_steps()) - {damaged}
-    return f'from step {max(steps)}' if steps else 'from the beginning'
+    return f'resumes from step {max(steps)}' if steps else 'begins again'
 
   def close(self):
     if self._manager is not None:

@@ -161,7 +161,9 @@ def main(argv):
   plot(results).savefig(path, dpi=150)
   print(f'Plot: {path}')
   if not all(result.finished for result in results.values()):
-    print(f'Interrupted. To go on: python examples/demo.py --out_dir={out_dir}')
+    print(
+      f'Interrupted. To continue: python examples/demo.py --out_dir={out_dir}'
+    )
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
   python examples/sweep.py --out=sweep.json
 
 Trial i of an optimizer draws the same settings on every machine, and trials
-that are in the file are not run again, so a sweep that was stopped goes on
-where it was. The table is printed at the end.
+that are in the file are not run again, so a sweep that was stopped
+continues where it was. The table is printed at the end.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Text to train on: the standard library's own, or nanoGPT's token files.
 
-A batch is a pure function of (seed, step). So a resumed run goes on where it
-was cut off without a saved reader position, and two optimizers with one seed
-see the same batches.
+A batch is a pure function of (seed, step). So a resumed run continues where
+it was cut off without a saved reader position, and two optimizers with one
+seed see the same batches.
 """
 
 import hashlib

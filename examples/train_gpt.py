@@ -3,7 +3,7 @@
   python examples/train_gpt.py --optimizer=sophia_h
   python examples/train_gpt.py --config=gpt2_124m --data_dir=... --dry_run
 
-Every field of gpt_configs.Config is a flag. A run that was killed goes on from
+Every field of gpt_configs.Config is a flag. A run that was killed resumes from
 its last checkpoint when started again, and ends with the same bits. Ctrl-C
 writes a checkpoint first, unless there are several processes.
 """
@@ -272,7 +272,7 @@ def postponed_interrupt():
 
 
 def train(config: gpt_configs.Config) -> Result:
-  """Trains, or goes on with what config.out_dir has.
+  """Trains, or resumes from what config.out_dir has.
 
   Seconds in the history are of training: compilation, validation and
   checkpoints are not in them. With several processes each calls this, and each
@@ -463,7 +463,7 @@ def main(argv):
       f'checkpoint in {config.out_dir}'
     )
     if not result.finished:
-      lines.append('Interrupted. The same command goes on from here.')
+      lines.append('Interrupted. The same command continues from here.')
   if jax.process_index() == 0:
     print('\n'.join(lines))
 

@@ -333,7 +333,7 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
 
 
-def test_run_is_taken_up_on_another_mesh(tmp_path, data_dir):
+def test_run_is_resumed_on_another_mesh(tmp_path, data_dir):
   config = _config(
     optimizer='adamw',
     data_dir=data_dir,
@@ -557,7 +557,7 @@ def test_demo_reports_a_run_that_was_stopped_before_its_first_validation():
 # Sweep.
 
 
-def test_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_sweep_continues_where_it_was_stopped(tmp_path, monkeypatch):
   runs = []
 
   def train(config):
