@@ -31,8 +31,6 @@ class Checkpoints:
 
   def __init__(self, config):
     self._settings = dataclasses.asdict(config)
-    for name in _FREE:
-      del self._settings[name]
     self._manager = None
     if config.out_dir:
       # The next step reuses the memory of this state (it is donated), so the
@@ -107,7 +105,7 @@ class Checkpoints:
     changed = [
       f'{name}: {settings.get(name)!r} then, {value!r} now'
       for name, value in self._settings.items()
-      if settings.get(name) != value
+      if name not in _FREE and settings.get(name) != value
     ]
     if changed:
       raise ValueError(
@@ -141,3 +139,38 @@ class Checkpoints:
   def close(self):
     if self._manager is not None:
       self._manager.close()
+
+
+def load(out_dir, make_abstract_state):
+  """Reads the newest checkpoint of a run, which may still be training.
+
+  Args:
+    out_dir: folder of the run; nothing in it is changed.
+    make_abstract_state: function of the settings that returns shapes, dtypes
+      and shardings of the state.
+
+  Returns:
+    (settings, state); the settings are a dictionary.
+
+  Raises:
+    FileNotFoundError: if there is no checkpoint.
+  """
+  with ocp.CheckpointManager(
+    os.path.abspath(out_dir), options=ocp.CheckpointManagerOptions(create=False)
+  ) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise FileNotFoundError(
+        f'{out_dir} must have a checkpoint of train_gpt.py, and has none. '
+        'Pass the --out_dir of a run that has written one.'
+      )
+    settings = manager.restore(
+      step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())
+    ).settings
+    state = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(make_abstract_state(settings))
+      ),
+    ).state
+  return settings, state

@@ -426,6 +426,11 @@ def config_from_flags() -> gpt_configs.Config:
   optimizer = given.pop('optimizer', 'sophia_h')
   given.setdefault('out_dir', f'runs/{flags.FLAGS.config}_{optimizer}')
   try:
+    vocab_size = text.vocab_size(
+      given.get('data_dir', ''), given.get('vocab_size')
+    )
+    if vocab_size is not None:
+      given['vocab_size'] = vocab_size
     return gpt_configs.get_config(flags.FLAGS.config, optimizer, **given)
   except ValueError as error:
     raise app.UsageError(str(error)) from error
