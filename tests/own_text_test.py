@@ -180,11 +180,16 @@ def test_tokens_are_all_of_the_text_once(tmp_path, monkeypatch, piece_size):
 def test_text_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
   monkeypatch.setattr(prepare_text, '_PIECE_SIZE', 5)
   path = tmp_path / 'a.txt'
-  path.write_bytes(PROSE.encode())
-  for span in prepare_text.split(str(path), 0.5):
-    pieces = list(prepare_text.read(span))
-    assert all(len(piece.encode()) <= 5 + 3 for piece in pieces)
-    assert ''.join(pieces).encode() == (PROSE.encode()[span.start : span.stop])
+  path.write_bytes('–日é🚢.'.encode())
+  middles = set()
+  for val_fraction in np.linspace(0.01, 0.99, 30):
+    train, val = prepare_text.split(str(path), val_fraction)
+    middles.add(train.stop)
+    pieces = [*prepare_text.read(train), *prepare_text.read(val)]
+    assert ''.join(pieces) == '–日é🚢.'
+    # A character that was cut is kept for the next piece.
+    assert all(len(piece.encode()) < 5 + 4 for piece in pieces)
+  assert middles == {0, 3, 6, 8, 12}
 
 
 def test_tokenizer_does_not_learn_from_what_is_held_out(tmp_path):
@@ -269,14 +274,15 @@ def test_corpus_is_not_overwritten(commands):
 # The size of the vocabulary.
 
 
-def test_vocabulary_of_a_folder(tmp_path):
+def test_vocabulary_of_a_folder(tmp_path, monkeypatch):
   folder = str(tmp_path)
-  assert text.vocab_size('') is None
   assert text.vocab_size('', 64) == 64
   assert text.vocab_size(folder) is None  # as nanoGPT's
   (tmp_path / 'meta.json').write_text('{"vocab_size": 300}')
   assert text.vocab_size(folder) == 300
   assert text.vocab_size(folder, 384) == 384
+  monkeypatch.chdir(folder)
+  assert text.vocab_size('') is None  # the standard library, wherever it runs
   with pytest.raises(ValueError, match=r'at least 300, .*; got 299'):
     text.vocab_size(folder, 299)
   for bad in '{', '{}', '[]', '{"vocab_size": null}':
