@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-# What may differ between a run and the one that takes it up again.
+# What may differ between a run and the one that resumes it.
 _FREE = ('out_dir', 'data_dir', 'checkpoint_interval', 'mesh')
 
 
@@ -31,8 +31,6 @@ class Checkpoints:
 
   def __init__(self, config):
     self._settings = dataclasses.asdict(config)
-    for name in _FREE:
-      del self._settings[name]
     self._manager = None
     if config.out_dir:
       # The next step reuses the memory of this state (it is donated), so the
@@ -56,7 +54,7 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: if the state has a NaN or an infinity. Saved, it would
-        in time replace all those that training can go on from.
+        in time replace all those that training can resume from.
       RuntimeError: if the checkpoint can't be written, as on a full disk.
     """
     if self._manager is None or self._manager.latest_step() == step:
@@ -64,7 +62,7 @@ class Checkpoints:
     if not _all_finite(state):
       raise FloatingPointError(
         f'The state after {step} steps must be finite to be saved, and is '
-        f'not: training diverged. The same command goes on {self._from()}; '
+        f'not: training diverged. The same command {self._resumes()}; '
         'if it ends here again, pass a smaller learning rate and another '
         '--out_dir.'
       )
@@ -81,8 +79,8 @@ class Checkpoints:
       raise RuntimeError(
         f'The checkpoint of step {step} could not be written to '
         f'{self._manager.directory}, for the reason above. Once it can, as '
-        'with space on the disk again, the same command goes on '
-        f'{self._from()}.'
+        'with space on the disk again, the same command '
+        f'{self._resumes()}.'
       ) from error
 
   def restore(self, abstract_state):
@@ -107,7 +105,7 @@ class Checkpoints:
     changed = [
       f'{name}: {settings.get(name)!r} then, {value!r} now'
       for name, value in self._settings.items()
-      if settings.get(name) != value
+      if name not in _FREE and settings.get(name) != value
     ]
     if changed:
       raise ValueError(
@@ -131,13 +129,48 @@ class Checkpoints:
       raise RuntimeError(
         f'{self._manager.directory / str(step)} could not be restored, for '
         'the reason above. If its files are damaged, delete that folder: the '
-        f'same command then goes on {self._from(step)}.'
+        f'same command then {self._resumes(step)}.'
       ) from error
 
-  def _from(self, damaged=None):
+  def _resumes(self, damaged=None):
     steps = set(self._manager.all_steps()) - {damaged}
-    return f'from step {max(steps)}' if steps else 'from the beginning'
+    return f'resumes from step {max(steps)}' if steps else 'begins again'
 
   def close(self):
     if self._manager is not None:
       self._manager.close()
+
+
+def load(out_dir, make_abstract_state):
+  """Reads the newest checkpoint of a run, which may still be training.
+
+  Args:
+    out_dir: folder of the run; nothing in it is changed.
+    make_abstract_state: function of the settings that returns shapes, dtypes
+      and shardings of the state.
+
+  Returns:
+    (settings, state); the settings are a dictionary.
+
+  Raises:
+    FileNotFoundError: if there is no checkpoint.
+  """
+  with ocp.CheckpointManager(
+    os.path.abspath(out_dir), options=ocp.CheckpointManagerOptions(create=False)
+  ) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise FileNotFoundError(
+        f'{out_dir} must have a checkpoint of train_gpt.py, and has none. '
+        'Pass the --out_dir of a run that has written one.'
+      )
+    settings = manager.restore(
+      step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())
+    ).settings
+    state = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(make_abstract_state(settings))
+      ),
+    ).state
+  return settings, state

@@ -164,11 +164,20 @@ def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
   return fig
 
 
+def define_flags():
+  flags.DEFINE_string(
+    'out_dir',
+    None,
+    'Of checkpoints and plot; runs that it holds are '
+    'resumed. By default a new folder in runs/.',
+  )
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Flags only, such as --out_dir=x; got {argv[1:]}.')
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
-  out_dir = _OUT_DIR.value or time.strftime('runs/demo-%Y%m%d-%H%M%S')
+  out_dir = flags.FLAGS.out_dir or time.strftime('runs/demo-%Y%m%d-%H%M%S')
   tokens = text.standard_library()
   print(
     f'Text: {len(tokens):,} bytes of the standard library, '
@@ -180,14 +189,11 @@ def main(argv):
   plot(results).savefig(path, dpi=150)
   print(f'Plot: {path}')
   if not all(result.finished for result in results.values()):
-    print(f'Interrupted. To go on: python examples/demo.py --out_dir={out_dir}')
+    print(
+      f'Interrupted. To continue: python examples/demo.py --out_dir={out_dir}'
+    )
 
 
 if __name__ == '__main__':
-  _OUT_DIR = flags.DEFINE_string(
-    'out_dir',
-    None,
-    'Of checkpoints and plot; runs that it holds are '
-    'resumed. By default a new folder in runs/.',
-  )
+  define_flags()
   app.run(main)

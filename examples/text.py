@@ -1,11 +1,12 @@
-"""Text to train on: the standard library's own, or nanoGPT's token files.
+"""Text to train on: the standard library's own, or files of tokens.
 
-A batch is a pure function of (seed, step). So a resumed run goes on where it
-was cut off without a saved reader position, and two optimizers with one seed
-see the same batches.
+A batch is a pure function of (seed, step). So a resumed run continues where
+it was cut off without a saved reader position, and two optimizers with one
+seed see the same batches.
 """
 
 import hashlib
+import json
 import os
 import pathlib
 import sysconfig
@@ -25,6 +26,9 @@ _SKIPPED_FOLDERS = frozenset(
     'encodings',
   }
 )
+# A token that prepare_text.py writes after each file.
+END_OF_TEXT = '<|endoftext|>'
+
 _BLOCK = 4096
 _VALIDATION_EVERY = 20
 
@@ -68,8 +72,9 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
   """Loads the training and the validation tokens.
 
   Args:
-    data_dir: folder with nanoGPT's `train.bin` and `val.bin` (raw uint16
-      tokens), which are mapped and not read; '' for the standard library.
+    data_dir: folder with `train.bin` and `val.bin` (raw uint16 tokens) of
+      prepare_text.py or of nanoGPT's prepare.py, which are mapped and not read;
+      '' for the standard library.
 
   Returns:
     (train, validation), integer arrays of shape (tokens,).
@@ -89,8 +94,8 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(data_dir, name)
     if not path.is_file():
       raise FileNotFoundError(
-        f'--data_dir needs train.bin and val.bin (raw uint16 tokens, as '
-        f"written by nanoGPT's prepare.py); there is no {path}."
+        '--data_dir needs train.bin and val.bin (raw uint16 tokens, as '
+        f'written by prepare_text.py); there is no {path}.'
       )
     size = path.stat().st_size
     if size == 0 or size % 2:
@@ -101,6 +106,38 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
     return np.memmap(path, np.uint16, mode='r')
 
   return read('train.bin'), read('val.bin')
+
+
+def vocab_size(data_dir: str, given: int | None = None) -> int | None:
+  """Returns the size of the vocabulary for a model of these tokens.
+
+  Args:
+    data_dir: as in `load`.
+    given: a size that was asked for, such as a multiple of 128.
+
+  Returns:
+    `given`; without it what the folder's meta.json has; None if that is not
+    there.
+
+  Raises:
+    ValueError: if `given` is below what meta.json has, or that has no size.
+  """
+  path = pathlib.Path(data_dir, 'meta.json')
+  if not data_dir or not path.is_file():
+    return given
+  try:
+    size = int(json.loads(path.read_text())['vocab_size'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{path} must be JSON with a vocab_size, as written by '
+      'prepare_text.py. Write it again, or delete it and pass --vocab_size.'
+    ) from error
+  if given is not None and given < size:
+    raise ValueError(
+      f'vocab_size must be at least {size}, the number of different tokens in '
+      f'{path}; got {given}. Leave out --vocab_size to have it from there.'
+    )
+  return given or size
 
 
 def fingerprint(tokens: np.ndarray) -> str:

@@ -3,7 +3,7 @@
   python examples/train_gpt.py --optimizer=sophia_h
   python examples/train_gpt.py --config=gpt2_124m --data_dir=... --dry_run
 
-Every field of gpt_configs.Config is a flag. A run that was killed goes on from
+Every field of gpt_configs.Config is a flag. A run that was killed resumes from
 its last checkpoint when started again, and ends with the same bits. Ctrl-C
 writes a checkpoint first, unless there are several processes.
 """
@@ -293,7 +293,7 @@ def postponed_interrupt():
 
 
 def train(config: gpt_configs.Config) -> Result:
-  """Trains, or goes on with what config.out_dir has.
+  """Trains, or resumes from what config.out_dir has.
 
   Seconds in the history are of training: compilation, validation and
   checkpoints are not in them. With several processes each calls this, and each
@@ -447,6 +447,11 @@ def config_from_flags() -> gpt_configs.Config:
   optimizer = given.pop('optimizer', 'sophia_h')
   given.setdefault('out_dir', f'runs/{flags.FLAGS.config}_{optimizer}')
   try:
+    vocab_size = text.vocab_size(
+      given.get('data_dir', ''), given.get('vocab_size')
+    )
+    if vocab_size is not None:
+      given['vocab_size'] = vocab_size
     return gpt_configs.get_config(flags.FLAGS.config, optimizer, **given)
   except ValueError as error:
     raise app.UsageError(str(error)) from error
@@ -484,7 +489,7 @@ def main(argv):
       f'checkpoint in {config.out_dir}'
     )
     if not result.finished:
-      lines.append('Interrupted. The same command goes on from here.')
+      lines.append('Interrupted. The same command continues from here.')
   if jax.process_index() == 0:
     print('\n'.join(lines))
 

@@ -68,9 +68,9 @@ def test_estimator_arguments(kwargs, error, match):
   'factory', [sophia_optax.sophia, sophia_optax.sophia_g]
 )
 def test_max_update_rms(factory):
-  with pytest.raises(ValueError, match='max_update_rms must .* got 0'):
+  with pytest.raises(ValueError, match=r'max_update_rms must .* got 0'):
     factory(1e-3, max_update_rms=0)
-  with pytest.raises(TypeError, match="max_update_rms must .* got '0.3'"):
+  with pytest.raises(TypeError, match=r"max_update_rms must .* got '0.3'"):
     factory(1e-3, max_update_rms='0.3')
 
 

@@ -381,7 +381,7 @@ def python_step(donate):
 
 
 def loop(donate, fault=lambda step, carry: None):
-  """Trains; calls fault before step FAULT, and goes on with its carry."""
+  """Trains; calls fault before step FAULT, and continues with its carry."""
   begin, step = python_step(donate)
   carry = begin()
   for i in range(FAULT + INTERVAL):
@@ -452,7 +452,7 @@ def test_an_interrupt_during_a_step(donate):
 
 
 def train_with_checkpoints(out_dir, num_steps, fault=lambda step, state: state):
-  """Trains or goes on; calls fault before it saves. Returns state, record."""
+  """Trains or resumes; calls fault before it saves. Returns state, record."""
   config = gpt_configs.get_config('demo', 'sophia_h', out_dir=str(out_dir))
   saver = checkpoints.Checkpoints(config)
   begin, step_fn = python_step(donate=True)
@@ -484,7 +484,7 @@ def trained_at_once():
   return train_with_checkpoints('', 4)
 
 
-def assert_goes_on(out_dir, runs=2):
+def assert_continues(out_dir, runs=2):
   """Trains to step 4, as if nothing had been."""
   state, record = train_with_checkpoints(out_dir, 4)
   chex.assert_trees_all_equal(state, trained_at_once()[0])
@@ -521,11 +521,11 @@ def check_each_file(three_steps, out_dir, damage):
       chex.assert_trees_all_equal(state, whole)
   assert set(errors) == {
     f'{out_dir / "3"} could not be restored, for the reason above. If its '
-    'files are damaged, delete that folder: the same command then goes on '
+    'files are damaged, delete that folder: the same command then resumes '
     'from step 2.'
   }
   shutil.rmtree(out_dir / '3')
-  assert_goes_on(out_dir)
+  assert_continues(out_dir)
 
 
 def test_the_newest_checkpoint_is_truncated(three_steps, tmp_path):
@@ -543,7 +543,7 @@ def test_a_killed_save_left_its_temporary_folder(three_steps, tmp_path):
   out_dir = shutil.copytree(three_steps, tmp_path / 'out')
   shutil.copytree(out_dir / '3', out_dir / '7.orbax-checkpoint-tmp')
   shutil.rmtree(out_dir / '7.orbax-checkpoint-tmp' / 'state')
-  assert_goes_on(out_dir)
+  assert_continues(out_dir)
 
 
 def _process():
@@ -582,12 +582,12 @@ def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
   assert process.returncode == 1, process.stderr[-4000:]
   error = process.stderr[process.stderr.index('\nRuntimeError: ') :]
   assert f'step 3 could not be written to {out_dir}' in error
-  assert 'the same command goes on from step 2.' in error
+  assert 'the same command resumes from step 2.' in error
   assert 'File too large' in process.stderr
   left = set(os.listdir(out_dir))
   assert left >= {'1', '2'}
   assert '3' not in left
-  assert_goes_on(out_dir)
+  assert_continues(out_dir)
 
 
 def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
@@ -599,11 +599,11 @@ def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
     )
 
   with pytest.raises(
-    FloatingPointError, match=r'3 steps must be .* goes on from step 2;'
+    FloatingPointError, match=r'3 steps must be .* resumes from step 2;'
   ):
     train_with_checkpoints(tmp_path, 4, fault)
   assert sorted(os.listdir(tmp_path)) == ['1', '2']
-  assert_goes_on(tmp_path)
+  assert_continues(tmp_path)
 
 
 def restore(out_dir, tree, **settings):

@@ -332,7 +332,7 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
 
 
-def test_run_is_taken_up_on_another_mesh(tmp_path, data_dir):
+def test_run_is_resumed_on_another_mesh(tmp_path, data_dir):
   config = _config(
     optimizer='adamw',
     data_dir=data_dir,

@@ -1,0 +1,415 @@
+"""From one's own files to text sampled from a model: the README's commands."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shlex
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import demo
+import gpt_configs
+import prepare_text
+import sample
+import text
+import train_gpt
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = {
+  'demo.py': demo,
+  'prepare_text.py': prepare_text,
+  'train_gpt.py': train_gpt,
+  'sample.py': sample,
+}
+TINY = {
+  'num_layers': 1,
+  'num_heads': 2,
+  'width': 16,
+  'block_size': 8,
+  'batch_size': 8,
+  'micro_batch_size': 8,
+  'curvature_batch_size': 8,
+  'curvature_parts': 1,
+  'eval_batches': 1,
+  'num_steps': 2,
+  'warmup_steps': 1,
+  'checkpoint_interval': 1,
+}
+# Characters of one to four bytes.
+PROSE = 'Ærlig talt, sa «kapteinen» – 日本 🚢 <|endoftext|>\r\n' * 20
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _compile_fast():
+  # For the whole module, as `commands` is.
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+# The four commands.
+
+
+def read_commands():
+  """The commands of the README, that of make as its recipe."""
+  page = (ROOT / 'README.md').read_text()
+  block = re.search(r'## Your own text\n.*?```shell\n(.*?)```', page, re.DOTALL)
+  commands = [shlex.split(line) for line in block[1].splitlines()]
+  assert commands[0] == ['make', 'demo']
+  recipe = re.search(
+    r'^demo:.*\n\t\$\(BIN\)/(.*)', (ROOT / 'Makefile').read_text(), re.MULTILINE
+  )
+  commands[0] = shlex.split(recipe[1])
+  for command in commands:
+    python, script = command[:2]
+    assert python in ('python', '.venv/bin/python')
+    yield script.removeprefix('examples/'), command[2:]
+
+
+def run(script, args):
+  """Runs a script's main as the command line does."""
+  before, verbosity = set(flags.FLAGS), logging.get_verbosity()
+  SCRIPTS[script].define_flags()
+  try:
+    # optax's schedules need promotion.
+    with jax.numpy_dtype_promotion('standard'):
+      SCRIPTS[script].main(flags.FLAGS([script, *args]))
+  finally:
+    logging.set_verbosity(verbosity)
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
+
+
+@pytest.fixture(scope='module')
+def commands(tmp_path_factory):
+  """A folder in which the four commands ran, and what they printed."""
+  folder = tmp_path_factory.mktemp('commands')
+  (folder / 'my_files').mkdir()
+  (folder / 'my_files' / 'prose.txt').write_bytes(PROSE.encode() * 10)
+  # The settings stand for those of the demo, with one optimizer of three.
+  configs = {
+    name: dataclasses.replace(config, **TINY)
+    for name, config in gpt_configs.CONFIGS['demo'].items()
+  }
+  printed = {}
+  with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+    patch.setitem(gpt_configs.CONFIGS, 'demo', configs)
+    patch.setattr(demo, 'STYLES', {'adamw': demo.STYLES['adamw']})
+    for script, args in read_commands():
+      lines = []
+      patch.setattr('builtins.print', lambda *x: lines.append(' '.join(x)))  # noqa: B023
+      run(script, args)
+      printed[script] = '\n'.join(lines)
+  return folder, printed
+
+
+def test_commands_of_the_readme_run(commands):
+  folder, printed = commands
+  assert list(printed) == list(SCRIPTS)
+  assert 'AdamW           2' in printed['demo.py']
+  meta = json.loads((folder / 'corpus' / 'meta.json').read_text())
+  assert f'{meta["train_tokens"]:,} for training' in printed['prepare_text.py']
+  assert 'checkpoint in runs/mine' in printed['train_gpt.py']
+  assert printed['sample.py'].startswith('Once upon')
+  assert len(printed['sample.py']) > len('Once upon')
+  # The size of the vocabulary came from meta.json.
+  config, params = sample.load(str(folder / 'runs' / 'mine'))
+  assert config.optimizer == 'sophia_h'
+  assert config.vocab_size == meta['vocab_size'] > 257
+  assert params['tokens']['embedding'].shape == (meta['vocab_size'], 16)
+
+
+# Preparation.
+
+
+def decode_bin(folder, name):
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tokens = np.fromfile(folder / name, np.uint16)
+  end = tokenizer.token_to_id(text.END_OF_TEXT)
+  *documents, rest = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+  assert not len(rest)
+  return [tokenizer.decode(document[:-1].tolist()) for document in documents]
+
+
+@pytest.mark.parametrize('piece_size', [5, 1 << 16])
+def test_tokens_are_all_of_the_text_once(tmp_path, monkeypatch, piece_size):
+  monkeypatch.setattr(prepare_text, '_PIECE_SIZE', piece_size)
+  names = [str(tmp_path / 'a.txt'), str(tmp_path / 'b.txt')]
+  for name, string in zip(names, (PROSE, PROSE[::-1]), strict=True):
+    pathlib.Path(name).write_bytes(string.encode())
+  out = tmp_path / 'out'
+  meta = prepare_text.prepare(names, str(out), 300, val_fraction=0.25)
+
+  train, val = decode_bin(out, 'train.bin'), decode_bin(out, 'val.bin')
+  assert [a + b for a, b in zip(train, val, strict=True)] == [
+    PROSE,
+    PROSE[::-1],
+  ]
+  for string in val:
+    assert len(string.encode()) == pytest.approx(len(PROSE.encode()) / 4, abs=4)
+
+  assert json.loads((out / 'meta.json').read_text()) == meta
+  assert meta['vocab_size'] == 300
+  loaded = text.load(str(out))
+  assert [len(tokens) for tokens in loaded] == [
+    meta['train_tokens'],
+    meta['val_tokens'],
+  ]
+  assert text.sample(loaded[0], 0, 0, 2, 8, 300).shape == (2, 9)
+  assert meta['files'] == [
+    {
+      'path': name,
+      'bytes': len(PROSE.encode()),
+      'sha256': hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest(),
+    }
+    for name in names
+  ]
+
+
+def test_text_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(prepare_text, '_PIECE_SIZE', 5)
+  path = tmp_path / 'a.txt'
+  path.write_bytes('–日é🚢.'.encode())
+  middles = set()
+  for val_fraction in np.linspace(0.01, 0.99, 30):
+    train, val = prepare_text.split(str(path), val_fraction)
+    middles.add(train.stop)
+    pieces = [*prepare_text.read(train), *prepare_text.read(val)]
+    assert ''.join(pieces) == '–日é🚢.'
+    # A character that was cut is kept for the next piece.
+    assert all(len(piece.encode()) < 5 + 4 for piece in pieces)
+  assert middles == {0, 3, 6, 8, 12}
+
+
+def test_tokenizer_does_not_learn_from_what_is_held_out(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('early ' * 90 + 'late ' * 100)
+  prepare_text.prepare([str(path)], str(tmp_path), 300, 0.49)
+  tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+  assert len(tokenizer.encode(' early').ids) == 1
+  assert len(tokenizer.encode(' late').ids) > 1
+
+
+def test_names_stand_for_files(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  os.makedirs('folder/inner')
+  for name in (
+    'folder/b',
+    'folder/a',
+    'folder/inner/c',
+    'd[1].md',
+    'folder/.h',
+  ):
+    pathlib.Path(name).write_text('text')
+  pathlib.Path('folder/empty').touch()
+  find = prepare_text.find_files
+  everything = ['folder/a', 'folder/b', 'folder/inner/c']
+  assert find(['folder']) == everything
+  assert find(['d[1].md', '**/c', 'folder']) == [
+    'd[1].md',
+    'folder/inner/c',
+    'folder/a',
+    'folder/b',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('names', 'settings', 'error', 'message'),
+  [
+    ([], {}, FileNotFoundError, 'none is named'),
+    (['*.md'], {}, FileNotFoundError, r"'\*\.md' stands for none"),
+    (['nowhere'], {}, FileNotFoundError, "'nowhere' stands for none"),
+    (['empty'], {}, ValueError, 'empty is empty'),
+    (['prose', 'latin'], {}, ValueError, 'latin is not, at byte 70003: inv'),
+    (['prose', 'late'], {}, ValueError, 'late is not, at byte 70003: inv'),
+    (['cut'], {}, ValueError, r'cut is not, at byte 1000: unexpected end'),
+    (['short'], {}, ValueError, r'val\.bin .* 65 tokens, .* have 12\.'),
+    (['prose'], {'block_size': 9999}, ValueError, r'train\.bin .* 10000 tok'),
+    (['prose'], {'vocab_size': 256}, ValueError, '257 .*; got 256'),
+    (['prose'], {'vocab_size': 65_537}, ValueError, 'got 65537'),
+    (['prose'], {'val_fraction': 0.0}, ValueError, r'above 0 .* got 0\.0'),
+    (['prose'], {'val_fraction': 1.0}, ValueError, r'below 1; got 1\.0'),
+  ],
+)
+def test_bad_text_is_a_clear_error(
+  tmp_path, monkeypatch, names, settings, error, message
+):
+  monkeypatch.chdir(tmp_path)
+  latin = b'a ' * 35_000 + b'abc\xe9\n'
+  for name, content in {
+    'prose': PROSE.encode(),
+    'short': b'a ' * 100,
+    'empty': b'',
+    'latin': latin + b'a ' * 10_000,  # for training
+    'late': latin,  # held out
+    'cut': b'a ' * 500 + '日'.encode()[:2],
+  }.items():
+    pathlib.Path(name).write_bytes(content)
+  with pytest.raises(error, match=message):
+    prepare_text.prepare(names, 'out', **({'vocab_size': 300} | settings))
+  # The folder is as it was, and so free for the next try.
+  assert not os.path.exists('out') or not os.listdir('out')
+
+
+def test_corpus_is_not_overwritten(commands):
+  folder, _ = commands
+  with (
+    contextlib.chdir(folder),
+    pytest.raises(app.UsageError, match=r'corpus has a train\.bin already'),
+  ):
+    run('prepare_text.py', ['--out_dir=corpus', 'my_files'])
+
+
+# The size of the vocabulary.
+
+
+def test_vocabulary_of_a_folder(tmp_path, monkeypatch):
+  folder = str(tmp_path)
+  assert text.vocab_size('', 64) == 64
+  assert text.vocab_size(folder) is None  # as nanoGPT's
+  (tmp_path / 'meta.json').write_text('{"vocab_size": 300}')
+  assert text.vocab_size(folder) == 300
+  assert text.vocab_size(folder, 384) == 384
+  monkeypatch.chdir(folder)
+  assert text.vocab_size('') is None  # the standard library, wherever it runs
+  with pytest.raises(ValueError, match=r'at least 300, .*; got 299'):
+    text.vocab_size(folder, 299)
+  for bad in '{', '{}', '[]', '{"vocab_size": null}':
+    (tmp_path / 'meta.json').write_text(bad)
+    with pytest.raises(ValueError, match=r'meta\.json must be JSON with a voc'):
+      text.vocab_size(folder)
+
+
+def test_flag_below_the_vocabulary_is_a_clear_error(commands):
+  folder, _ = commands
+  with pytest.raises(app.UsageError, match=r'at least \d+, .*; got 64'):
+    run('train_gpt.py', [f'--data_dir={folder}/corpus', '--vocab_size=64'])
+
+
+# Sampling.
+
+
+@pytest.mark.parametrize(
+  ('temperature', 'top_k', 'vocab_size'),
+  [(1.0, 0, 50), (0.5, 0, 40), (2.0, 3, 50), (0.7, 1, 50), (1.0, 99, 40)],
+)
+def test_draws_have_the_probabilities(temperature, top_k, vocab_size):
+  logits = np.random.default_rng(0).normal(size=50).astype(np.float32)
+  weights = np.exp(logits[:vocab_size] / temperature)
+  weights[np.argsort(-weights)[top_k or vocab_size :]] = 0.0
+  num_draws = 20_000
+  draws = jax.vmap(
+    lambda key: sample.choose(logits, key, temperature, top_k, vocab_size)
+  )(jax.random.split(jax.random.key(0), num_draws))
+  counts = np.bincount(draws, minlength=vocab_size)
+  p = weights / weights.sum()
+  assert np.all(counts[p == 0] == 0)
+  # Five standard deviations.
+  assert np.all(
+    np.abs(counts / num_draws - p) <= 5 * np.sqrt(p * (1 - p) / num_draws)
+  )
+
+
+def test_temperature_0_is_the_likeliest():
+  logits = jnp.array([0.0, 3.0, 2.0, 9.0])
+  assert sample.choose(logits, jax.random.key(0), 0.0, 0, 3) == 1
+
+
+def test_window_is_the_last_tokens():
+  """Against the model called on those tokens alone, without padding."""
+  config = gpt_configs.Config(vocab_size=64, **TINY)
+  model = train_gpt.make_model(config)
+  tokens = [7, 1, 9, 4, 2, 5]  # two fewer than the window has
+  params = jax.jit(model.init)(jax.random.key(5), jnp.array([tokens]))['params']
+  # Far from uniform, so that every token and its position matters.
+  params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)
+
+  traces = []
+  choose = sample.choose
+
+  def counted(*args):
+    traces.append(args)
+    return choose(*args)
+
+  window = np.full(8, 63, np.int32)
+  window[: len(tokens)] = tokens
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sample, 'choose', counted)
+    generate = jax.jit(sample.make_generate(model, 6, 0.0, 0, 64))
+    drawn = generate(params, window, len(tokens), jax.random.key(0))
+  assert len(traces) == 1  # one program for six tokens
+  apply = jax.jit(model.apply)  # compiled for six, seven and eight tokens
+  for _ in range(6):
+    logits = apply({'params': params}, jnp.array([tokens[-8:]]))[0, -1]
+    tokens.append(int(jnp.argmax(logits)))
+  assert drawn.tolist() == tokens[6:]
+  assert len(set(tokens[6:])) == 6
+
+
+def test_bytes_are_the_codec_of_the_standard_library():
+  codec = sample.make_codec('')
+  tokens = codec.encode('é\n')
+  assert tokens == [0xC3, 0xA9, 0x0A]
+  assert codec.decode(tokens) == 'é\n'
+  assert codec.decode([0xC3]) == '\N{REPLACEMENT CHARACTER}'
+  assert (codec.vocab_size, codec.start) == (256, 10)
+
+
+def test_demo_is_sampled_in_bytes(commands):
+  folder, _ = commands
+  (out_dir,) = folder.glob('runs/demo-*/adamw')
+  draw = lambda **settings: sample.sample(str(out_dir), 'é', 9, **settings)
+  assert draw() == draw()
+  assert draw() != draw(seed=1)
+  assert draw().startswith('é')
+
+
+def test_sampling_leaves_a_run_that_still_trains_alone(commands):
+  folder, _ = commands
+  run_dir = folder / 'runs' / 'mine'
+  half_written = run_dir / '3.orbax-checkpoint-tmp'
+  half_written.mkdir()
+  files = lambda: sorted(str(path) for path in run_dir.rglob('*'))
+  before = files()
+  sample.load(str(run_dir))
+  assert files() == before
+  half_written.rmdir()
+
+
+@pytest.mark.parametrize(
+  ('settings', 'error', 'message'),
+  [
+    ({'out_dir': 'nowhere'}, FileNotFoundError, 'nowhere must have a check'),
+    ({'out_dir': 'my_files'}, FileNotFoundError, 'my_files must have a check'),
+    ({'data_dir': 'nowhere'}, FileNotFoundError, r'no nowhere/tokenizer\.json'),
+    ({'data_dir': 'large'}, ValueError, r'below vocab_size = \d+ .*; got 9999'),
+    ({'num_tokens': 0}, ValueError, 'at least 1; got 0'),
+    ({'temperature': -1.0}, ValueError, r'at least 0, .*; got -1\.0'),
+    ({'top_k': -1}, ValueError, 'at least 0, .*; got -1'),
+  ],
+)
+def test_bad_samples_are_a_clear_error(
+  commands, monkeypatch, settings, error, message
+):
+  folder, _ = commands
+  monkeypatch.chdir(folder)
+  # The tokenizer of another model.
+  os.makedirs('large', exist_ok=True)
+  vocabulary = {'a': 9999}
+  tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).save(
+    'large/tokenizer.json'
+  )
+  with pytest.raises(error, match=message):
+    sample.sample(**({'out_dir': 'runs/mine', 'prompt': 'a'} | settings))
+  assert not os.path.exists('nowhere')
