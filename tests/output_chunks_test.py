@@ -286,7 +286,8 @@ def test_predictions_divided_over_another_axis_are_one_estimate():
   )
   chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-7)
   one = estimate(None, tokens, params, likelihood=likeliest)[0]
-  # Deterministic scores of two halves: the mean of squares, and both alike.
+  # Both replicas have the same sum S of scores, and S²/B is their mean. One
+  # estimate of all has (2 S)²/(2 B).
   chex.assert_trees_all_close(
     chunked, jax.tree.map(lambda x: x / 2, one), rtol=1e-4, atol=1e-6
   )
