@@ -84,22 +84,28 @@ class GPT(nn.Module):
   unroll: int = 1
   remat: bool = False
 
-  @nn.compact
-  def __call__(self, tokens):
-    seq_len = tokens.shape[1]
-    embed = nn.Embed(
+  def setup(self):
+    self.tokens = nn.Embed(
       self.vocab_size,
       self.width,
       dtype=self.dtype,
-      name='tokens',
       embedding_init=nn.initializers.normal(0.02),
     )
+    # Gathered once for both ends of the model.
+    self.table = sharding.whole(self.tokens.embedding).astype(self.dtype)
+
+  def __call__(self, tokens):
+    return self.head(self.hidden(tokens))
+
+  @nn.compact
+  def hidden(self, tokens):
+    """Maps tokens (B, T) to the hidden states of the last layer, (B, T, C)."""
+    seq_len = tokens.shape[1]
     positions = self.param(
       'positions', nn.initializers.normal(0.02), (self.block_size, self.width)
     )[:seq_len].astype(self.dtype)  # (T, C)
 
-    table = sharding.whole(embed.embedding).astype(self.dtype)  # (V, C)
-    x = jnp.take(table, tokens, axis=0) + positions  # (B, T, C)
+    x = jnp.take(self.table, tokens, axis=0) + positions  # (B, T, C)
     # One matrix (B·T, C) instead of (B, T, C): CPUs multiply it twice as fast.
     x = x.reshape(-1, self.width)  # (B·T, C)
     layers = nn.scan(
@@ -113,8 +119,13 @@ class GPT(nn.Module):
       self.num_heads, self.num_layers, seq_len, self.dtype, name='layers'
     )(x, None)
     x = norm('norm', sharding.divide(x)).astype(self.dtype)  # (B·T, C)
-    logits = sharding.divide(x @ table.T).astype(jnp.float32)  # (B·T, V)
-    return logits.reshape(*tokens.shape, self.vocab_size)  # (B, T, V)
+    return x.reshape(*tokens.shape, self.width)  # (B, T, C)
+
+  def head(self, hidden):
+    """Maps hidden states (B, T, C), for any T, to logits (B, T, V)."""
+    x = sharding.divide(hidden.reshape(-1, self.width))  # (B·T, C)
+    logits = sharding.divide(x @ self.table.T).astype(jnp.float32)  # (B·T, V)
+    return logits.reshape(*hidden.shape[:-1], self.vocab_size)  # (B, T, V)
 
 
 def decay_mask(params):

@@ -25,6 +25,9 @@ class Config:
   dtype: str = 'float32'  # of activations
   unroll: int = 1  # layers per iteration of the scan over layers
   remat: bool = False  # compute activations twice instead of keeping them
+  # Parts of each sequence whose logits are in memory one after another; divides
+  # T. With more than 1 the gradient's logits are computed twice.
+  head_chunks: int = 1
 
   # Training.
   num_steps: int = 1800
@@ -85,6 +88,11 @@ class Config:
       raise ValueError(
         'warmup_steps must be at least 0 and below num_steps = '
         f'{self.num_steps}; got {self.warmup_steps}.'
+      )
+    if self.head_chunks < 1 or self.block_size % self.head_chunks:
+      raise ValueError(
+        f'head_chunks must divide block_size = {self.block_size}; '
+        f'got {self.head_chunks}.'
       )
     if self.batch_size % self.micro_batch_size:
       raise ValueError(

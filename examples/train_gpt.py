@@ -138,7 +138,10 @@ def make_optimizer(config):
       nesterov=config.nesterov,
       nu_bias_correction=config.nu_bias_correction,
       hessian_diagonal_fn=part(
-        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(config.seed)
+        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+          config.seed,
+          num_chunks=config.head_chunks if config.head_chunks > 1 else None,
+        )
       ),
     )
   elif config.optimizer == 'lion':
@@ -178,6 +181,50 @@ def make_loss(predict_fn):
   return loss_fn
 
 
+def make_chunked_loss(hidden_fn, head_fn, num_chunks):
+  """The same loss, with the logits of one chunk of each sequence in memory.
+
+  The backward pass computes them again. A custom rule could save that, but
+  Sophia-H needs the loss's second derivatives, by jvp.
+  """
+
+  def cut(x):  # (B, T, ...) -> (K, B, T/K, ...)
+    return jnp.moveaxis(x.reshape(len(x), num_chunks, -1, *x.shape[2:]), 1, 0)
+
+  def loss_fn(params, tokens):  # tokens: (B, T + 1)
+    @jax.checkpoint
+    def chunk_loss(chunk):
+      hidden, labels = chunk
+      return optax.softmax_cross_entropy_with_integer_labels(
+        head_fn(params, hidden), labels
+      ).mean()
+
+    chunks = cut(hidden_fn(params, tokens)), cut(tokens[:, 1:])
+    return jax.lax.map(chunk_loss, chunks).mean()
+
+  return loss_fn
+
+
+def make_fns(config, model):
+  """Returns the loss, obj_fn, and what Sophia-G takes instead, by name."""
+  if config.head_chunks == 1:
+    predict_fn = make_predict(model)
+    return {'obj_fn': make_loss(predict_fn), 'predict_fn': predict_fn}
+
+  def hidden_fn(params, tokens):  # tokens: (B, T + 1)
+    inputs = tokens[:, :-1]
+    return model.apply({'params': params}, inputs, method=model.hidden)
+
+  def head_fn(params, hidden):  # (B, T/K, C) -> (B, T/K, V)
+    return model.apply({'params': params}, hidden, method=model.head)
+
+  return {
+    'obj_fn': make_chunked_loss(hidden_fn, head_fn, config.head_chunks),
+    'predict_fn': hidden_fn,
+    'head_fn': head_fn,
+  }
+
+
 def make_init(config, model, optimizer):
   def init():
     tokens = jnp.zeros((1, config.block_size), jnp.int32)
@@ -187,9 +234,9 @@ def make_init(config, model, optimizer):
   return init
 
 
-def make_step(predict_fn, optimizer):
+def make_step(fns, optimizer):
   """Returns the function (state, batch) -> (state, metrics)."""
-  loss_fn = make_loss(predict_fn)
+  loss_fn = fns['obj_fn']
 
   def step(state, batch):  # batch: (B/M, M, T + 1)
     params, opt_state = state
@@ -202,15 +249,11 @@ def make_step(predict_fn, optimizer):
     total, _ = jax.lax.scan(add_micro_batch, zero, batch)
     loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
-    # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn, on a part
-    # of this batch at a time, when it refreshes; the others call neither.
+    # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn (and then
+    # head_fn), on a part of this batch at a time, when it refreshes; the others
+    # call none.
     updates, opt_state = optimizer.update(
-      grads,
-      opt_state,
-      params,
-      obj_fn=loss_fn,
-      predict_fn=predict_fn,
-      batch=batch,
+      grads, opt_state, params, batch=batch, **fns
     )
     params = optax.apply_updates(params, updates)
 
@@ -243,10 +286,10 @@ class Program(NamedTuple):
 def make_program(config, mesh) -> Program:
   model = make_model(config)
   optimizer = make_optimizer(config)
-  predict_fn = make_predict(model)
+  fns = make_fns(config, model)
   init = make_init(config, model, optimizer)
-  step = make_step(predict_fn, optimizer)
-  evaluate = make_evaluate(make_loss(predict_fn))
+  step = make_step(fns, optimizer)
+  evaluate = make_evaluate(fns['obj_fn'])
 
   shapes = jax.eval_shape(init)
   shardings = sharding.state_sharding(mesh, shapes)

@@ -59,10 +59,7 @@ def split_batch(
     of the predictions that count.
   """
   size = _leading_axis(batch, num_parts)
-
-  def split(x):  # (n, ...) -> (M, n / M, ...)
-    return jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0)
-
+  split = lambda x: cut(x, num_parts)
   parts = {'batch': jax.tree.map(split, batch)}
   if label_mask is None:
     return parts, jnp.full(num_parts, 1 / num_parts)
@@ -74,6 +71,15 @@ def split_batch(
   counts = _collectives.total(counts, axes)
   weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
   return parts | {'label_mask': mask}, weights
+
+
+def cut(x: jax.Array, num_parts: int, axis: int = 0) -> jax.Array:
+  """Cuts an axis: part m of (M, ..., n / M, ...) holds every M-th entry.
+
+  An axis that is divided over devices stays so in each part.
+  """
+  shape = (*x.shape[:axis], -1, num_parts, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
 
 def over_parts(

@@ -65,6 +65,8 @@ def sampled_estimator(
       ``loss_scale`` and the other extra arguments of ``update``.
       ``random_like(key, theta, sampler)`` draws arrays like ``theta``, with
       independent draws for the parts of an array that is divided over devices.
+      ``head_fn(theta, hidden)``, if there is one, calls the function that was
+      passed to ``update`` with the parameters in place of ``theta``.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
     fn_name: ``'obj_fn'``, a function that returns the loss, or
       ``'predict_fn'``, a function that returns the outputs of the model. With
@@ -120,6 +122,7 @@ def sampled_estimator(
     full_params=None,
     loss_scale=None,
     label_mask=None,
+    head_fn=None,
     sophia_request=None,
     **extra_args,
   ):
@@ -132,10 +135,17 @@ def sampled_estimator(
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     zeros = optax.tree.zeros_like(_coordinates.widen(theta))
 
+    def params_of(theta):
+      return _coordinates.fill(_coordinates.join(params, theta), full_params)
+
+    def head_of_theta(theta, hidden):
+      arguments = {'params': params_of(theta), 'hidden': hidden}
+      return _array_of('head_fn', _checks.call('head_fn', head_fn, arguments))
+
     def estimate(key, batch=None, label_mask=None):
       def fn_of_theta(theta):
-        p = _coordinates.fill(_coordinates.join(params, theta), full_params)
-        arguments = {'params': p} | ({} if batch is None else {'batch': batch})
+        arguments = {'params': params_of(theta)}
+        arguments |= {} if batch is None else {'batch': batch}
         value = _checks.call(fn_name, fn, arguments)
         value = _array_of(fn_name, value, has_aux)
         if fn_name == 'obj_fn':
@@ -143,6 +153,8 @@ def sampled_estimator(
         return value
 
       extra = {'label_mask': label_mask, 'loss_scale': loss_scale}
+      if head_fn is not None:
+        extra['head_fn'] = head_of_theta
       draw = make_draw(
         theta, fn_of_theta, random_like=random_like, **extra, **extra_args
       )
@@ -227,7 +239,7 @@ def _check_complete(name, params, full_params):
     )
 
 
-def _array_of(name, value, has_aux):
+def _array_of(name, value, has_aux=False):
   """Returns the array that the user's function returned, or raises."""
   is_pair = isinstance(value, tuple) and len(value) == 2
   if has_aux and is_pair:
@@ -248,6 +260,6 @@ def _array_of(name, value, has_aux):
     fix = 'Select it, or cast it.'
   else:
     return value
-  if not is_array and not has_aux:
+  if not is_array and not has_aux and name != 'head_fn':
     fix = 'If it returns (value, aux), pass has_aux=True to the estimator.'
   raise TypeError(f'{name} must return {need}, got {got}. {fix}')

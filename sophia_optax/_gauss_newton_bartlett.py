@@ -21,6 +21,7 @@ from sophia_optax import _checks
 from sophia_optax import _collectives
 from sophia_optax import _coordinates
 from sophia_optax import _estimator
+from sophia_optax import _outputs
 from sophia_optax import likelihoods
 
 GaussNewtonBartlettState = _estimator.EstimatorState
@@ -33,6 +34,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     str | likelihoods.Likelihood | Callable[[jax.Array, jax.Array], jax.Array]
   ) = 'categorical',
   num_samples: int = 1,
+  num_chunks: int | None = None,
   has_aux: bool = False,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,16 +60,28 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   empirical Fisher, which is another thing: see
   :func:`sophia_optax.squared_gradient_estimator_diag_hessian`.
 
+  With many classes the logits take the most memory. With ``num_chunks=M`` the
+  model is passed in two functions: ``predict_fn`` returns its final hidden
+  states, of shape (..., N, D), and ``head_fn(params, hidden)`` returns the
+  outputs for a chunk of them, from shape (..., N / M, D). Then only the outputs
+  of one chunk are in memory at a time, for the FLOPs of one forward and one
+  backward pass as before. Chunk m has the positions m, m + M, m + 2 M, ... of
+  the axis of N, which is the sequence in hidden states of shape (B, T, D), so
+  each device has its part of every chunk, whichever axis is divided. The
+  estimate is the same up to other labels; with ``num_chunks=1`` it has the same
+  bits. Each draw after the first computes the head again.
+
   ``update(grads, state, params, predict_fn=...)`` returns the estimate in place
   of the gradients. ``predict_fn(params)`` returns the outputs of the model,
   logits or means, of any rank; with ``batch=`` it is called as
-  ``predict_fn(params, batch)``. Where :func:`optax.masked` or
-  :func:`optax.partition` hides parameters, ``full_params=`` has them all for
-  ``predict_fn``. ``label_mask=`` says which predictions count; it broadcasts to
-  the outputs without the axis of classes, and where all are masked the estimate
-  is zero. ``loss_scale=`` multiplies what is sent backward through
-  ``predict_fn``, against underflow; the estimate does not see it. The estimate
-  has the structure of ``params``, with leaves as those of
+  ``predict_fn(params, batch)``. ``head_fn(params, hidden)`` is for
+  ``num_chunks``; it gets all parameters, because embeddings may be tied. Where
+  :func:`optax.masked` or :func:`optax.partition` hides parameters,
+  ``full_params=`` has them all for both functions. ``label_mask=`` says which
+  predictions count; it broadcasts to the outputs without the axis of classes,
+  and where all are masked the estimate is zero. ``loss_scale=`` multiplies what
+  is sent backward through the model, against underflow; the estimate does not
+  see it. The estimate has the structure of ``params``, with leaves as those of
   :func:`sophia_optax.hutchinson_estimator_diag_hessian`.
 
   Args:
@@ -80,6 +94,8 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       ``(key, outputs) -> scores`` of predictions that are single numbers.
       Outputs reach it in float32 or wider.
     num_samples: Number of draws to average, all from one forward pass.
+    num_chunks: Number M of chunks in which ``head_fn`` computes the outputs, a
+      divisor of N. None means that ``predict_fn`` returns all outputs.
     has_aux: Whether ``predict_fn`` returns ``(outputs, aux)``. What is in aux
       is not used.
     axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
@@ -93,12 +109,15 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     :class:`GaussNewtonBartlettState`.
 
   Raises:
-    ValueError: If ``num_samples`` is less than 1 or ``likelihood`` is unknown;
-      in ``update``, if ``params`` or ``predict_fn`` is missing, or
-      ``full_params`` where parameters are hidden; if ``label_mask`` does not
-      broadcast to the predictions, or there is no axis ``axis_name``.
-    TypeError: In ``update``, if ``predict_fn`` can't be called with these
-      arguments or returns something else than a floating point array.
+    ValueError: If ``num_samples`` or ``num_chunks`` is less than 1 or
+      ``likelihood`` is unknown; in ``update``, if ``params`` or ``predict_fn``
+      is missing, or ``full_params`` where parameters are hidden; if
+      ``label_mask`` does not broadcast to the predictions, or there is no axis
+      ``axis_name``; if ``num_chunks`` does not divide N, or only one of
+      ``num_chunks`` and ``head_fn`` is given.
+    TypeError: In ``update``, if ``predict_fn`` or ``head_fn`` can't be called
+      with these arguments or returns something else than a floating point
+      array, or ``head_fn`` one of another shape than above.
 
   Example:
     >>> import jax
@@ -114,26 +133,56 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     >>> print(bool(jnp.allclose(estimate, exact, rtol=0.2)))
     True
 
+    A language model with tied embeddings, in two functions:
+
+    >>> params = {'embedding': jax.random.normal(jax.random.key(1), (50, 8))}
+    >>> tokens = jnp.arange(64).reshape(4, 16) % 50
+    >>> hidden_fn = lambda p: jnp.tanh(p['embedding'][tokens])  # (4, 16, 8)
+    >>> head_fn = lambda p, hidden: hidden @ p['embedding'].T
+    >>> estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    ...     num_chunks=8)  # Logits of (4, 2, 50) at a time.
+    >>> estimate, _ = estimator.update(
+    ...     None, estimator.init(params), params,
+    ...     predict_fn=hidden_fn, head_fn=head_fn)
+    >>> print(estimate['embedding'].shape)
+    (50, 8)
+
   References:
     Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 2
   """
   draw_score, event_ndim = _resolve(likelihood)
+  if num_chunks is not None:
+    num_chunks = _checks.whole_number('num_chunks', num_chunks, at_least=1)
 
-  def make_draw(theta, predict, *, label_mask, loss_scale, **extra_args):
+  def make_draw(
+    theta, predict, *, label_mask, loss_scale, head_fn=None, **extra_args
+  ):
     del extra_args
-    outputs, pull_back = jax.vjp(predict, theta)  # (..., classes) or (...)
-    if outputs.ndim < event_ndim:
+    _check_together(head_fn, num_chunks)
+
+    def head(theta, hidden):
+      outputs = head_fn(theta, hidden)
+      _check_predictions(outputs, hidden, event_ndim)
+      return outputs
+
+    if num_chunks is None:
+      outputs = _outputs.at_once(predict, theta)
+    elif num_chunks == 1:
+      outputs = _outputs.at_once(lambda t: head(t, predict(t)), theta)
+    else:
+      outputs = _outputs.in_chunks(predict, head, theta, num_chunks)
+    if len(outputs.shape) < event_ndim:
       raise TypeError(
         f'predict_fn must return outputs with at least {event_ndim} axes for'
         f' this likelihood, got shape {outputs.shape}. The last axis of logits'
         ' is that of the classes.'
       )
-    wide = _coordinates.wider(outputs.dtype, jnp.float32)
-    mask = _mask_of_predictions(label_mask, outputs, event_ndim)
+    wide = _coordinates.wider(outputs.like.dtype, jnp.float32)
+    mask = _mask_of_predictions(label_mask, outputs.shape, event_ndim)
     # Predictions that are divided over another axis belong to one estimate.
-    axes = _collectives.other_axes(outputs, axis_name)
+    axes = _collectives.other_axes(outputs.like, axis_name)
     count = _collectives.total(jnp.sum(mask.astype(wide)), axes)
     count = jnp.maximum(count, 1)  # B
     # What is sent backward are the scores of √B ĝ: in half precision B ĝ can
@@ -145,13 +194,15 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       scale = jnp.asarray(loss_scale, wide) / count
       gain = scale * root_of_count
 
-    def draw(key):
-      key = _collectives.fold_in_index(key, axes)
+    def score(key, outputs, mask):
       draw_here = _collectives.with_auto_axes(draw_score, outputs)
       scores = scale * draw_here(key, outputs.astype(wide))
       scores = jnp.where(mask, scores, 0)  # Padding may hold NaN.
-      (root,) = pull_back(scores.astype(outputs.dtype))
-      root = _coordinates.unscale(_coordinates.widen(root), gain)
+      return scores.astype(outputs.dtype)
+
+    def draw(key):
+      key = _collectives.fold_in_index(key, axes)
+      root = _coordinates.unscale(outputs.send_back(score, key, mask), gain)
       return jax.tree.map(jnp.square, root)
 
     return draw
@@ -178,9 +229,32 @@ def _resolve(likelihood):
   return _resolve(likelihoods.BY_NAME[likelihood])
 
 
-def _mask_of_predictions(label_mask, outputs, event_ndim):
+def _check_together(head_fn, num_chunks):
+  if (head_fn is None) != (num_chunks is None):
+    given = 'head_fn' if num_chunks is None else f'num_chunks={num_chunks}'
+    raise ValueError(
+      f'head_fn and num_chunks need each other, got {given} alone. Pass'
+      ' num_chunks=8 to the estimator, and to update head_fn=lambda params,'
+      ' hidden: hidden @ params["head"], or leave both out.'
+    )
+
+
+def _check_predictions(outputs, hidden, event_ndim):
+  """Raises unless the head made predictions from each hidden state."""
+  axes = hidden.ndim - 1
+  too_few = outputs.ndim < axes + event_ndim
+  if too_few or outputs.shape[:axes] != hidden.shape[:axes]:
+    need = [*map(str, hidden.shape[:axes]), *event_ndim * ['classes']]
+    raise TypeError(
+      f'head_fn must return outputs of shape ({", ".join(need)}) from hidden'
+      f' states of shape {hidden.shape}, got shape {outputs.shape}. Replace the'
+      ' last axis of hidden, and keep the others.'
+    )
+
+
+def _mask_of_predictions(label_mask, shape, event_ndim):
   """Returns which predictions count, with axes of size 1 for the event."""
-  predictions = outputs.shape[: outputs.ndim - event_ndim]
+  predictions = shape[: len(shape) - event_ndim]
   if label_mask is None:
     label_mask = True
   _checks.broadcasts('label_mask', label_mask, predictions)

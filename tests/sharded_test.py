@@ -173,6 +173,50 @@ def test_equals_one_device(layout, estimator, axis_types):
   )
 
 
+@pytest.mark.usefixtures('compile_fast')
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(64, 16), (8, 8, 16)])
+def test_outputs_in_chunks_equal_one_device(shape, layout, axis_types):
+  w1, w2, rows, hidden, outputs = LAYOUTS[layout]
+  estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    num_chunks=2
+  )
+  inputs = BATCH['x'].reshape(shape)
+
+  def update(params, inputs, matmuls=(jnp.matmul, jnp.matmul)):
+    return estimator.update(
+      None,
+      estimator.init(params),
+      params,
+      predict_fn=lambda p, x: jnp.tanh(matmuls[0](x, p['w1'])),
+      head_fn=lambda p, hidden: matmuls[1](hidden, p['w2']),
+      batch=inputs,
+    )[0]
+
+  def spread(spec):  # Over the first and the last axis.
+    first, *last = spec or (None,)
+    return P(first, *[None] * (len(shape) - 1 - len(last)), *last)
+
+  mesh = make_mesh(axis_types)
+  with jax.set_mesh(mesh):
+    matmuls = [
+      functools.partial(jnp.matmul, out_sharding=spread(spec))
+      for spec in (hidden, outputs or rows)
+    ]
+    estimate = jax.jit(
+      functools.partial(update, matmuls=matmuls)
+      if axis_types == 'explicit'
+      else update
+    )(
+      place(PARAMS, {'w1': w1, 'w2': w2}, mesh),
+      place(inputs, spread(rows), mesh),
+    )
+  chex.assert_trees_all_close(
+    jax.device_get(estimate), update(PARAMS, inputs), rtol=1e-4, atol=1e-6
+  )
+
+
 SHAPE = (48, 80)
 
 
@@ -228,3 +272,36 @@ def test_no_logits_of_full_size(axis_types):
     )
   assert re.findall(r'f32\[3,1000\]', text)  # What one device has of them.
   assert not re.findall(r'\[[36],4000\]|\[6,1000\]', text)
+
+
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+@pytest.mark.parametrize(
+  ('rows', 'classes', 'here'),
+  [(P(('data', 'model')), P(), '2,4000'), (P('data'), P('model'), '8,1000')],
+)
+def test_every_device_has_a_part_of_each_chunk(rows, classes, here, axis_types):
+  estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    num_chunks=4
+  )
+  mesh = make_mesh(axis_types)
+  weights = P(None, *classes)
+
+  def head_fn(w, hidden):
+    if axis_types == 'auto':
+      return hidden @ w
+    return jnp.matmul(hidden, w, out_sharding=P(*rows, *classes))
+
+  with jax.set_mesh(mesh):
+    w = place(jnp.ones((5, 4000)), weights, mesh)
+    hidden = place(jnp.ones((64, 5)), rows, mesh)
+    update = lambda state, w, hidden: estimator.update(
+      None, state, w, predict_fn=lambda w: hidden, head_fn=head_fn
+    )[0]
+    text = (
+      jax.jit(update, out_shardings=jax.sharding.NamedSharding(mesh, weights))
+      .lower(estimator.init(w), w, hidden)
+      .compile()
+      .as_text()
+    )
+  sizes = set(re.findall(r'\[(\d+,(?:1000|4000))\]', text))
+  assert sizes == {here, f'5,{here.split(",")[1]}'}  # Logits and weights.

@@ -76,10 +76,9 @@ def _config(name='demo', optimizer='sophia_h', **overrides):
 def _setup(config):
   model = train_gpt.make_model(config)
   optimizer = train_gpt.make_optimizer(config)
-  predict_fn = train_gpt.make_predict(model)
   return (
     train_gpt.make_init(config, model, optimizer),
-    train_gpt.make_step(predict_fn, optimizer),
+    train_gpt.make_step(train_gpt.make_fns(config, model), optimizer),
   )
 
 
@@ -173,6 +172,41 @@ def test_micro_batches_and_layer_scan_do_not_change_the_step():
   chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-6)
 
 
+def test_head_chunks_do_not_change_the_loss_and_its_derivatives():
+  tokens = np.random.default_rng(0).integers(0, 64, (4, 9), np.int32)
+  results = []
+  for head_chunks in (1, 4):
+    config = _config(head_chunks=head_chunks)
+    init, _ = _setup(config)
+    params = jax.jit(init)().params
+    fns = train_gpt.make_fns(config, train_gpt.make_model(config))
+    loss_fn = lambda params, fns=fns: fns['obj_fn'](params, tokens)
+    results.append(jax.jit(jax.value_and_grad(loss_fn))(params))
+    _, (tangent,) = jax.jit(
+      lambda p, loss_fn=loss_fn: jax.jvp(
+        lambda p: (jax.grad(loss_fn)(p),), (p,), (p,)
+      )
+    )(params)
+    results[-1] += (tangent,)
+  chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
+def test_head_chunks_train(optimizer):
+  states = []
+  for head_chunks in (1, 2):
+    config = _config(optimizer=optimizer, head_chunks=head_chunks, num_steps=10)
+    init, step = _setup(config)
+    batch = np.random.default_rng(0).integers(0, 64, (2, 4, 9), np.int32)
+    states.append(jax.jit(step)(jax.jit(init)(), batch)[0])
+  whole, chunked = states
+  if optimizer == 'sophia_h':
+    chex.assert_trees_all_close(chunked, whole, rtol=2e-3, atol=1e-6)
+  else:  # The labels are others.
+    nu = [optax.tree.get(state.opt_state, 'nu') for state in states]
+    np.testing.assert_allclose(*map(optax.tree.norm, nu), rtol=0.5)
+
+
 def test_gpt2_124m_trains_on_bin_files(data_dir):
   result = train_gpt.train(
     _config(
@@ -208,6 +242,8 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
     ({'batch_size': 6}, r'multiple of micro_batch_size; got 6 and 4'),
     ({'curvature_batch_size': 9}, r'1 to batch_size = 8; got 9'),
     ({'curvature_parts': 3}, r'curvature_batch_size = 4; got 3'),
+    ({'head_chunks': 3}, r'head_chunks must divide block_size = 8; got 3'),
+    ({'head_chunks': 0}, r'head_chunks must divide block_size = 8; got 0'),
     ({'num_heads': 3}, r'multiple of num_heads; got 16 and 3'),
     ({'num_steps': 2}, r'below num_steps = 2; got 2'),
     ({'mesh': 'data'}, r'name:size for each axis.*; got .data.\.'),
@@ -315,6 +351,7 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
     eval_interval=4,
     unroll=1,
     learning_rate=1e-3,
+    head_chunks=2 if optimizer == 'sophia_g' else 1,
     **_DIVISIBLE,
   )
   one = train_gpt.train(config)
