@@ -1,5 +1,7 @@
 """The conformance suite: over what is ours, and over the mistakes of others."""
 
+import functools
+
 import conformance
 import jax
 import jax.numpy as jnp
@@ -57,17 +59,23 @@ def gauss_newton(key, **kwargs):
   )
 
 
-ESTIMATORS = {
-  'hutchinson': (hutchinson, HESSIAN),
-  'hutchinson_samples': (lambda key: hutchinson(key, num_samples=3), HESSIAN),
-  'hutchinson_normal': (
-    lambda key: hutchinson(key, distribution='normal'),
-    HESSIAN,
-  ),
-  'hutchinson_microbatched': (
-    lambda key: sophia_optax.microbatched(hutchinson(key), 2),
+HVPS = ('forward_over_reverse', 'reverse_over_reverse', 'finite_difference')
+HUTCHINSON = {
+  'one': (hutchinson, HESSIAN),
+  'samples': (functools.partial(hutchinson, num_samples=3), HESSIAN),
+  'normal': (functools.partial(hutchinson, distribution='normal'), HESSIAN),
+  'microbatched': (
+    lambda key, **kwargs: sophia_optax.microbatched(
+      hutchinson(key, **kwargs), 2
+    ),
     HESSIAN_OF_BATCH,
   ),
+}
+ESTIMATORS = {
+  f'hutchinson_{name}_{hvp}': (functools.partial(make, hvp=hvp), problem)
+  for hvp in HVPS
+  for name, (make, problem) in HUTCHINSON.items()
+} | {
   'gauss_newton': (gauss_newton, BITS),
   'gauss_newton_samples': (lambda key: gauss_newton(key, num_samples=3), BITS),
   'gauss_newton_microbatched': (
@@ -108,9 +116,9 @@ def weighted_inputs(weight):
 
 
 REPLICATED = {
-  'hutchinson': (hutchinson, HESSIAN, weighted_objective),
-  'gauss_newton': (gauss_newton, BITS, weighted_inputs),
-}
+  hvp: (functools.partial(hutchinson, hvp=hvp), HESSIAN, weighted_objective)
+  for hvp in HVPS
+} | {'gauss_newton': (gauss_newton, BITS, weighted_inputs)}
 
 
 @pytest.mark.parametrize('name', REPLICATED)

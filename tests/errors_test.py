@@ -57,6 +57,12 @@ def test_hyperparameters(kwargs, error, match):
       ValueError,
       r"one of \['normal', 'rademacher'\], got 'gauss'",
     ),
+    (
+      {'hvp': 'reverse'},
+      ValueError,
+      r"\['finite_difference', 'forward_over_reverse', 'reverse_over_reverse'\]"
+      ", got 'reverse'",
+    ),
   ],
 )
 def test_estimator_arguments(kwargs, error, match):
