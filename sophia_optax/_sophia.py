@@ -341,13 +341,21 @@ def scale_by_sophia(
     raw = _coordinates.split(params, updates)
     grads = _coordinates.unscale(_coordinates.widen(raw), loss_scale)
     mu = _coordinates.split(params, state.mu)
+
+    def averaged_gradient():
+      return jax.tree.map(lambda g, m: _ema(b1, g, m), grads, mu)
+
     old = state._replace(
       count=optax.safe_increment(state.count),
-      mu=jax.tree.map(lambda g, m: _ema(b1, g, m), grads, mu),
+      mu=averaged_gradient(),
       nu=_coordinates.split(params, state.nu),
     )
 
     def refreshed(old):
+      if refresh_before_update:
+        # The update comes after the conditional. An m from outside would be
+        # written to memory before it, on every step.
+        old = old._replace(mu=averaged_gradient())
       estimate, hessian_fn_state = estimator.update(
         updates, old.hessian_fn_state, params=params, **extra_args
       )

@@ -68,8 +68,17 @@ def test_a_step_compiles(way, optimizer):
   assert steps['ordinary']['sent'] == adamw['sent']
 
 
-@pytest.mark.parametrize('optimizer', ['H', 'G', 'g²'])
-def test_an_ordinary_step_moves_six_words(optimizer):
-  words = figures()['update'][optimizer]
-  assert words['ordinary'] == pytest.approx(6, abs=0.05)
-  assert figures()['update']['adamw']['one'] == pytest.approx(7, abs=0.05)
+@pytest.mark.parametrize(
+  ('optimizer', 'words'),
+  [
+    ('adamw', 7),
+    # In two programs.
+    ('H', 6),
+    ('G', 6),
+    ('g²', 6),
+    # In one.
+    ('g², refresh first', 6),
+  ],
+)
+def test_words_of_an_ordinary_step(optimizer, words):
+  assert figures()['update'][optimizer] == pytest.approx(words, abs=0.05)
