@@ -1,6 +1,8 @@
 # make demo    trains a small language model with AdamW and with Sophia
 # make test    runs every test and every example in the documentation
 # make docs    builds the documentation site into site/
+# make tpu     compiles small steps for TPUs, without one; Linux on x86 only
+# make accelerator    tests and times this on the GPU or TPU that is here
 # make lint, make types, make package    what CI checks beside these
 #
 # Everything is installed into .venv; `make clean` removes it. Another
@@ -9,9 +11,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+ACCELERATED = sophia sophia_g hutchinson gauss_newton_bartlett microbatched \
+  win_rate low_precision conformance
 BUILDIFIER ?= npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test docs format lint buildifier types completeness package clean
+.PHONY: demo test tpu accelerator docs format lint buildifier types completeness package clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed-examples
@@ -20,6 +24,21 @@ demo: $(VENV)/installed-examples
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 \
 	  --dist=worksteal
+
+# Their compiler, libtpu, takes 0.7 GB.
+tpu: $(VENV)/installed-test,tpu
+	$(BIN)/python -m pytest --numprocesses=0 tests/tpu_test.py
+
+# Install the JAX that is made for it into $(VENV) before. Other tests need
+# several devices, or compare bits with those of a CPU.
+accelerator: $(VENV)/installed-test
+	@$(BIN)/python -c 'import sys, jax; d = jax.devices(); \
+	  print(len(d), "x", d[0].device_kind); \
+	  sys.exit("There is no accelerator here, or JAX is not installed for it:" \
+	  " https://docs.jax.dev/en/latest/installation.html" \
+	  if d[0].platform == "cpu" else None)'
+	JAX_PLATFORMS= $(BIN)/python -m pytest $(ACCELERATED:%=tests/%_test.py)
+	$(BIN)/python benchmarks/step_cost.py
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --fresh-env --nitpicky docs site

@@ -10,32 +10,20 @@ compiled program needs beside its arguments and outputs (XLA's memory analysis).
 Batches are of 512 sequences, micro-batches of 8 on each device; Sophia-H takes
 its curvature from 64 sequences at once, Sophia-G from 256, in 4 parts or in 1.
 
-Collectives are counted in the optimized HLO: the walk starts at the entry
-computation, takes the body of a loop as often as XLA knows it to run, and of a
-conditional the branch that sends least and the one that sends most. For Sophia
-that is an ordinary step and one that refreshes the curvature; the mean is
-ordinary + (refresh - ordinary) / k with k = 10.
-
-Bytes sent are those of a ring. With n devices in a group and S bytes of the
-whole array, summed over the arrays of one collective, a device sends
-
-  all-reduce                   2 (n - 1) / n · S
-  all-gather, reduce-scatter     (n - 1) / n · S
-  all-to-all                     (n - 1) / n · S   (S bytes on each device)
-  collective-permute                           S   (if it is to send at all)
+Collectives, and the bytes that a device sends for them, are counted in the
+optimized HLO, see hlo.py. Of a conditional the branch that sends least is an
+ordinary step of Sophia, and the one that sends most one that refreshes the
+curvature; the mean is ordinary + (refresh - ordinary) / k with k = 10.
 
 Which collectives there are, and in which dtype they send, is up to the
 compiler, here that for CPUs: GPUs' and TPUs' may choose otherwise.
 """
 
 import collections
-from collections.abc import Iterator
-import functools
 import math
-import re
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -43,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
+import hlo
 import records
 
 sys.path.append(records.EXAMPLES)
@@ -96,182 +85,17 @@ _ROWS = {
 }
 _SEQUENCES = 8  # per device and micro-batch, as in gpt2_124m on one device
 
-_KINDS = (
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-)
 
-
-class Collective(NamedTuple):
-  """One kind of message: operands such as ('f32[8,4]',), n devices a group."""
-
-  kind: str
-  operands: tuple[str, ...]
-  devices: int
-
-  @property
-  def sent(self) -> float:
-    """Bytes that a device sends, by the model in the module's docstring."""
-    size, n = sum(map(_bytes, self.operands)), self.devices
-    if self.kind == 'all-reduce':
-      return 2 * (n - 1) / n * size
-    if self.kind == 'all-gather':
-      return (n - 1) * size  # The operand is 1 / n of the whole.
-    if self.kind == 'collective-permute':
-      return size
-    return (n - 1) / n * size
-
-
-class Instruction(NamedTuple):
-  """`%name = shape opcode(operands), attributes` of HLO."""
-
-  shape: str
-  opcode: str
-  operands: str
-  attributes: str
-
-
-def _arrays(shape: str) -> tuple[str, ...]:
-  """Returns ('f32[8,4]', 's32[]') of '(f32[8,4]{1,0}, s32[])'."""
-  return tuple(re.findall(r'\w+\[[\d,]*\]', shape))
-
-
-def _size(array: str) -> int:
-  return math.prod(map(int, re.findall(r'\d+', array.split('[')[1])))
-
-
-def _bytes(array: str) -> float:
-  dtype = array.split('[')[0]
-  bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
-  return bits / 8 * _size(array)
-
-
-def _parse(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
-  """Returns the entry's name and the instructions by computation and name."""
-  entry, computations, instructions = '', {}, {}
-  for line in hlo.splitlines():
-    if head := re.match(r'(ENTRY )?%([\w.-]+) \(.*\{$', line):
-      instructions = computations[head[2]] = {}
-      entry = head[2] if head[1] else entry
-    elif match := re.match(
-      r'\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)', line
-    ):
-      instructions[match[1]] = Instruction(*match.groups()[1:])
-  return entry, computations
-
-
-def _names(text: str) -> list[str]:
-  return re.findall(r'%([\w.-]+)', text)
-
-
-def _group_size(attributes: str) -> int:
-  """Returns the number of devices in a group, in any of HLO's notations."""
-  if groups := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
-    return groups[1].count(',') + 1
-  if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
-    return int(groups[1])
-  if groups := re.search(
-    r'replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}', attributes
-  ):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
-    # An axis, or the part of one: 'a' or 'a':(stride)size.
-    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in axes)
-  if 'source_target_pairs' in attributes:
-    return 2
-  raise ValueError(f'No replica groups that can be read in: {attributes}')
-
-
-def sent(collectives: collections.Counter[Collective]) -> float:
-  """Returns the bytes that a device sends."""
-  return sum(n * collective.sent for collective, n in collectives.items())
-
-
-def count_collectives(
-  hlo: str,
-) -> tuple[collections.Counter[Collective], collections.Counter[Collective]]:
-  """Counts what one run of a compiled program sends.
-
-  Args:
-    hlo: The text of the optimized module, `compiled.as_text()`.
-
-  Returns:
-    How often each collective runs with the branches that send least, and with
-    those that send most.
-
-  Raises:
-    ValueError: If a loop that sends runs an unknown number of times.
-  """
-  entry, computations = _parse(hlo)
-
-  def parts(instruction: Instruction) -> Iterator[tuple[int, list[str]]]:
-    """Yields (times, the computations of which one is run)."""
-    attributes = instruction.attributes
-    if instruction.opcode == 'conditional':
-      branches = re.search(r'branch_computations=\{([^}]*)\}', attributes)
-      yield (
-        1,
-        _names(branches[1])
-        if branches
-        else re.findall(r'(?:true|false)_computation=%([\w.-]+)', attributes),
-      )
-      return
-    times = 1
-    if instruction.opcode == 'while':
-      known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-      times = int(known[1]) if known else 0
-    for name in re.findall(
-      r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes
-    ):
-      yield times, [name]
-
-  @functools.cache
-  def count(name: str):
-    fewest, most = collections.Counter(), collections.Counter()
-    for instruction in computations[name].values():
-      kind = instruction.opcode.removesuffix('-start')
-      if kind in _KINDS:
-        shapes = ' '.join(
-          computations[name][operand].shape
-          for operand in _names(instruction.operands)
-        )
-        collective = Collective(
-          kind, _arrays(shapes), _group_size(instruction.attributes)
-        )
-        fewest[collective] += 1
-        most[collective] += 1
-        continue
-      for times, alternatives in parts(instruction):
-        counts = [count(alternative) for alternative in alternatives]
-        low = min((low for low, _ in counts), key=sent)
-        high = max((high for _, high in counts), key=sent)
-        if high and not times:
-          raise ValueError(
-            'XLA does not know how often this loop runs, whose body sends: '
-            f'{instruction}'
-          )
-        for collective, n in low.items():
-          fewest[collective] += times * n
-        for collective, n in high.items():
-          most[collective] += times * n
-    return fewest, most
-
-  return count(entry)
-
-
-def largest_probe(hlo: str) -> int:
+def largest_probe(text: str) -> int:
   """Returns the number of entries of the largest array of Rademacher draws."""
-  _, computations = _parse(hlo)
+  _, computations = hlo.parse(text)
   return max(
     (
-      _size(shape)
+      hlo.size(shape)
       for instructions in computations.values()
       for instruction in instructions.values()
       if '(_rademacher)' in instruction.attributes
-      for shape in _arrays(instruction.shape)
+      for shape in hlo.arrays(instruction.shape)
     ),
     default=0,
   )
@@ -319,14 +143,14 @@ def measure(config: gpt_configs.Config):
     config: The settings, with a mesh.
 
   Returns:
-    A dictionary for JSON, and what `count_collectives` returns.
+    A dictionary for JSON, and what `hlo.count_collectives` returns.
   """
   jax.clear_caches()  # What another optimizer traced would be free here.
   start = time.perf_counter()
   compiled, state = compile_step(config)
   seconds = time.perf_counter() - start
-  hlo = compiled.as_text()
-  counts = count_collectives(hlo)
+  text = compiled.as_text()
+  counts = hlo.count_collectives(text)
   figures = {
     'micro_batch_size': config.micro_batch_size,
     'update_interval': config.update_interval,
@@ -341,23 +165,26 @@ def measure(config: gpt_configs.Config):
         math.prod(x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(state.params)
       ),
-      'largest probe': largest_probe(hlo),
+      'largest probe': largest_probe(text),
     },
     'compile seconds': round(seconds, 1),
   }
   for name, collectives in zip(('ordinary', 'refresh'), counts, strict=True):
     by_kind = {}
-    for kind in _KINDS:
+    for kind in hlo.KINDS:
       of_kind = collections.Counter(
         {c: n for c, n in collectives.items() if c.kind == kind}
       )
       if of_kind:
-        by_kind[kind] = {'calls': of_kind.total(), 'sent bytes': sent(of_kind)}
-    figures[name] = {'sent bytes': sent(collectives), 'by kind': by_kind}
+        by_kind[kind] = {
+          'calls': of_kind.total(),
+          'sent bytes': hlo.sent(of_kind),
+        }
+    figures[name] = {'sent bytes': hlo.sent(collectives), 'by kind': by_kind}
   return figures, counts
 
 
-def describe(collectives: collections.Counter[Collective]) -> list[str]:
+def describe(collectives: collections.Counter[hlo.Collective]) -> list[str]:
   """Returns lines such as '12 all-reduce of f32[8,4] over 8 devices'."""
   return [
     f'{n} {c.kind} of {" ".join(c.operands)} over {c.devices} devices'
@@ -402,7 +229,7 @@ def render(cases: list[dict[str, Any]]) -> str:
     }
     kinds = [
       kind
-      for kind in _KINDS
+      for kind in hlo.KINDS
       if any(kind in case['refresh']['by kind'] for case in of_model)
     ]
     lines = [

@@ -235,10 +235,14 @@ def make_init(config, model, optimizer):
 
 
 def make_step(fns, optimizer):
-  """Returns the function (state, batch) -> (state, metrics)."""
+  """Returns the function (state, batch, refresh) -> (state, metrics).
+
+  With `refresh`, a bool, the caller decides whether Sophia refreshes the
+  curvature; with None the count of steps does.
+  """
   loss_fn = fns['obj_fn']
 
-  def step(state, batch):  # batch: (B/M, M, T + 1)
+  def step(state, batch, refresh=None):  # batch: (B/M, M, T + 1)
     params, opt_state = state
 
     def add_micro_batch(total, tokens):  # tokens: (M, T + 1)
@@ -253,7 +257,7 @@ def make_step(fns, optimizer):
     # head_fn), on a part of this batch at a time, when it refreshes; the others
     # call none.
     updates, opt_state = optimizer.update(
-      grads, opt_state, params, batch=batch, **fns
+      grads, opt_state, params, batch=batch, refresh=refresh, **fns
     )
     params = optax.apply_updates(params, updates)
 
@@ -279,7 +283,7 @@ class Program(NamedTuple):
 
   state: State  # shapes, dtypes and shardings
   init: Callable  # () -> state
-  step: Callable  # (state, batch) -> (state, metrics); donates the state
+  step: Callable  # (state, batch, refresh) -> (state, metrics); donates state
   evaluate: Callable  # (params, batches) -> loss
 
 
@@ -303,7 +307,12 @@ def make_program(config, mesh) -> Program:
     state,
     jax.jit(init, out_shardings=shardings),
     # Donated: the new state takes the memory of the old one.
-    jax.jit(step, out_shardings=(shardings, replicated), donate_argnums=0),
+    jax.jit(
+      step,
+      out_shardings=(shardings, replicated),
+      donate_argnums=0,
+      static_argnames='refresh',
+    ),
     jax.jit(evaluate, out_shardings=replicated),
   )
 

@@ -70,6 +70,15 @@ def one_of(name: str, value: Any, known: Collection[str]):
     raise ValueError(f'{name} must be one of {sorted(known)}, got {value!r}.')
 
 
+def boolean(name: str, value: Any):
+  is_bool = isinstance(value, (bool, np.bool_))
+  if not is_bool and not (isinstance(value, _ARRAY) and value.dtype == bool):
+    raise TypeError(
+      f'{name} must be a bool or an array of one, got {value!r}. Compare, as in'
+      f' {name}=step % 10 == 0.'
+    )
+
+
 _EXAMPLES = {
   'params': '...',
   'batch': 'batch=batch, ...',

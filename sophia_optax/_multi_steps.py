@@ -18,6 +18,10 @@ class MultiSteps(optax.MultiSteps):
   it of all of them, pass them all as ``batch=`` and divide them again with
   :func:`sophia_optax.microbatched`.
 
+  With ``update(..., refresh=...)`` the caller decides instead, see
+  :func:`sophia_optax.scale_by_sophia`. A micro-step that emits no update keeps
+  nothing of what it estimates.
+
   Example:
     >>> import jax
     >>> import jax.numpy as jnp
@@ -62,6 +66,8 @@ class MultiSteps(optax.MultiSteps):
     **extra_args: Any,
   ) -> tuple[optax.Updates, Any]:
     """Takes a micro-step; extra arguments go to the optimizer."""
+    if 'refresh' in extra_args:
+      return super().update(updates, state, params, **extra_args)
     every_k = self._num_micro_steps
     n = every_k(state.gradient_step) if callable(every_k) else every_k
     if 'value_fn' in extra_args:

@@ -12,6 +12,8 @@ A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. Inside,
 trees are in coordinates, see `_coordinates`.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -115,8 +117,16 @@ def scale_by_sophia(
 
   With ``update(..., loss_scale=s)`` gradients and ``obj_fn`` are those of s
   times the loss, which prevents underflow in half precision. They are divided
-  by s in float32. With ``update(..., may_refresh=False)`` this step does not
-  refresh h, see :class:`sophia_optax.MultiSteps`.
+  by s in float32.
+
+  With ``update(..., refresh=...)`` the caller decides whether this step
+  refreshes h, and ``update_interval`` has no effect. Without it the count of
+  steps decides, in a :func:`jax.lax.cond`. A Python bool leaves nothing to
+  decide: ``refresh=False`` compiles a step without the estimator, which needs
+  none of its arguments, and ``refresh=True`` one without a conditional. An
+  array is the condition of a :func:`jax.lax.cond`. With
+  ``update(..., may_refresh=False)`` the step does not refresh h either way, see
+  :class:`sophia_optax.MultiSteps`.
 
   Gradients of complex parameters must be conjugated, as for every optax
   optimizer; their real and imaginary parts are clipped separately. Integer
@@ -167,7 +177,8 @@ def scale_by_sophia(
       is not like it, if ``state`` is not what ``init`` returned, or if
       ``loss_scale`` is passed with an estimator that does not divide by it.
     TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
-      not a transformation.
+      not a transformation; in ``update``, if ``refresh`` or ``may_refresh`` is
+      not a boolean.
 
   Example:
     >>> import jax
@@ -316,6 +327,7 @@ def scale_by_sophia(
     params=None,
     *,
     loss_scale=None,
+    refresh=None,
     may_refresh=True,
     **extra_args,
   ):
@@ -329,13 +341,21 @@ def scale_by_sophia(
     raw = _coordinates.split(params, updates)
     grads = _coordinates.unscale(_coordinates.widen(raw), loss_scale)
     mu = _coordinates.split(params, state.mu)
+
+    def averaged_gradient():
+      return jax.tree.map(lambda g, m: _ema(b1, g, m), grads, mu)
+
     old = state._replace(
       count=optax.safe_increment(state.count),
-      mu=jax.tree.map(lambda g, m: _ema(b1, g, m), grads, mu),
+      mu=averaged_gradient(),
       nu=_coordinates.split(params, state.nu),
     )
 
-    def refresh(old):
+    def refreshed(old):
+      if refresh_before_update:
+        # The update comes after the conditional. An m from outside would be
+        # written to memory before it, on every step.
+        old = old._replace(mu=averaged_gradient())
       estimate, hessian_fn_state = estimator.update(
         updates, old.hessian_fn_state, params=params, **extra_args
       )
@@ -351,8 +371,11 @@ def scale_by_sophia(
       used = new if refresh_before_update else old
       return measured(new, used, grads, params)
 
-    is_due = (state.count % _as_int(update_interval) == 0) & may_refresh
-    new = _cond(is_due, refresh, old)
+    if refresh is None:
+      refresh = state.count % _as_int(update_interval) == 0
+    _checks.boolean('refresh', refresh)
+    _checks.boolean('may_refresh', may_refresh)
+    new = _cond(_all(refresh, may_refresh), refreshed, old)
     ratios = ratios_of(new if refresh_before_update else old, grads)
     if verbose:
       _print_every(_as_int(print_interval), old.count, wins, ratios)
@@ -377,18 +400,27 @@ def find_state(state: optax.OptState) -> SophiaState:
   return found[0]
 
 
-def _cond(is_due, refresh, old):
+def _all(*conditions):
+  """Whether all hold, as a bool if tracing knows it and as an array if not."""
+  traced = [c for c in conditions if isinstance(c, jax.Array)]
+  known = [c for c in conditions if not isinstance(c, jax.Array)]
+  return all(known) and functools.reduce(operator.and_, traced, True)
+
+
+def _cond(is_due, refreshed, old):
   """Refreshes the state if it is due.
 
   The count and m do not pass through the conditional, which would copy them.
   What is computed from them, as m̂, is not computed before it either: XLA would
   keep it in memory for both branches.
   """
+  if not isinstance(is_due, jax.Array):
+    return refreshed(old) if is_due else old
   rest = {'count': old.count, 'mu': old.mu}
   without = dict.fromkeys(rest)
   new = jax.lax.cond(
     is_due,
-    lambda state: refresh(state._replace(**rest))._replace(**without),
+    lambda state: refreshed(state._replace(**rest))._replace(**without),
     lambda state: state,
     old._replace(**without),
   )

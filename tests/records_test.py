@@ -34,6 +34,7 @@ def test_record_is_read_back(tmp_path):
     ('scaling', 'benchmarks/README.md'),
     ('stability', 'docs/choosing.md'),
     ('step_cost', 'benchmarks/README.md'),
+    ('tpu', 'docs/cost.md'),
   ],
 )
 def test_pages_have_what_the_files_show(name, page):

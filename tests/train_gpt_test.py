@@ -207,6 +207,19 @@ def test_head_chunks_train(optimizer):
     np.testing.assert_allclose(*map(optax.tree.norm, nu), rtol=0.5)
 
 
+@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
+def test_steps_that_are_told_whether_to_refresh_have_the_same_bits(optimizer):
+  config = _config(optimizer=optimizer, update_interval=3, num_steps=10)
+  init, step = _setup(config)
+  step = jax.jit(step, static_argnames='refresh')
+  one = two = jax.jit(init)()
+  batches = np.random.default_rng(0).integers(0, 64, (7, 2, 4, 9), np.int32)
+  for i, batch in enumerate(batches):
+    one, two = step(one, batch), step(two, batch, refresh=i % 3 == 0)
+    chex.assert_trees_all_equal(one, two)
+    one, two = one[0], two[0]
+
+
 def test_gpt2_124m_trains_on_bin_files(data_dir):
   result = train_gpt.train(
     _config(

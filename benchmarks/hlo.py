@@ -1,0 +1,449 @@
+"""Counts what one run of a compiled program moves and sends.
+
+Read is the optimized HLO, `compiled.as_text()`. The walk starts at the entry
+computation, takes the body of a loop as often as XLA knows it to run, and of a
+conditional the branch that costs least and the one that costs most.
+
+HBM traffic is the sum over the instructions of what each reads and writes in
+HBM. A fusion reads each of its operands once and writes its results. Arrays
+that the layout puts into a faster memory (VMEM) are free, and a copy between
+the two pays its end in HBM. Of an operand that is only sliced the slices are
+read, and an update of a slice in place pays the slice. Tuples, bitcasts and the
+ends of asynchronous pairs move nothing.
+
+Bytes sent are those of a ring. With n devices in a group and S bytes of the
+whole array, summed over the arrays of one collective, a device sends
+
+  all-reduce                   2 (n - 1) / n · S
+  all-gather, reduce-scatter     (n - 1) / n · S
+  all-to-all                     (n - 1) / n · S   (S bytes on each device)
+  collective-permute                           S   (if it is to send at all)
+
+For a TPU a reduce-scatter may be a fusion of an all-reduce and the slice that
+the device keeps; it counts as a reduce-scatter. A collective in several
+fusions, which begin it, compute beside it and end it, counts once, and so does
+what the first of them moves.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+import functools
+import math
+import re
+from typing import NamedTuple
+
+KINDS = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+
+# Of the instructions with operands, those that move nothing by themselves.
+_FREE = {
+  'add-dependency',
+  'after-all',
+  'bitcast',
+  'constant',
+  'get-tuple-element',
+  'opt-barrier',
+  'parameter',
+  'partition-id',
+  'replica-id',
+  'tuple',
+}
+_CONTAINERS = {'async-start', 'call', 'conditional', 'while'}
+
+
+class Collective(NamedTuple):
+  """One kind of message: operands such as ('f32[8,4]',), n devices a group."""
+
+  kind: str
+  operands: tuple[str, ...]
+  devices: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends, by the model in the module's docstring."""
+    size, n = sum(map(size_in_bytes, self.operands)), self.devices
+    if self.kind == 'all-reduce':
+      return 2 * (n - 1) / n * size
+    if self.kind == 'all-gather':
+      return (n - 1) * size  # The operand is 1 / n of the whole.
+    if self.kind == 'collective-permute':
+      return size
+    return (n - 1) / n * size
+
+
+class Instruction(NamedTuple):
+  """`%name = shape opcode(operands), attributes` of HLO."""
+
+  shape: str
+  opcode: str
+  operands: str
+  attributes: str
+
+
+Computations = dict[str, dict[str, Instruction]]
+Cost = collections.Counter
+
+
+def arrays(shape: str) -> tuple[str, ...]:
+  """Returns ('f32[8,4]', 's32[]') of '(f32[8,4]{1,0}, s32[])'."""
+  return tuple(re.findall(r'\w+\[[\d,]*\]', shape))
+
+
+def size(array: str) -> int:
+  """Returns the number of entries of 'f32[8,4]'."""
+  return math.prod(map(int, re.findall(r'\d+', array.split('[')[1])))
+
+
+def size_in_bytes(array: str) -> float:
+  """Returns the bytes of 'f32[8,4]'."""
+  dtype = array.split('[')[0]
+  bits = 8 if dtype == 'pred' else int((re.search(r'\d+', dtype) or [0])[0])
+  return bits / 8 * size(array)
+
+
+def parse(hlo: str) -> tuple[str, Computations]:
+  """Returns the entry's name and the instructions by computation and name.
+
+  The root of a computation is its last instruction.
+  """
+  entry, computations, instructions = '', {}, {}
+  for line in hlo.splitlines():
+    if head := re.match(r'(ENTRY )?%([\w.-]+) \(.*\{$', line):
+      instructions = computations[head[2]] = {}
+      entry = head[2] if head[1] else entry
+    elif match := re.match(
+      r'\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)', line
+    ):
+      instructions[match[1]] = Instruction(*match.groups()[1:])
+  return entry, computations
+
+
+def count_collectives(
+  hlo: str,
+) -> tuple[collections.Counter[Collective], collections.Counter[Collective]]:
+  """Counts what one run of a compiled program sends.
+
+  Args:
+    hlo: The text of the optimized module, `compiled.as_text()`.
+
+  Returns:
+    How often each collective runs with the branches that send least, and with
+    those that send most.
+
+  Raises:
+    ValueError: If a loop that sends runs an unknown number of times.
+  """
+  return _count(hlo, _collective_of, sent)
+
+
+def sent(collectives: collections.Counter[Collective]) -> float:
+  """Returns the bytes that a device sends."""
+  return sum(n * collective.sent for collective, n in collectives.items())
+
+
+def traffic(hlo: str) -> tuple[float, float]:
+  """Counts the bytes that one run reads and writes in HBM.
+
+  Args:
+    hlo: The text of the optimized module, `compiled.as_text()`.
+
+  Returns:
+    The bytes with the branches that move least, and with those that move most.
+
+  Raises:
+    ValueError: If a loop that moves runs an unknown number of times.
+  """
+  low, high = _count(hlo, _moved, Cost.total)
+  return low.total(), high.total()
+
+
+def _count(
+  hlo: str,
+  cost_of: Callable[[Computations, str, Instruction], Cost | None],
+  total: Callable[[Cost], float],
+) -> tuple[Cost, Cost]:
+  """Sums costs over a run; of None, those of the computations it calls."""
+  entry, computations = parse(hlo)
+
+  @functools.cache
+  def count(name: str) -> tuple[Cost, Cost]:
+    fewest, most = Cost(), Cost()
+    for instruction in computations[name].values():
+      cost = cost_of(computations, name, instruction)
+      if cost is not None:
+        fewest.update(cost)
+        most.update(cost)
+        continue
+      for times, alternatives in _parts(computations, name, instruction):
+        counts = [count(alternative) for alternative in alternatives]
+        low = min((low for low, _ in counts), key=total)
+        high = max((high for _, high in counts), key=total)
+        if total(high) and not times:
+          raise ValueError(
+            'XLA does not know how often this loop runs, whose body costs'
+            f' something: {instruction}'
+          )
+        fewest.update({key: times * n for key, n in low.items()})
+        most.update({key: times * n for key, n in high.items()})
+    return fewest, most
+
+  return count(entry)
+
+
+def _parts(
+  computations: Computations, name: str, instruction: Instruction
+) -> Iterator[tuple[int, list[str]]]:
+  """Yields (times, the computations of which one is run)."""
+  attributes = instruction.attributes
+  if instruction.opcode == 'conditional':
+    branches = re.search(r'branch_computations=\{([^}]*)\}', attributes)
+    yield (
+      1,
+      _names(branches[1])
+      if branches
+      else re.findall(r'(?:true|false)_computation=%([\w.-]+)', attributes),
+    )
+    return
+  times = 1
+  if instruction.opcode == 'while':
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
+    times = (
+      int(known[1]) if known else _trip_count(computations, name, instruction)
+    )
+  for name in re.findall(
+    r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes
+  ):
+    yield times, [name]
+
+
+def _trip_count(computations, name, loop) -> int:
+  """Returns how often a loop runs whose counter goes up to a constant, or 0.
+
+  That is what is left of the loops of a TPU, whose HLO says no trip count.
+  """
+
+  def constant(instructions, name):
+    inner = instructions.get(name)
+    if inner and inner.opcode in ('bitcast', 'copy', 'copy-done', 'copy-start'):
+      return constant(instructions, _names(inner.operands)[0])
+    is_number = inner and re.fullmatch(r'-?\d+', inner.operands)
+    return int(inner.operands) if is_number else None
+
+  condition, body = (
+    computations[re.search(rf'{part}=%([\w.-]+)', loop.attributes)[1]]
+    for part in ('condition', 'body')
+  )
+  compare = condition[list(condition)[-1]]
+  if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
+    return 0
+  counter, limit = _names(compare.operands)
+  index = re.search(r'index=(\d+)', condition[counter].attributes)
+  (start,) = _names(loop.operands)
+  if not index or computations[name][start].opcode != 'tuple':
+    return 0
+  index = int(index[1])
+  start = _names(computations[name][start].operands)[index]
+  following = body[_names(body[list(body)[-1]].operands)[index]]
+  steps = [constant(body, x) for x in _names(following.operands)]
+  first, last = constant(computations[name], start), constant(condition, limit)
+  step = next((x for x in steps if x), 0)
+  if following.opcode != 'add' or None in (first, last) or not step:
+    return 0
+  return -(-(last - first) // step)
+
+
+def _names(text: str) -> list[str]:
+  return re.findall(r'%([\w.-]+)', text)
+
+
+def _called(computations: Computations, instruction: Instruction):
+  """Returns the instructions of the computation that a fusion is."""
+  return computations[re.search(r'calls=%([\w.-]+)', instruction.attributes)[1]]
+
+
+def _within(computations, instruction):
+  """Returns the collective in a fusion, and the computation that it is in."""
+  if instruction.opcode != 'fusion':
+    return None
+  called = _called(computations, instruction)
+  for inner in called.values():
+    if inner.opcode.removesuffix('-start') in KINDS:
+      return inner, called
+    if found := _within(computations, inner):
+      return found
+  return None
+
+
+def _channel(instruction: Instruction) -> str:
+  return re.search(r'channel_id=\d+|$', instruction.attributes)[0]
+
+
+def _is_repeated(computations, name, fusion, collective) -> bool:
+  """Whether an earlier fusion began the collective, which is asynchronous."""
+  channel = _channel(collective)
+  first = next(
+    other
+    for other in computations[name].values()
+    if (found := _within(computations, other)) and _channel(found[0]) == channel
+  )
+  return bool(channel) and first is not fusion
+
+
+def _collective_of(computations, name, instruction):
+  """Returns the collective that an instruction is, or None."""
+  siblings = computations[name]
+  is_sliced = False
+  if found := _within(computations, instruction):
+    fusion = instruction
+    instruction, siblings = found
+    if _is_repeated(computations, name, fusion, instruction):
+      return Cost()
+    opcodes = [x.opcode for x in siblings.values()]
+    is_sliced = 'dynamic-slice' in opcodes[opcodes.index(instruction.opcode) :]
+  kind = instruction.opcode.removesuffix('-start')
+  if kind not in KINDS:
+    return None
+  if kind == 'all-reduce' and is_sliced:
+    kind = 'reduce-scatter'
+  operands = ' '.join(siblings[x].shape for x in _names(instruction.operands))
+  group = _group_size(instruction.attributes)
+  return Cost([Collective(kind, arrays(operands), group)])
+
+
+def _group_size(attributes: str) -> int:
+  """Returns the number of devices in a group, in any of HLO's notations."""
+  if groups := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
+    return groups[1].count(',') + 1
+  if groups := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
+    return int(groups[1])
+  if groups := re.search(
+    r'replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}', attributes
+  ):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+    # An axis, or the part of one: 'a' or 'a':(stride)size.
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  if 'source_target_pairs' in attributes:
+    return 2
+  raise ValueError(f'No replica groups that can be read in: {attributes}')
+
+
+def _moved(computations, name, instruction):
+  """Returns the bytes that an instruction moves in HBM, or None."""
+  shape, opcode, operands, _ = instruction
+  if opcode in _CONTAINERS:
+    return None
+  if (
+    opcode in _FREE
+    or opcode.endswith('-done')
+    or '"ConcatBitcast"' in instruction.attributes
+  ):
+    return Cost()
+  # A set: an operand that is named twice is read once.
+  shapes = {n: computations[name][n].shape for n in _names(operands)}
+  read = sum(map(_in_hbm, shapes.values()))
+  written = _in_hbm(shape)
+  if opcode == 'copy-start':  # (target, source, a flag)
+    read, written = written, 0.0
+  elif opcode == 'slice-start':  # (source, target, a flag)
+    source, target = _layouts(shape)[:2]
+    read = size_in_bytes(arrays(target)[0]) if _in_hbm(source) else 0.0
+    written = _in_hbm(target)
+  elif opcode.endswith('-start'):  # (source, target, ...) of a collective.
+    written -= read if shape.startswith('(') and written > read else 0.0
+  elif found := _within(computations, instruction):
+    if _is_repeated(computations, name, instruction, found[0]):
+      return Cost()
+    written = _whole(found[0])
+  elif opcode == 'fusion':
+    called = _called(computations, instruction)
+    uses = collections.Counter()
+    for i, operand in enumerate(_names(operands)):
+      uses[operand] += _read(computations, called, _parameter(called, i))
+    read = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
+    sizes = _written(computations, called, list(called)[-1])
+    written = sum(
+      min(_in_hbm(result), n)
+      for result, n in zip(_layouts(shape), sizes, strict=True)
+    )
+  elif opcode in ('dynamic-slice', 'gather', 'slice'):
+    read = min(read, size_in_bytes(arrays(shape)[0]))
+  elif opcode == 'dynamic-update-slice':
+    update = shapes[_names(operands)[1]]
+    read, written = _in_hbm(update), size_in_bytes(arrays(update)[0])
+  return Cost({'HBM': read + written})
+
+
+def _layouts(shape: str) -> list[str]:
+  """Returns the arrays of a shape with their layouts."""
+  return re.findall(r'\w+\[[\d,]*\](?:\{[^}]*\})?', shape)
+
+
+def _in_hbm(shape: str) -> float:
+  """Returns the bytes of the arrays that no S(n) puts elsewhere."""
+  return sum(
+    size_in_bytes(arrays(array)[0])
+    for array in _layouts(shape)
+    if not re.search(r'S\([1-9]', array)
+  )
+
+
+def _parameter(called: dict[str, Instruction], index: int) -> str:
+  return next(
+    name
+    for name, inner in called.items()
+    if inner.opcode == 'parameter' and inner.operands == str(index)
+  )
+
+
+def _whole(instruction: Instruction) -> float:
+  return sum(map(size_in_bytes, arrays(instruction.shape)))
+
+
+def _read(computations, called, name) -> float:
+  """Returns the bytes that a fusion reads of what `name` in it stands for."""
+  read = 0.0
+  for inner in called.values():
+    operands = _names(inner.operands)
+    if name not in operands:
+      continue
+    if inner.opcode == 'bitcast':
+      own_name = next(n for n, x in called.items() if x is inner)
+      read += _read(computations, called, own_name)
+    elif inner.opcode in ('dynamic-slice', 'gather', 'slice'):
+      read += _whole(inner)
+    elif inner.opcode == 'dynamic-update-slice' and name == operands[0]:
+      continue
+    elif inner.opcode == 'fusion':
+      within = _called(computations, inner)
+      read += sum(
+        _read(computations, within, _parameter(within, i))
+        for i, operand in enumerate(operands)
+        if operand == name
+      )
+    else:
+      read += _whole(called[name])
+  return min(read, _whole(called[name]))
+
+
+def _written(computations, called, name) -> list[float]:
+  """Returns the bytes that a fusion writes of each of its results."""
+  inner = called[name]
+  operands = _names(inner.operands)
+  if inner.opcode == 'tuple':
+    return [
+      n for operand in operands for n in _written(computations, called, operand)
+    ]
+  if inner.opcode == 'bitcast':
+    return _written(computations, called, operands[0])
+  if inner.opcode == 'dynamic-update-slice':
+    return [_whole(called[operands[1]])]
+  if inner.opcode == 'fusion':
+    within = _called(computations, inner)
+    return _written(computations, within, list(within)[-1])
+  return [size_in_bytes(array) for array in arrays(inner.shape)]

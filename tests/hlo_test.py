@@ -1,0 +1,282 @@
+"""Tests of what is counted in optimized HLO, on programs that are known."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import pytest
+
+import hlo
+
+
+def count(fn, *args):
+  """Counts for `fn` on 2 × 4 devices, with rows of the first argument each."""
+  mesh = jax.make_mesh(
+    (2, 4), ('x', 'y'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  specs = P(('x', 'y')), *[P()] * (len(args) - 1)
+  fn = jax.jit(
+    jax.shard_map(
+      fn, mesh=mesh, in_specs=specs, out_specs=P(('x', 'y')), check_vma=False
+    )
+  )
+  return hlo.count_collectives(fn.lower(*args).compile().as_text())
+
+
+ROWS = jax.ShapeDtypeStruct((64, 16), jnp.float32)  # 8 rows, 512 B, a device
+FLAG = jax.ShapeDtypeStruct((), jnp.bool)
+
+
+@pytest.mark.parametrize(
+  ('fn', 'expected', 'sent'),
+  [
+    (
+      lambda x: x + jax.lax.psum(x, 'y'),
+      ('all-reduce', ('f32[8,16]',), 4),
+      2 * 3 / 4 * 512,
+    ),
+    (
+      lambda x: x + jax.lax.psum(x, ('x', 'y')),
+      ('all-reduce', ('f32[8,16]',), 8),
+      2 * 7 / 8 * 512,
+    ),
+    (
+      lambda x: jax.lax.all_gather(x, 'x', tiled=True),
+      ('all-gather', ('f32[8,16]',), 2),
+      1 / 2 * (2 * 512),
+    ),
+    (
+      lambda x: jax.lax.psum_scatter(x, 'y', tiled=True),
+      ('reduce-scatter', ('f32[8,16]',), 4),
+      3 / 4 * 512,
+    ),
+    (
+      lambda x: jax.lax.all_to_all(x, 'y', 0, 0, tiled=True),
+      ('all-to-all', ('f32[2,16]',) * 4, 4),
+      3 / 4 * 512,
+    ),
+    (
+      lambda x: jax.lax.ppermute(x, 'x', [(0, 1), (1, 0)]),
+      ('collective-permute', ('f32[8,16]',), 2),
+      512,
+    ),
+  ],
+)
+def test_bytes_of_a_ring(fn, expected, sent):
+  ordinary, refresh = count(fn, ROWS)
+  assert ordinary == refresh == {expected: 1}
+  assert hlo.sent(ordinary) == sent
+
+
+def test_a_loop_sends_as_often_as_it_runs():
+  def repeat(x):
+    def body(x, _):
+      return x + jax.lax.psum(jnp.tanh(x), 'y'), None
+
+    def outer(x, _):
+      return jax.lax.scan(body, jnp.sin(x), length=5)
+
+    return jax.lax.scan(outer, x, length=3)[0]
+
+  ordinary, _ = count(repeat, ROWS)
+  assert ordinary.total() == 15
+
+
+def test_a_loop_of_unknown_length_that_sends_is_an_error():
+  def repeat(x):
+    return jax.lax.while_loop(
+      lambda x: jax.lax.psum(x.sum(), ('x', 'y')) < 1, lambda x: 2 * x, x
+    )
+
+  with pytest.raises(ValueError, match='how often'):
+    count(repeat, ROWS)
+
+
+def test_branches_are_told_apart_by_what_they_send():
+  def step(x, flag):
+    x = x + jax.lax.psum(x, 'x')
+    return jax.lax.cond(
+      flag, lambda x: x + jax.lax.psum(jnp.sin(x), 'y'), lambda x: x, x
+    )
+
+  ordinary, refresh = count(step, ROWS, FLAG)
+  always = hlo.Collective('all-reduce', ('f32[8,16]',), 2)
+  assert ordinary == {always: 1}
+  assert refresh - ordinary == {always._replace(devices=4): 1}
+
+
+@pytest.mark.parametrize(
+  ('attributes', 'size'),
+  [
+    ('replica_groups={{0,1,2,3},{4,5,6,7}}, x', 4),
+    ('replica_groups=[2,4]<=[8], x', 4),
+    ("replica_groups=mesh['a'=1,'b'=8] {'b'}, x", 8),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, x", 2),
+    ("replica_groups=mesh['a'=2,'b'=8] {'a','b':(2)4}, x", 8),
+  ],
+)
+def test_notations_of_groups(attributes, size):
+  assert hlo._group_size(attributes) == size
+
+
+HLO = """
+%fused (a: f32[8,16], b: f32[8,16], i: s32[]) -> (f32[1,16], f32[8,16]) {
+  %b = f32[8,16]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %a = f32[8,16]{1,0} parameter(0)
+  %row = f32[1,16]{1,0} dynamic-slice(%b, %i, %i)
+  %update = f32[8,16]{1,0} dynamic-update-slice(%a, %row, %i, %i)
+  ROOT %result = (f32[1,16]{1,0}, f32[8,16]{1,0}) tuple(%row, %update)
+}
+
+%nothing (p: f32[8,16]) -> f32[8,16] {
+  ROOT %p = f32[8,16]{1,0} parameter(0)
+}
+
+%something (p.1: f32[8,16]) -> f32[8,16] {
+  %p.1 = f32[8,16]{1,0} parameter(0)
+  ROOT %e = f32[8,16]{1,0} exponential(%p.1)
+}
+
+ENTRY %main (x: f32[8,16], y: f32[8,16], i: s32[], flag: s32[]) -> f32[8,16] {
+  %x = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %y = f32[8,16]{1,0:T(8,128)S(1)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %flag = s32[]{:T(128)S(6)} parameter(3)
+  INSTRUCTION
+}
+"""
+ARRAY = 4 * 8 * 16
+
+
+@pytest.mark.parametrize(
+  ('instruction', 'low', 'high'),
+  [
+    ('%z = f32[8,16]{1,0} add(%x, %x)', 2, 2),
+    ('%z = f32[8,16]{1,0} add(%x, %y)', 2, 2),
+    ('%z = f32[8,16]{1,0:T(8,128)S(1)} add(%x, %y)', 1, 1),
+    ('%z = bf16[8,16]{1,0} convert(%x)', 1.5, 1.5),
+    ('%z = f32[128]{0} bitcast(%x)', 0, 0),
+    ('%z = f32[1,16]{1,0} dynamic-slice(%x, %i, %i)', 2 / 8, 2 / 8),
+    # A row of x is not read, that of y is in VMEM.
+    (
+      '%z = (f32[1,16]{1,0}, f32[8,16]{1,0}) fusion(%x, %y, %i), calls=%fused',
+      2 / 8,
+      2 / 8,
+    ),
+    (
+      '%z = (f32[1,16]{1,0}, f32[8,16]{1,0}) fusion(%x, %x, %i), calls=%fused',
+      3 / 8,
+      3 / 8,
+    ),
+    (
+      '%z = (f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]{:S(2)}) copy-start(%x)',
+      1,
+      1,
+    ),
+    ('%z = f32[8,16]{1,0} copy(%x)', 2, 2),
+    (
+      '%z = ((f32[8,16]{1,0}), f32[2,16]{1,0:S(1)}, s32[]{:S(2)})'
+      ' slice-start(%x), slice={[0:2], [0:16]}',
+      1 / 4,
+      1 / 4,
+    ),
+    (
+      '%z = f32[8,16]{1,0} conditional(%flag, %x, %x),'
+      ' branch_computations={%nothing, %something}',
+      0,
+      2,
+    ),
+    (
+      '%z = f32[8,16]{1,0} while(%x), condition=%nothing, body=%something,'
+      ' backend_config={"known_trip_count":{"n":"3"}}',
+      6,
+      6,
+    ),
+    (
+      '%z = (f32[8,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%x),'
+      ' replica_groups=[4,2]<=[8]',
+      3,
+      3,
+    ),
+  ],
+)
+def test_traffic(instruction, low, high):
+  text = HLO.replace('INSTRUCTION', instruction)
+  assert hlo.traffic(text) == (low * ARRAY, high * ARRAY)
+
+
+def test_a_loop_of_unknown_length_that_moves_is_an_error():
+  loop = '%z = f32[8,16]{1,0} while(%x), condition=%nothing, body=%BODY'
+  text = HLO.replace('INSTRUCTION', loop)
+  assert hlo.traffic(text.replace('BODY', 'nothing')) == (0, 0)
+  with pytest.raises(ValueError, match='how often'):
+    hlo.traffic(text.replace('BODY', 'something'))
+
+
+def test_a_loop_says_by_its_counter_how_often_it_runs():
+  loop = """
+%body (c: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %c = (s32[], f32[8,16]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %v = f32[8,16]{1,0} get-tuple-element(%c), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%n, %two)
+  %w = f32[8,16]{1,0} negate(%v)
+  ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%next, %w)
+}
+
+%condition (c.1: (s32[], f32[8,16])) -> pred[] {
+  %c.1 = (s32[], f32[8,16]{1,0}) parameter(0)
+  %end = s32[] constant(8)
+  %n.1 = s32[] get-tuple-element(%c.1), index=0
+  ROOT %less = pred[] compare(%n.1, %end), direction=LT
+}
+"""
+  instructions = """%one = s32[] constant(1)
+  %first = (s32[], f32[8,16]{1,0}) tuple(%one, %x)
+  %z = (s32[], f32[8,16]{1,0}) while(%first), condition=%condition, body=%body
+"""
+  text = loop + HLO.replace('INSTRUCTION', instructions)
+  # At 1, 3, 5 and 7. The counter is read and compared, too.
+  moved, _ = hlo.traffic(text)
+  assert moved // ARRAY == 4 * 2
+  with pytest.raises(ValueError, match='how often'):
+    hlo.traffic(text.replace('direction=LT', 'direction=NE'))
+
+
+def test_an_asynchronous_collective_in_several_fusions_counts_once():
+  fused = """
+%begin (a: f32[8,16]) -> f32[16,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %g = f32[16,16] all-gather(%a), channel_id=7, replica_groups=[4,2]<=[8]
+}
+"""
+  text = (
+    fused
+    + fused.replace('begin', 'end')
+    + HLO.replace(
+      'INSTRUCTION',
+      '%s = f32[16,16]{1,0} fusion(%x), calls=%begin\n'
+      '  %z = f32[16,16]{1,0} fusion(%x), calls=%end',
+    )
+  )
+  expected = {hlo.Collective('all-gather', ('f32[8,16]',), 2): 1}
+  assert hlo.count_collectives(text) == (expected, expected)
+  assert hlo.traffic(text) == (3 * ARRAY, 3 * ARRAY)
+
+
+def test_a_reduce_scatter_of_a_tpu_is_told_from_an_all_reduce():
+  fused = """
+%all-reduce-scatter (a: f32[8,16]) -> f32[2,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %all = f32[8,16]{1,0} all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%s
+  %own = s32[] constant(0)
+  ROOT %r = f32[2,16]{1,0} dynamic-slice(%all, %own, %own)
+}
+"""
+  text = fused + HLO.replace(
+    'INSTRUCTION',
+    '%z = f32[2,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter',
+  )
+  expected = {hlo.Collective('reduce-scatter', ('f32[8,16]',), 4): 1}
+  assert hlo.count_collectives(text) == (expected, expected)

@@ -1,0 +1,194 @@
+"""Compiles for TPUs, and prints what tests/tpu_test.py checks, as JSON.
+
+It runs in a process of its own: environment variables have to be set before
+JAX starts.
+"""
+
+import functools
+import json
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+import hlo
+import sophia_optax
+
+CHIPS = topologies.get_topology_desc(
+  platform='tpu', topology_name='v5e:2x2'
+).devices
+DECISIONS = {
+  'one': {},
+  'ordinary': {'refresh': False},
+  'refresh': {'refresh': True},
+}
+ESTIMATORS = {
+  'H': sophia_optax.hutchinson_estimator_diag_hessian,
+  'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
+}
+
+
+def known():
+  """Words that programs move for each entry of a matrix."""
+  size = 2048
+  chip = jax.sharding.SingleDeviceSharding(CHIPS[0])
+  x = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=chip)
+  i = jax.ShapeDtypeStruct((), jnp.int32, sharding=chip)
+
+  def words(fn, *args, **options):
+    text = jax.jit(fn, **options).lower(*args).compile().as_text()
+    return [n / (4 * size**2) for n in hlo.traffic(text)]
+
+  branch = words(
+    lambda x, i: jax.lax.cond(i > 0, lambda x: -x, lambda x: x, x),
+    x,
+    i,
+    donate_argnums=0,
+  )
+  add = lambda x, y: x + y
+  return {
+    'sum of two': words(add, x, x)[0],
+    'sum of two, in place': words(add, x, x, donate_argnums=0)[0],
+    'copy': words(jnp.copy, x)[0],
+    'branch, false': branch[0],
+    'branch, true': branch[1],
+    'row of a matrix': words(lambda x, i: x[i] + 1, x, i)[0],
+    'three steps of a loop': words(
+      lambda x: jax.lax.fori_loop(
+        0, 3, lambda _, x: jax.lax.optimization_barrier(jnp.sin(x)), x
+      ),
+      x,
+      donate_argnums=0,
+    )[0],
+  }
+
+
+def predict(params, x):
+  return jnp.tanh(x @ params['a']) @ params['b']
+
+
+def loss_fn(params, x):
+  logits = predict(params, x)
+  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[:, 0])
+
+
+def make_step(tx, axis_name=None):
+  tx = optax.with_extra_args_support(tx)
+
+  def step(params, state, x, **decision):
+    own, average = params, lambda g: g
+    if axis_name:
+      own = jax.lax.pcast(params, axis_name, to='varying')
+      average = lambda g: jax.lax.pmean(g, axis_name)
+    updates, state = tx.update(
+      average(jax.grad(loss_fn)(own, x)),
+      state,
+      params,
+      obj_fn=lambda p: loss_fn(p, x),
+      predict_fn=lambda p: predict(p, x),
+      **decision,
+    )
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+def steps():
+  """What small train steps send and move, by way of using four chips."""
+  shapes = {
+    'a': jax.ShapeDtypeStruct((128, 256), jnp.float32),
+    'b': jax.ShapeDtypeStruct((256, 128), jnp.float32),
+  }
+  batch = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+  found = {}
+  for way in 'jit', 'fsdp', 'explicit', 'shard_map':
+    axis_type = AxisType.Explicit if way == 'explicit' else AxisType.Auto
+    mesh = jax.make_mesh((4,), ('x',), devices=CHIPS, axis_types=(axis_type,))
+    axis_name = 'x' if way == 'shard_map' else None
+    options = {'axis_name': axis_name}
+    optimizers = {'adamw': optax.adamw(1e-3)} | {
+      name: sophia_optax.sophia(1e-3, hessian_diagonal_fn=estimator(**options))
+      for name, estimator in ESTIMATORS.items()
+    }
+    for name, tx in optimizers.items():
+      step = make_step(tx, axis_name)
+      state = jax.eval_shape(tx.init, shapes)
+
+      def placed(x, spec):
+        return jax.ShapeDtypeStruct(
+          x.shape,
+          x.dtype,
+          sharding=NamedSharding(mesh, spec),  # noqa: B023
+        )
+
+      def kept(x):
+        is_matrix = way == 'fsdp' and x.ndim == 2  # noqa: B023
+        return placed(x, P(None, 'x') if is_matrix else P())
+
+      args = *jax.tree.map(kept, (shapes, state)), placed(batch, P('x'))
+      found[f'{way}, {name}'] = programs = {}
+      for program, decision in DECISIONS.items():
+        if name == 'adamw' and program != 'one':
+          continue
+        fn = functools.partial(step, **decision)
+        if way == 'shard_map':
+          fn = jax.shard_map(
+            fn, mesh=mesh, in_specs=(P(), P(), P('x')), out_specs=P()
+          )
+        with jax.set_mesh(mesh):
+          lowered = jax.jit(fn, donate_argnums=(0, 1)).lower(*args)
+        text = lowered.compile().as_text()
+        sent = hlo.count_collectives(text)[0]
+        programs[program] = {
+          'conditionals': text.count(' conditional('),
+          'moved': hlo.traffic(text)[1],
+          'sent': sorted(map(str, sent.elements())),
+        }
+  return found
+
+
+def update():
+  """Words that the update alone moves for each parameter."""
+  size = 1024
+  chip = jax.sharding.SingleDeviceSharding(CHIPS[0])
+  params = {
+    'a': jax.ShapeDtypeStruct((size, 8 * size), jnp.float32),
+    'b': jax.ShapeDtypeStruct((8 * size, size), jnp.float32),
+  }
+  count = sum(x.size for x in jax.tree.leaves(params))
+  sophia = functools.partial(sophia_optax.sophia, 1e-3)
+  squares = sophia_optax.squared_gradient_estimator_diag_hessian(1)
+  optimizers = {
+    'adamw': (optax.adamw(1e-3), 'one'),
+    'H': (sophia(hessian_diagonal_fn=ESTIMATORS['H']()), 'ordinary'),
+    'G': (sophia(hessian_diagonal_fn=ESTIMATORS['G']()), 'ordinary'),
+    'g²': (sophia(hessian_diagonal_fn=squares), 'ordinary'),
+    'g², refresh first': (
+      sophia(hessian_diagonal_fn=squares, refresh_before_update=True),
+      'one',
+    ),
+  }
+  found = {}
+  for name, (tx, program) in optimizers.items():
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, grads, tx=tx, program=program):
+      updates, state = tx.update(grads, state, params, **DECISIONS[program])
+      return optax.apply_updates(params, updates), state
+
+    args = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip),
+      (params, jax.eval_shape(tx.init, params), params),
+    )
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*args)
+    moved, _ = hlo.traffic(lowered.compile().as_text())
+    found[name] = moved / (4 * count)
+  return found
+
+
+if __name__ == '__main__':
+  print(json.dumps({'known': known(), 'steps': steps(), 'update': update()}))

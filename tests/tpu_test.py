@@ -1,0 +1,84 @@
+"""Programs compiled for TPUs that are not there, by their own compiler."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+_HAS_COMPILER = importlib.util.find_spec('libtpu') is not None
+
+pytestmark = pytest.mark.skipif(
+  not _HAS_COMPILER, reason="needs libtpu: pip install 'sophia-optax[tpu]'"
+)
+
+
+@functools.cache
+def figures():
+  """Compiles all programs in a process that looks for no TPU."""
+  run = subprocess.run(
+    [sys.executable, 'tests/tpu_programs.py'],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    check=True,
+    timeout=1200,
+    env=os.environ
+    | {
+      'JAX_PLATFORMS': 'cpu',
+      'TPU_SKIP_MDS_QUERY': '1',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+      'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'benchmarks')]),
+    },
+  )
+  return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    ('sum of two', 3),
+    ('sum of two, in place', 3),
+    ('copy', 2),
+    ('branch, false', 0),
+    ('branch, true', 2),
+    ('row of a matrix', 0),
+    ('three steps of a loop', 6),
+  ],
+)
+def test_traffic_of_programs_that_are_known(name, words):
+  assert figures()['known'][name] == pytest.approx(words, abs=0.05)
+
+
+@pytest.mark.parametrize('optimizer', ['H', 'G'])
+@pytest.mark.parametrize('way', ['jit', 'fsdp', 'explicit', 'shard_map'])
+def test_a_step_compiles(way, optimizer):
+  steps = figures()['steps'][f'{way}, {optimizer}']
+  # XLA leaves one conditional, and none where a bool decides.
+  assert steps['one']['conditionals'] == 1
+  assert steps['ordinary']['conditionals'] == 0
+  assert steps['refresh']['conditionals'] == 0
+  assert steps['ordinary']['moved'] < steps['refresh']['moved']
+  # Nothing is sent on an ordinary step that AdamW does not send.
+  adamw = figures()['steps'][f'{way}, adamw']['one']
+  assert steps['ordinary']['sent'] == adamw['sent']
+
+
+@pytest.mark.parametrize(
+  ('optimizer', 'words'),
+  [
+    ('adamw', 7),
+    # In two programs.
+    ('H', 6),
+    ('G', 6),
+    ('g²', 6),
+    # In one.
+    ('g², refresh first', 6),
+  ],
+)
+def test_words_of_an_ordinary_step(optimizer, words):
+  assert figures()['update'][optimizer] == pytest.approx(words, abs=0.05)
