@@ -11,6 +11,7 @@ are expected to have. "Rates": the largest learning rate whose loss is within
 0.03 of the best, divided by the smallest.
 """
 
+import dataclasses
 import math
 import pathlib
 import statistics
@@ -90,13 +91,15 @@ def part_to(curve: list[float], target: float) -> float | None:
 
 
 def rates(results: list[dict], best: convergence.Case) -> dict[float, float]:
-  """Returns losses by learning rate, of the runs that differ only in that."""
+  """Returns the search's losses by learning rate, all else as in the best."""
+  losses = losses_of(results)
   return dict(
     sorted(
-      (r['settings']['learning_rate'], r['loss'])
+      (r['settings']['learning_rate'], convergence.score(case, losses))
       for r in results
-      if (r['task'], r['optimizer'], r['trial'], r['seed'], r['variant'])
-      == (best.task, best.optimizer, best.trial, best.seed, best.variant)
+      if dataclasses.replace(case := convergence.case_of(r), rate=best.rate)
+      == best
+      and convergence.score(case, losses) is not None
     )
   )
 

@@ -143,6 +143,31 @@ def test_every_optimizer_has_the_same_search():
         assert swept[end] > losses[best] + spec.margin
 
 
+def test_a_setting_that_breaks_down_with_the_second_seed_does_not_win():
+  def run_search(breaks_down):
+    losses, best = {}, None
+    while best is None:
+      cases, best = convergence.search('language_1200', 'nadamw', losses, 4)
+      for case in cases:
+        fails = case.trial == breaks_down and case.seed == 4
+        losses[case] = 9.0 if fails else fake_run(case)['loss']
+    return best, losses
+
+  best, _ = run_search(breaks_down=None)
+  other, losses = run_search(breaks_down=best.trial)
+  assert other.trial != best.trial
+  # Its learning rate has been swept with both seeds.
+  swept = {c.rate: set() for c in losses if c.trial == other.trial}
+  for case in losses:
+    if case.trial == other.trial:
+      swept[case.rate].add(case.seed)
+  assert len(swept) >= 3
+  assert set(map(frozenset, swept.values())) == {frozenset({0, 4})}
+  assert convergence.score(other, losses) == pytest.approx(
+    (losses[other] + losses[dataclasses.replace(other, seed=4)]) / 2
+  )
+
+
 def test_trials_of_all_go_on_side_by_side():
   counts = collections.Counter()
   for case in itertools.islice(convergence.plan([], 20), 7 * 20):
