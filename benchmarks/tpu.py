@@ -76,6 +76,7 @@ TOPOLOGIES = {
 }
 _MODELS = {
   '124M': {},
+  '124M, 8 head chunks': {'head_chunks': 8},
   '1.5B': {'num_layers': 48, 'width': 1600, 'num_heads': 25},
 }
 _BATCH_SIZE = 512
@@ -275,12 +276,6 @@ def measure(case: Case) -> dict[str, Any]:
       kinds[collective.kind] += n
     figures[name] = {'collectives': kinds, 'sent bytes': hlo.sent(counts)}
   return figures
-
-
-def _table(lines: list[list[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  layout = '  '.join([f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
-  return '\n'.join(layout.format(*line).rstrip() for line in lines)
 
 
 def _programs(cases: list[dict]) -> dict[str, dict[str, dict]]:
