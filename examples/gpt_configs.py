@@ -57,6 +57,8 @@ class Config:
   curvature_parts: int = 1  # Sophia: estimates that these are divided among
   nesterov: bool = False  # Sophia: Nesterov momentum
   nu_bias_correction: bool = False  # Sophia: h is corrected for its start
+  # Sophia: limit of the root mean square of an array's update; 0: no limit.
+  max_update_rms: float = 0.0
 
   # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'; '': one.
   mesh: str = ''
@@ -144,9 +146,10 @@ class Config:
 def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Returns settings for Sophia where AdamW's are known.
 
-  The rule of docs/choosing.md: three tenths of AdamW's learning rate, a quarter
-  of the steps for warm-up, a γ that falls to a tenth over the second half, and
-  the curvature of a quarter of the batch every tenth step.
+  The rule of docs/choosing.md: AdamW's learning rate, with updates limited to
+  the size of AdamW's, a quarter of the steps for warm-up, a γ that falls to a
+  tenth over the second half, and the curvature of a quarter of the batch every
+  tenth step.
 
   Args:
     adamw: AdamW's settings.
@@ -156,12 +159,12 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   return dataclasses.replace(
     adamw,
     optimizer=optimizer,
-    learning_rate=0.3 * adamw.learning_rate,
     warmup_steps=adamw.num_steps // 4,
     b1=0.9,
     b2=0.95,
-    gamma=0.1 if is_g else 0.03,
+    gamma=0.1 if is_g else 0.05,
     final_gamma=0.1,
+    max_update_rms=0.3,
     nesterov=True,
     nu_bias_correction=True,
     update_interval=10,

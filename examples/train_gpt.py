@@ -121,6 +121,7 @@ def make_optimizer(config):
       target_win_rate=config.target_win_rate or None,
       nesterov=config.nesterov,
       nu_bias_correction=config.nu_bias_correction,
+      max_update_rms=config.max_update_rms or None,
       hessian_diagonal_fn=part(
         sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
       ),
@@ -137,6 +138,7 @@ def make_optimizer(config):
       target_win_rate=config.target_win_rate or None,
       nesterov=config.nesterov,
       nu_bias_correction=config.nu_bias_correction,
+      max_update_rms=config.max_update_rms or None,
       hessian_diagonal_fn=part(
         sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
           config.seed,

@@ -18,9 +18,6 @@ import optax
 import hlo
 import sophia_optax
 
-CHIPS = topologies.get_topology_desc(
-  platform='tpu', topology_name='v5e:2x2'
-).devices
 DECISIONS = {
   'one': {},
   'ordinary': {'refresh': False},
@@ -32,10 +29,18 @@ ESTIMATORS = {
 }
 
 
+@functools.cache
+def chips():
+  """The devices of v5e:2x2."""
+  return topologies.get_topology_desc(
+    platform='tpu', topology_name='v5e:2x2'
+  ).devices
+
+
 def known():
   """Words that programs move for each entry of a matrix."""
   size = 2048
-  chip = jax.sharding.SingleDeviceSharding(CHIPS[0])
+  chip = jax.sharding.SingleDeviceSharding(chips()[0])
   x = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=chip)
   i = jax.ShapeDtypeStruct((), jnp.int32, sharding=chip)
 
@@ -107,7 +112,7 @@ def steps():
   found = {}
   for way in 'jit', 'fsdp', 'explicit', 'shard_map':
     axis_type = AxisType.Explicit if way == 'explicit' else AxisType.Auto
-    mesh = jax.make_mesh((4,), ('x',), devices=CHIPS, axis_types=(axis_type,))
+    mesh = jax.make_mesh((4,), ('x',), devices=chips(), axis_types=(axis_type,))
     axis_name = 'x' if way == 'shard_map' else None
     options = {'axis_name': axis_name}
     optimizers = {'adamw': optax.adamw(1e-3)} | {
@@ -154,7 +159,7 @@ def steps():
 def update():
   """Words that the update alone moves for each parameter."""
   size = 1024
-  chip = jax.sharding.SingleDeviceSharding(CHIPS[0])
+  chip = jax.sharding.SingleDeviceSharding(chips()[0])
   params = {
     'a': jax.ShapeDtypeStruct((size, 8 * size), jnp.float32),
     'b': jax.ShapeDtypeStruct((8 * size, size), jnp.float32),
