@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import doctest
 import math
 import os
 import pathlib
@@ -551,6 +552,51 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert all(name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
   win_rates = curves(demo.plot(results).axes[3])
   assert win_rates['Sophia-G'][0] == [2, 4, 6, 8]
+
+
+def test_demo_has_the_settings_of_the_documentation():
+  page = pathlib.Path(__file__).parents[1] / 'docs' / 'choosing.md'
+  names = {}
+  for example in doctest.DocTestParser().get_examples(page.read_text()):
+    if example.source.startswith(('import', 'def sophia_like_adamw')):
+      exec(example.source, names)
+  config = gpt_configs.sophia_like(
+    _config(optimizer='adamw', batch_size=16, num_steps=8), 'sophia_g'
+  )
+  ours = train_gpt.make_optimizer(config)
+  theirs = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    names['sophia_like_adamw'](
+      config.learning_rate, config.num_steps, decay_mask=gpt.decay_mask
+    ),
+  )
+  fns = train_gpt.make_fns(config, train_gpt.make_model(config))
+  init, _ = _setup(config)
+  params = jax.jit(init)().params
+  batches = np.random.default_rng(0).integers(0, 64, (8, 16, 9), np.int32)
+
+  def train(optimizer, batch_of):
+    @jax.jit
+    def step(carry, batch):
+      params, state = carry
+      updates, state = optimizer.update(
+        jax.grad(fns['obj_fn'])(params, batch),
+        state,
+        params,
+        batch=batch_of(batch),
+        **fns,
+      )
+      return (optax.apply_updates(params, updates), state), None
+
+    carry = params, optimizer.init(params)
+    return jax.lax.scan(step, carry, batches)[0][0]
+
+  with jax.numpy_dtype_promotion('standard'):  # For optax's clipping.
+    chex.assert_trees_all_close(
+      train(ours, lambda batch: batch[None]),
+      train(theirs, lambda batch: batch[:4]),
+      rtol=1e-5,
+    )
 
 
 def test_plot_of_the_demo():
