@@ -173,7 +173,7 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   )
 
 
-# Some four minutes on two CPU cores. AdamW's settings are the best of the
+# Some five minutes on two CPU cores. AdamW's settings are the best of the
 # trials of benchmarks/convergence.py.
 _DEMO = Config(
   unroll=2,
