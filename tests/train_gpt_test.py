@@ -325,6 +325,7 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
       batch_size=32,
       micro_batch_size=16,
       curvature_batch_size=16,
+      max_update_rms=0.0,  # Which sends one number for each array.
     )
     mesh = sharding.make_mesh(config.mesh)
     program = train_gpt.make_program(config, mesh)
