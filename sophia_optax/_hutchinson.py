@@ -145,7 +145,8 @@ def hutchinson_estimator_diag_hessian(
       precision, with ``finite_difference``.
     NotImplementedError: In ``update``, if JAX can compute the gradient of
       ``obj_fn``, but not the second derivative that ``hvp`` needs. JAX's error
-      is its cause.
+      is its cause. Under :func:`jax.jit`, JAX finds some of these cases only
+      when it compiles the step, and raises a TypeError of its own.
 
   Example:
     >>> import jax.numpy as jnp
