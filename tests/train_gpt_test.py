@@ -372,7 +372,13 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
   one = train_gpt.train(config)
   config = dataclasses.replace(config, mesh='data:2,fsdp:4')
   several = train_gpt.train(config)
-  chex.assert_trees_all_close(several.state, one.state, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(
+    several.state.opt_state, one.state.opt_state, rtol=1e-4, atol=1e-6
+  )
+  # The ratio of m to a small h magnifies round-off; steps are of up to 1e-3.
+  chex.assert_trees_all_close(
+    several.state.params, one.state.params, rtol=1e-4, atol=1e-5
+  )
 
   begin = train_gpt.make_program(config, sharding.make_mesh(config.mesh)).init()
   jax.tree.map(
