@@ -28,7 +28,6 @@ from typing import Any
 from absl import app
 from absl import flags
 import jax
-import jax.numpy as jnp
 import tqdm
 
 import hlo
@@ -117,14 +116,8 @@ def compile_step(config: gpt_configs.Config):
   """Returns the compiled train step and the state that it is compiled for."""
   mesh = sharding.make_mesh(config.mesh)
   program = train_gpt.make_program(config, mesh)
-  size = config.micro_batch_size
-  batch = jax.ShapeDtypeStruct(
-    (config.batch_size // size, size, config.block_size + 1),
-    jnp.int32,
-    sharding=sharding.batch_sharding(mesh, axis=1),
-  )
   with jax.set_mesh(mesh):
-    lowered = program.step.lower(program.state, batch)
+    lowered = program.step.lower(program.state, program.batch)
   # The level is of the machine code, which never runs, and not of the HLO.
   return lowered.compile({'xla_backend_optimization_level': 0}), program.state
 

@@ -195,14 +195,8 @@ def lower_step(config: gpt_configs.Config, topology: str, **decision: Any):
     axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
   )
   program = train_gpt.make_program(config, mesh)
-  size = config.micro_batch_size
-  batch = jax.ShapeDtypeStruct(
-    (config.batch_size // size, size, config.block_size + 1),
-    jnp.int32,
-    sharding=sharding.batch_sharding(mesh, axis=1),
-  )
   with jax.set_mesh(mesh):
-    return program.step.lower(program.state, batch, **decision)
+    return program.step.lower(program.state, program.batch, **decision)
 
 
 def cases(size: int) -> list[Case]:

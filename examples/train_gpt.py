@@ -284,6 +284,7 @@ class Program(NamedTuple):
   """What runs on a mesh, to be traced within `jax.set_mesh(mesh)`."""
 
   state: State  # shapes, dtypes and shardings
+  batch: jax.ShapeDtypeStruct  # (B/M, M, T + 1), with its sharding
   init: Callable  # () -> state
   step: Callable  # (state, batch, refresh) -> (state, metrics); donates state
   evaluate: Callable  # (params, batches) -> loss
@@ -305,8 +306,15 @@ def make_program(config, mesh) -> Program:
     shapes,
     shardings,
   )
+  size = config.micro_batch_size
+  batch = jax.ShapeDtypeStruct(
+    (config.batch_size // size, size, config.block_size + 1),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh, axis=1),
+  )
   return Program(
     state,
+    batch,
     jax.jit(init, out_shardings=shardings),
     # Donated: the new state takes the memory of the old one.
     jax.jit(
@@ -453,17 +461,8 @@ def describe(config: gpt_configs.Config) -> str:
   """Describes the run's step without allocating its parameters."""
   mesh = sharding.make_mesh(config.mesh)
   program = make_program(config, mesh)
-  batch = jax.ShapeDtypeStruct(
-    (
-      config.batch_size // config.micro_batch_size,
-      config.micro_batch_size,
-      config.block_size + 1,
-    ),
-    jnp.int32,
-    sharding=sharding.batch_sharding(mesh, axis=1),
-  )
   with jax.set_mesh(mesh):
-    return dry_run.report(config, program.step, program.state, batch)
+    return dry_run.report(config, program.step, program.state, program.batch)
 
 
 def define_flags():

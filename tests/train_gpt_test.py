@@ -329,11 +329,9 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
     )
     mesh = sharding.make_mesh(config.mesh)
     program = train_gpt.make_program(config, mesh)
-    batch = jax.ShapeDtypeStruct(
-      (2, 16, 6), jnp.int32, sharding=sharding.batch_sharding(mesh, axis=1)
-    )
+    assert program.batch.shape == (2, 16, 6)
     with jax.set_mesh(mesh):
-      step = program.step.lower(program.state, batch).compile()
+      step = program.step.lower(program.state, program.batch).compile()
     counters[optimizer] = _collectives(step.as_text())
 
   ordinary, refresh = counters['adamw']
