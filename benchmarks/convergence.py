@@ -115,7 +115,6 @@ TASKS = {  # in the order in which they are run
   ),
   'axes': Task('Regression along the axes', 'axes', 300, margin=None),
   'rotated': Task('Regression, rotated', 'rotated', 300, margin=None),
-  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
   'language_4800': Task(
     f'{_SMALL}, 4,800 steps',
     'language',
@@ -133,6 +132,7 @@ TASKS = {  # in the order in which they are run
     rate=1,
     peers=(*_FEW, 'sophia_h'),
   ),
+  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
   'language_19200': Task(
     f'{_SMALL}, 19,200 steps',
     'language',
@@ -630,6 +630,7 @@ def search(
 def plan(results: list[dict], num_trials: int = _NUM_TRIALS) -> Iterator[Case]:
   """Yields what is known to be needed, the most urgent first, run or not."""
   losses = {case_of(r): r['loss'] for r in results}
+  varied = []
   for task, spec in TASKS.items():
     searches = {o: search(task, o, losses, num_trials) for o in spec.peers}
     # One of each optimizer before the next of any.
@@ -641,11 +642,9 @@ def plan(results: list[dict], num_trials: int = _NUM_TRIALS) -> Iterator[Case]:
     for seed in SEEDS:
       for case in best:
         yield dataclasses.replace(case, seed=seed)
-    for seed in SEEDS:
-      for case in best:
-        if case.optimizer in VARIED.get(task, ()):
-          for variant in VARIANTS:
-            yield dataclasses.replace(case, seed=seed, variant=variant)
+    varied += [c for c in best if c.optimizer in VARIED.get(task, ())]
+  for seed, case, variant in itertools.product(SEEDS, varied, VARIANTS):
+    yield dataclasses.replace(case, seed=seed, variant=variant)
 
 
 def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):
