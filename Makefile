@@ -1,6 +1,7 @@
 # make demo    trains a small language model with AdamW and with Sophia
 # make test    runs every test and every example in the documentation
 # make docs    builds the documentation site into site/
+# make notebook  writes and runs examples/getting_started.ipynb
 # make tpu     compiles small steps for TPUs, without one; Linux on x86 only
 # make accelerator    tests and times this on the GPU or TPU that is here
 # make lint, make types, make package    what CI checks beside these
@@ -15,7 +16,7 @@ ACCELERATED = sophia sophia_g hutchinson gauss_newton_bartlett microbatched \
   win_rate low_precision conformance
 BUILDIFIER ?= npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test tpu accelerator docs format lint buildifier types completeness package clean
+.PHONY: demo test tpu accelerator docs notebook format lint buildifier types completeness package clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed-examples
@@ -42,6 +43,9 @@ accelerator: $(VENV)/installed-test
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --fresh-env --nitpicky docs site
+
+notebook: $(VENV)/installed-notebook
+	$(BIN)/python docs/make_notebook.py
 
 # `make format` writes what lint asks for.
 format: $(VENV)/installed-dev
