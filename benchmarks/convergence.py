@@ -17,9 +17,10 @@ The protocol, the same for every optimizer:
 3. Report. The best of a task is run with three seeds that had no part in the
    search; a seed decides parameters, batches and probes.
 
-'untuned' is Sophia-G without a search: AdamW's best learning rate in that task,
-10 % warm-up, updates capped to a root mean square of 0.3 in each array, and γ
-steered to a win rate of 0.3. Variants of the best settings differ in one thing.
+Three have no search (UNTUNED): the settings to copy of docs/choosing.md, which
+follow from AdamW's best learning rate and weight decay in that task, for
+Sophia-G and Sophia-H; and those for Sophia-G with γ steered to a win rate of
+0.3. Variants of the best settings differ in one thing.
 
 Every run ends with its schedule: linear warm-up, cosine to 5 %. Sophia's
 curvature is that of a quarter of the batch, on every tenth step.
@@ -65,6 +66,7 @@ _CAP = 0.3
 _DIVERGED = 1e9  # sorts last, and JSON has no infinity
 
 
+UNTUNED = 'copied_g', 'copied_h', 'steered'
 _PEERS = (
   'adamw',
   'nadamw',
@@ -73,10 +75,10 @@ _PEERS = (
   'lion',
   'signum',
   'contrib',
-  'untuned',
+  *UNTUNED,
 )
 # Those that are nearest to AdamW in short runs, for long ones.
-_FEW = 'adamw', 'nadamw', 'sophia_g', 'untuned'
+_FEW = 'adamw', 'nadamw', 'sophia_g', 'copied_g', 'copied_h'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ TASKS = {  # in the order in which they are run
     4800,
     82.5,
     'language_1200',
-    peers=(*_FEW, 'sophia_h', 'signum'),
+    peers=(*_FEW, 'steered', 'sophia_h', 'signum'),
   ),
   'large_batch': Task(
     'GPT, 0.12 M parameters, 16,384 tokens a step, 600 steps',
@@ -212,21 +214,21 @@ SPACES = {
   }
   | _GAMMA_H,
 }
+_SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
+# docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
+_COPIED = _SOPHIA_FIXED | {
+  'warmup': 0.25,
+  'b1': 0.9,
+  'b2': 0.95,
+  'cap': _CAP,
+  'gamma_end': 0.1,
+}
 _FIXED = {
-  'sophia_g': {'nesterov': True, 'nu_bias_correction': True},
-  'sophia_h': {'nesterov': True, 'nu_bias_correction': True},
-  'untuned': {
-    'nesterov': True,
-    'nu_bias_correction': True,
-    'warmup': 0.1,
-    'b1': 0.9,
-    'b2': 0.97,
-    'weight_decay': 0.1,
-    'cap': _CAP,
-    'gamma': 0.04,
-    'gamma_end': 1.0,
-    'target_win_rate': 0.3,
-  },
+  'sophia_g': _SOPHIA_FIXED,
+  'sophia_h': _SOPHIA_FIXED,
+  'copied_g': _COPIED | {'gamma': 0.1},
+  'copied_h': _COPIED | {'gamma': 0.05},
+  'steered': _COPIED | {'gamma': 0.1, 'target_win_rate': 0.3},
 }
 # Where losses are not of a language, steps are not as long either.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
@@ -238,9 +240,10 @@ VARIANTS = {
     if s['cap']
     else {'cap': _CAP, 'learning_rate': s['learning_rate'] / _CAP}
   ),
+  'a tenth of the steps for warm-up': lambda s: {'warmup': 0.1},
   'γ the other way': lambda s: {'gamma_end': 0.1 if s['gamma_end'] == 1 else 1},
 }
-VARIED = {'language_1200': ('sophia_g', 'sophia_h')}
+VARIED = {'language_1200': ('sophia_g', 'sophia_h', 'copied_g')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +252,8 @@ class Case:
 
   Attributes:
     task: A key of `TASKS`.
-    optimizer: A key of `SPACES`, or 'untuned'.
-    trial: Number of the point in the space; of AdamW's, for 'untuned'.
+    optimizer: A key of `SPACES`, or one of `UNTUNED`.
+    trial: Number of the point in the space; in AdamW's, for `UNTUNED`.
     rate: Power of √2 that its learning rate is multiplied by.
     seed: Of parameters, batches and probes.
     variant: A key of `VARIANTS`, or ''.
@@ -274,7 +277,7 @@ def _points(optimizer):
 
 def settings(case: Case) -> dict:
   """What a run has for hyperparameters, with three digits each."""
-  source = 'adamw' if case.optimizer == 'untuned' else case.optimizer
+  source = 'adamw' if case.optimizer in UNTUNED else case.optimizer
   drawn = {
     name: sample(u)
     for (name, sample), u in zip(
@@ -284,8 +287,8 @@ def settings(case: Case) -> dict:
   if 'cap' in drawn and drawn['cap'] is None:
     drawn['learning_rate'] *= _CAP
   drawn['learning_rate'] *= RATES.get(case.task, 1.0) * 2 ** (case.rate / 2)
-  if case.optimizer == 'untuned':
-    drawn = {'learning_rate': drawn['learning_rate']}
+  if case.optimizer in UNTUNED:
+    drawn = {name: drawn[name] for name in ('learning_rate', 'weight_decay')}
   drawn |= _FIXED.get(case.optimizer, {})
   if case.variant:
     drawn |= VARIANTS[case.variant](drawn)
@@ -342,7 +345,7 @@ def make_optimizer(
   """Returns the optimizer with clipping, schedule and masked decay.
 
   Args:
-    name: A key of `SPACES`, or 'untuned'.
+    name: A key of `SPACES`, or one of `UNTUNED`.
     s: Its settings and `steps`; numbers may be traced, booleans not.
     problem: The problem.
     seed: Of probes.
@@ -385,7 +388,7 @@ def make_optimizer(
         hessian_diagonal_fn=optax.set_to_zero(),
         nesterov=s['nesterov'],
       )
-    elif name == 'sophia_h':
+    elif name in ('sophia_h', 'copied_h'):
       direction = _scale_by_sophia(
         s, sophia_optax.hutchinson_estimator_diag_hessian(probe)
       )
@@ -575,9 +578,9 @@ def search(
     all have been run and no more are needed, else None.
   """
   spec = TASKS[task]
-  if optimizer == 'untuned':
+  if optimizer in UNTUNED:
     _, best = search(task, 'adamw', losses, num_trials)
-    return [], best and Case(task, optimizer, best.trial, best.rate)
+    return [], best and dataclasses.replace(best, optimizer=optimizer)
   if spec.parent is None:
     cases = [Case(task, optimizer, trial) for trial in range(num_trials)]
   else:

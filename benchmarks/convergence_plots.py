@@ -31,10 +31,22 @@ STYLES = {
   'nadamw': {'label': 'NAdamW', 'color': '#CC79A7', 'linestyle': '--'},
   'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-'},
   'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
-  'untuned': {
-    'label': 'Sophia-G, not tuned',
+  'copied_g': {
+    'label': 'Sophia-G, settings to copy',
     'color': '#D55E00',
     'linestyle': ':',
+    'markerfacecolor': 'white',
+  },
+  'copied_h': {
+    'label': 'Sophia-H, settings to copy',
+    'color': '#0072B2',
+    'linestyle': ':',
+    'markerfacecolor': 'white',
+  },
+  'steered': {
+    'label': 'Sophia-G, settings to copy, γ steered',
+    'color': '#999999',
+    'linestyle': '-',
     'markerfacecolor': 'white',
   },
   'lion': {'label': 'Lion', 'color': '#009E73', 'linestyle': '-.'},

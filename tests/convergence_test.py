@@ -17,6 +17,7 @@ import convergence
 from convergence import Case
 import convergence_plots
 import convergence_problems
+import gpt_configs
 
 RECORD = pathlib.Path(convergence.__file__).with_suffix('.json')
 
@@ -69,25 +70,51 @@ def test_only_what_is_named_differs():
       'nesterov',
       'nu_bias_correction',
       'cap',
+      'warmup',
       'gamma_end',
     }
     assert len(changed - {'learning_rate'}) == 1
 
 
-def test_what_is_not_tuned_takes_adamws_rate_and_nothing_else():
-  untuned, adamw = (
-    convergence.settings(Case('language_4800', name, 3, 1))
-    for name in ('untuned', 'adamw')
+@pytest.mark.parametrize('name', ['copied_g', 'copied_h'])
+def test_settings_to_copy_are_those_of_the_examples(name):
+  drawn = convergence.settings(Case('language_4800', name, 3, 1))
+  adamw = convergence.settings(Case('language_4800', 'adamw', 3, 1))
+  expected = gpt_configs.sophia_like(
+    gpt_configs.Config(
+      num_steps=4800,
+      learning_rate=adamw['learning_rate'],
+      weight_decay=adamw['weight_decay'],
+    ),
+    name.replace('copied', 'sophia'),
   )
-  assert untuned['learning_rate'] == adamw['learning_rate']
-  assert untuned['warmup'] == 0.1 != adamw['warmup']
-  assert untuned['target_win_rate'] == 0.3
+  assert drawn == {
+    'learning_rate': expected.learning_rate,
+    'warmup': expected.warmup_steps / 4800,
+    'weight_decay': expected.weight_decay,
+    'b1': expected.b1,
+    'b2': expected.b2,
+    'gamma': expected.gamma,
+    'gamma_end': expected.final_gamma,
+    'cap': expected.max_update_rms,
+    'nesterov': expected.nesterov,
+    'nu_bias_correction': expected.nu_bias_correction,
+  }
+
+
+def test_steering_is_all_that_differs_from_the_settings_to_copy():
+  copied, steered = (
+    convergence.settings(Case('language_4800', name, 3, 1))
+    for name in ('copied_g', 'steered')
+  )
+  assert steered == copied | {'target_win_rate': 0.3}
 
 
 def fake_run(case):
   """Losses as of a bowl with a flat bottom around a learning rate."""
   drawn = convergence.settings(case)
-  name = 'adamw' if case.optimizer == 'untuned' else case.optimizer
+  untuned = case.optimizer in convergence.UNTUNED
+  name = 'adamw' if untuned else case.optimizer
   low, high = (convergence.SPACES[name]['learning_rate'](u) for u in (0.0, 1.0))
   best = math.sqrt(low * high) * convergence.RATES.get(case.task, 1)
   loss = 1.5 + 0.1 * max(abs(math.log(drawn['learning_rate'] / best)), 0.2)
@@ -127,8 +154,8 @@ def test_every_optimizer_has_the_same_search():
       assert {dataclasses.replace(best, seed=s) for s in (1, 2, 3)} <= set(
         cases
       )
-      if name == 'untuned':
-        assert len(cases) == 3
+      if name in convergence.UNTUNED:
+        assert sum(not c.variant for c in cases) == 3
         continue
       searched = [c for c in cases if c.seed == 0]
       assert losses[best] == min(losses[c] for c in searched)
@@ -345,15 +372,17 @@ def regression(task, optimizer):
   return convergence.run(Case(task, optimizer, 1))
 
 
-@pytest.mark.parametrize('optimizer', [*convergence.SPACES, 'untuned'])
+@pytest.mark.parametrize(
+  'optimizer', [*convergence.SPACES, *convergence.UNTUNED]
+)
 def test_every_optimizer_runs(optimizer):
   result = regression('axes', optimizer)
   assert result['loss'] < 0.1 < result['curve'][0]
   assert len(result['curve']) == 20
   assert result['curve'][-1] == pytest.approx(result['loss'])
-  sophia = optimizer in ('sophia_g', 'sophia_h', 'untuned')
-  assert ('win_rate' in result) == sophia
-  assert ('gamma' in result) == (optimizer == 'untuned')
+  sophia = ('sophia_g', 'sophia_h', *convergence.UNTUNED)
+  assert ('win_rate' in result) == (optimizer in sophia)
+  assert ('gamma' in result) == (optimizer == 'steered')
   json.dumps(result)
 
 
