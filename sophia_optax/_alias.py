@@ -1,4 +1,4 @@
-"""Optimizers: chains of the parts."""
+"""The optimizers `sophia` and `sophia_g`, built with `optax.chain`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,71 +39,74 @@ def sophia(
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""The Sophia optimizer: clipped steps, preconditioned by the curvature.
+  r"""The Sophia optimizer: momentum divided by the curvature, then clipped.
 
   .. math::
     \theta_{t+1} = \theta_t - \eta \left( \mathrm{clip}\left(
     \frac{\hat m_t}{\max(\gamma h, \epsilon)}, -c, c \right)
     + \lambda \theta_t \right)
 
-  with the EMA m̂ of the gradient and the EMA h of an estimate of the Hessian
-  diagonal, see :func:`sophia_optax.scale_by_sophia`. It takes the place of
-  :func:`optax.contrib.sophia` and computes the same numbers.
+  Here m̂ is the EMA (exponential moving average) of the gradient and h is the
+  EMA of estimates of the Hessian diagonal. A *refresh* adds a new estimate to
+  h; see :func:`sophia_optax.scale_by_sophia`. This function is a drop-in
+  replacement for :func:`optax.contrib.sophia` and computes the same numbers.
 
   The default estimator is Hutchinson's (Sophia-H). It needs the loss of the
-  current batch as a function of the parameters alone::
+  current batch as a function of the parameters::
 
     tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)[0])
 
-  Any extra argument of ``update`` is forwarded to the estimator.
+  ``update`` forwards all extra arguments to the estimator.
 
   Args:
     learning_rate: Step size η, a number or a schedule.
     b1: Decay rate of the EMA of the gradient, in [0, 1).
-    b2: Decay rate of the EMA of the Hessian diagonal per refresh, in [0, 1).
-      Per step it is about ``1 - (1 - b2) / update_interval``.
-    eps: Smallest denominator, greater than 0.
-    weight_decay: Rate λ of the decoupled weight decay, which is scaled by the
-      learning rate.
-    weight_decay_mask: Where to decay: a tree of booleans like the parameters,
-      a prefix of one, or a function that returns one given a tree like the
-      parameters. None means everywhere. Integer parameters never decay.
-    gamma: Scale of the curvature, at least 0, or a schedule of it; tune it for
-      a win rate of 0.1 to 0.5.
-    clip_threshold: Largest magnitude c of an update before the learning rate,
-      greater than 0. None means no clipping.
-    update_interval: Number of steps from one refresh of h to the next.
+    b2: Decay rate of the EMA of the Hessian diagonal, in [0, 1), applied at
+      each refresh. Per step it is about ``1 - (1 - b2) / update_interval``.
+    eps: Lower bound of the denominator, greater than 0.
+    weight_decay: Rate λ of the decoupled weight decay, a number or a schedule.
+      The learning rate multiplies it.
+    weight_decay_mask: Parameters to decay: a tree of booleans with the
+      structure of the parameters or a prefix of it, or a function that returns
+      such a tree for the parameters. None means all. Integer parameters never
+      decay.
+    gamma: Scale γ of the curvature, at least 0, or a schedule. Tune it for a
+      win rate of 0.1 to 0.5.
+    clip_threshold: Threshold c, greater than 0. Updates are clipped to [-c, c]
+      before the learning rate. None means no clipping.
+    update_interval: Interval between refreshes of h, in steps.
     hessian_diagonal_fn: Estimator of the Hessian diagonal.
-    mu_dtype: dtype of m for real parameters. None means that of the parameter.
+    mu_dtype: dtype of m for real parameters. None means the parameter's dtype.
     verbose: Whether to print the win rate.
-    print_win_rate_every_n_steps: Number of steps from one print to the next. 0
-      means none.
-    nu_dtype: dtype of h for real parameters. None means float32, or that of the
-      parameter if it is wider.
-    bias_correction: Whether m is corrected for its start at zero.
-    nu_bias_correction: Whether h is corrected for its start at zero.
-    nesterov: Whether to use Nesterov's momentum, as in :func:`optax.nadamw`.
-    max_update_rms: Largest root mean square of the update of each parameter
-      array, greater than 0, before weight decay and learning rate. A larger
-      update is scaled down, see :func:`optax.clip_by_block_rms`. AdamW's
-      updates have about 0.3, so with 0.3 its learning rate can be kept. Each
-      part of an array that ``shard_map`` divides is scaled by itself. None
-      means no limit.
-    refresh_before_update: Whether a step that refreshes h uses the new h
-      already, as in Algorithm 3 of the paper.
-    target_win_rate: Win rate, in (0, 1), to which γ is steered, see
-      :func:`sophia_optax.scale_by_sophia`. None means that γ is ``gamma``.
+    print_win_rate_every_n_steps: Interval between prints, in steps. 0 means no
+      prints.
+    nu_dtype: dtype of h for real parameters. None means float32, or the
+      parameter's dtype if that is wider.
+    bias_correction: Whether to correct m for its initialization at zero.
+    nu_bias_correction: Whether to correct h for its initialization at zero.
+    nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw`.
+    max_update_rms: Limit on the root mean square (RMS) of the update of each
+      parameter array, greater than 0. A larger update is scaled down, before
+      weight decay and learning rate; see :func:`optax.clip_by_block_rms`.
+      AdamW's updates have an RMS of about 0.3, so with 0.3 you can keep its
+      learning rate. If ``shard_map`` divides an array, each shard is scaled
+      separately. None means no limit.
+    refresh_before_update: Whether a refresh comes before the update of its
+      step, as in Algorithm 3 of the paper. By default it comes after it.
+    target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
+      it, see :func:`sophia_optax.scale_by_sophia`. None means that γ is
+      ``gamma``.
     diagnostics: Whether each refresh also measures what
-      :func:`sophia_optax.diagnose` shows.
+      :func:`sophia_optax.diagnose` returns.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
     ``params`` and the extra arguments of the estimator.
 
   Raises:
-    ValueError: If a hyperparameter that is not an array is out of its range;
-      in ``update``, if ``params`` or what the estimator needs is missing.
-    TypeError: If an argument is of the wrong type.
+    ValueError: If a hyperparameter is out of range, unless it is an array. In
+      ``update``, if ``params`` or an argument of the estimator is missing.
+    TypeError: If an argument has the wrong type.
 
   Example:
     >>> import jax
@@ -160,7 +163,7 @@ def sophia(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
       ),
-      _coordinates.where_differentiable,  # Integers stay as they are.
+      _coordinates.where_differentiable,  # Not for integer parameters.
     ),
   )
 
@@ -200,55 +203,58 @@ def sophia_g(
     \theta_{t+1} &= (1 - \eta \lambda)\, \theta_t - \eta\,
     \mathrm{sign}(m_t) \min\left(\frac{|m_t|}{\rho h + 10^{-15}}, 1\right)
 
-  without a bias correction of m, and with the EMA h of the estimate refreshed
-  after the step on steps 0, k, 2k, .... Here h holds B ĝ ⊙ ĝ with the number B
-  of predictions in it; PyTorch's holds ĝ ⊙ ĝ and its ``step`` takes B as
-  ``bs``.
+  There is no bias correction of m. h is an EMA of estimates of the curvature,
+  refreshed after the update of steps 0, k, 2k, .... It averages B ĝ ⊙ ĝ, where
+  ĝ is a gradient with sampled labels and B its number of predictions. PyTorch's
+  h averages ĝ ⊙ ĝ, and its ``step`` takes B as ``bs``.
 
-  The default estimator needs the outputs of the model on the current batch::
+  The default estimator needs the outputs of the model on the current batch as
+  a function of the parameters::
 
     tx.update(grads, state, params, predict_fn=lambda p: model(p, batch))
 
-  What PyTorch calls ``capturable`` is :func:`jax.jit`, and what it calls
-  ``dynamic`` is :func:`optax.inject_hyperparams`.
+  Use :func:`jax.jit` in place of PyTorch's ``capturable``, and
+  :func:`optax.inject_hyperparams` in place of its ``dynamic``.
 
   Args:
     learning_rate: Step size η, at least 0, or a schedule.
     b1: Decay rate of the EMA of the gradient, in [0, 1).
-    b2: Decay rate of the EMA of the curvature per refresh, in [0, 1).
-    rho: Scale ρ of the curvature, at least 0, or a schedule of it; ``gamma``
-      elsewhere.
+    b2: Decay rate of the EMA of the curvature, in [0, 1), applied at each
+      refresh.
+    rho: Scale ρ of the curvature, at least 0, or a schedule. The other
+      functions of this library call it ``gamma``.
     weight_decay: Rate λ of the decoupled weight decay, at least 0, or a
       schedule.
-    weight_decay_mask: Where to decay, see :func:`sophia_optax.sophia`.
-    update_interval: Number k of steps from one refresh of h to the next.
-    maximize: Whether to ascend. An estimator such as Hutchinson's is then given
-      the negated ``obj_fn``; the Gauss-Newton-Bartlett estimate does not depend
-      on the direction.
-    hessian_diagonal_fn: Estimator of the curvature's diagonal.
-    mu_dtype: dtype of m for real parameters. None means that of the parameter.
-    nu_dtype: dtype of h for real parameters. None means float32, or that of the
-      parameter if it is wider.
-    nu_bias_correction: Whether h is corrected for its start at zero.
-    nesterov: Whether to use Nesterov's momentum, as in :func:`optax.nadamw`,
-      without a bias correction.
-    max_update_rms: Largest root mean square of the update of each parameter,
-      see :func:`sophia_optax.sophia`. None means no limit.
-    refresh_before_update: Whether a step that refreshes h uses the new h
-      already, as in Algorithm 3 of the paper.
-    target_win_rate: Win rate, in (0, 1), to which γ is steered, see
-      :func:`sophia_optax.scale_by_sophia`. None means that γ is ``rho``.
+    weight_decay_mask: Parameters to decay, see :func:`sophia_optax.sophia`.
+    update_interval: Interval k between refreshes of h, in steps.
+    maximize: Whether to maximize the objective instead of minimizing it. The
+      estimator then gets the negated ``obj_fn``. The Gauss-Newton-Bartlett
+      estimate does not depend on the sign.
+    hessian_diagonal_fn: Estimator of the diagonal of the curvature.
+    mu_dtype: dtype of m for real parameters. None means the parameter's dtype.
+    nu_dtype: dtype of h for real parameters. None means float32, or the
+      parameter's dtype if that is wider.
+    nu_bias_correction: Whether to correct h for its initialization at zero.
+    nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw` but
+      without bias correction.
+    max_update_rms: Limit on the root mean square of the update of each
+      parameter array, see :func:`sophia_optax.sophia`. None means no limit.
+    refresh_before_update: Whether a refresh comes before the update of its
+      step, as in Algorithm 3 of the paper. By default it comes after it.
+    target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
+      it, see :func:`sophia_optax.scale_by_sophia`. None means that γ is
+      ``rho``.
     diagnostics: Whether each refresh also measures what
-      :func:`sophia_optax.diagnose` shows.
+      :func:`sophia_optax.diagnose` returns.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
     ``params`` and the extra arguments of the estimator.
 
   Raises:
-    ValueError: If a hyperparameter that is not an array is out of its range;
-      in ``update``, if ``params`` or what the estimator needs is missing.
-    TypeError: If an argument is of the wrong type.
+    ValueError: If a hyperparameter is out of range, unless it is an array. In
+      ``update``, if ``params`` or an argument of the estimator is missing.
+    TypeError: If an argument has the wrong type.
 
   Example:
     >>> import jax
@@ -284,8 +290,8 @@ def sophia_g(
     learning_rate,
     b1,
     b2,
-    # Where ρ h is as small as this, all but tiny updates are clipped, and the
-    # larger of the two is as good as their sum.
+    # PyTorch adds 1e-15 to ρ h. This takes the maximum, which differs from the
+    # sum only if ρ h is about as small. Then almost all updates are clipped.
     eps=1e-15,
     weight_decay=weight_decay,
     weight_decay_mask=weight_decay_mask,
@@ -306,7 +312,7 @@ def sophia_g(
 
 
 def _maximizing(tx):
-  """The optimizer of the negated objective, given the objective."""
+  """Returns an optimizer that maximizes what `tx` would minimize."""
 
   def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
     def negated(*args):

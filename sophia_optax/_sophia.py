@@ -1,4 +1,4 @@
-"""Scaling of updates by Sophia's clipped, preconditioned momentum.
+"""Sophia's update rule: momentum divided by the curvature, then clipped.
 
 Symbols, all shaped like the parameters θ:
 
@@ -8,8 +8,8 @@ Symbols, all shaped like the parameters θ:
   h, nu   EMA of ĥ with decay b2, refreshed every k = update_interval steps
   u       clip(m̂ / max(γ h, ε), -c, c), the update
 
-A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. Inside,
-trees are in coordinates, see `_coordinates`.
+A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. The
+formulas act on trees of real coordinates, see `_coordinates`.
 """
 
 import functools
@@ -33,22 +33,22 @@ class SophiaState(NamedTuple):
 
   Attributes:
     count: Number of steps taken, shape (), int32.
-    mu: EMA of the gradients, like the parameters, in ``mu_dtype``.
-    nu: EMA of the Hessian diagonal, like the parameters, in ``nu_dtype``. For
-      a complex leaf, the curvature of its real part in the real part, that of
-      its imaginary part in the imaginary part.
+    mu: EMA of the gradients, a tree like the parameters, in ``mu_dtype``.
+    nu: EMA of the Hessian diagonal, a tree like the parameters, in
+      ``nu_dtype``. For a complex leaf, the real part holds the curvature of the
+      real part and the imaginary part that of the imaginary part.
     hessian_fn_state: State of the estimator.
-    win_rate: Fraction of coordinates that the update of the last refresh step
-      did not clip, shape (), float32.
-    nonfinite_count: Number of refreshes whose estimate had an entry that was
-      not finite and so was left out, shape (), int32.
+    win_rate: Fraction of coordinates that were not clipped at the last refresh,
+      shape (), float32.
+    nonfinite_count: Number of refreshes whose estimate had NaN or infinite
+      entries, which were ignored, shape (), int32.
     refresh_count: Number of refreshes, shape (), int32.
     gamma_factor: Factor by which ``target_win_rate`` has multiplied ``gamma``,
       shape (), float32. None without a target.
-    negative_fraction: Fraction of coordinates whose entry of h was negative
-      after the last refresh, shape (), float32. None without ``diagnostics``.
-    by_leaf: Win rate and negative fraction of each parameter, in the order of
-      ``jax.tree.leaves``, shape (number of parameters, 2), float32. None
+    negative_fraction: Fraction of coordinates with negative h after the last
+      refresh, shape (), float32. None without ``diagnostics``.
+    by_leaf: Win rate and negative fraction of each parameter array, in the
+      order of ``jax.tree.leaves``, shape (number of arrays, 2), float32. None
       without ``diagnostics``.
   """
 
@@ -86,7 +86,7 @@ def scale_by_sophia(
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Scales gradients to Sophia's updates, without learning rate and decay.
+  r"""Rescales gradients according to the Sophia algorithm.
 
   .. math::
     m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
@@ -96,89 +96,96 @@ def scale_by_sophia(
     h_t &= \beta_2 h_{t-1} + (1 - \beta_2) \hat h_t
     \text{ if } (t - 1) \bmod k = 0, \text{ else } h_{t-1}
 
-  The update of a step uses the h of before that step, as in
-  :func:`optax.contrib.sophia`, so the first one is a sign update;
-  ``refresh_before_update`` is the order of the paper. An entry of an estimate
-  that is NaN or infinite is ignored, and h keeps its value there.
+  It applies neither learning rate nor weight decay;
+  :func:`sophia_optax.sophia` adds them.
 
-  The win rate, the fraction of coordinates that are not clipped, is measured at
-  each refresh, for the update of that step; other steps do not pay for it. Read
-  it with ``optax.tree.get(state, 'win_rate')``. The paper's authors tune
-  ``gamma`` until it lies between 0.1 and 0.5; a larger ``gamma`` raises it.
+  Every k steps, a *refresh* adds an estimate ĥ of the Hessian diagonal to h.
+  As in :func:`optax.contrib.sophia`, the refresh comes after the update of its
+  step. So the first update has h = 0 and depends on signs alone. Pass
+  ``refresh_before_update=True`` for the order of the paper. NaN and infinite
+  entries of an estimate are ignored: h keeps its value there.
+
+  The *win rate* is the fraction of coordinates that are not clipped. Each
+  refresh measures it for the update of its step; other steps do not. Read it
+  with ``optax.tree.get(state, 'win_rate')``. The paper's authors tune ``gamma``
+  for a win rate between 0.1 and 0.5. A larger ``gamma`` raises it.
 
   With ``target_win_rate``, γ is ``gamma`` times a factor that starts at 1. Each
-  refresh changes the factor by at most 4, so that the win rate of the
-  coordinates with a gradient reaches the target. Coordinates whose gradient is
-  zero, such as embedding rows that are not in the batch, win at any γ and do
-  not count. Where γ has no effect, because h is not positive or m̂ is below
-  ``clip_threshold * eps``, a coordinate counts, but the others must reach the
-  target; their own win rate stays between 0.1 and 0.9. The factor is
-  ``optax.tree.get(state, 'gamma_factor')``, and stays between 1e-10 and 1e10.
+  refresh multiplies the factor by 1/4 to 4, to bring the win rate to the
+  target. Two kinds of coordinates are special. Those whose gradient is zero,
+  such as embedding rows that are not in the batch, win at any γ; they are not
+  counted. γ has no effect on those whose h is not positive or whose m̂ is below
+  ``clip_threshold * eps``. They are counted, and the other coordinates make up
+  for them, within a win rate of their own of 0.1 to 0.9. The factor stays
+  between 1e-10 and 1e10; read it with
+  ``optax.tree.get(state, 'gamma_factor')``.
 
-  With ``update(..., loss_scale=s)`` gradients and ``obj_fn`` are those of s
-  times the loss, which prevents underflow in half precision. They are divided
-  by s in float32.
+  If gradients and ``obj_fn`` are those of s times the loss, which prevents
+  underflow in half precision, pass ``loss_scale=s`` to ``update``. It divides
+  the gradients and the estimate by s in float32.
 
-  With ``update(..., refresh=...)`` the caller decides whether this step
-  refreshes h, and ``update_interval`` has no effect. Without it the count of
-  steps decides, in a :func:`jax.lax.cond`. A Python bool leaves nothing to
-  decide: ``refresh=False`` compiles a step without the estimator, which needs
-  none of its arguments, and ``refresh=True`` one without a conditional. An
-  array is the condition of a :func:`jax.lax.cond`. With
-  ``update(..., may_refresh=False)`` the step does not refresh h either way, see
+  By default the count of steps decides in a :func:`jax.lax.cond` whether to
+  refresh h. To decide it yourself, pass ``refresh`` to ``update``;
+  ``update_interval`` then has no effect. With a Python bool there is no
+  conditional: ``refresh=True`` compiles a step that refreshes, and
+  ``refresh=False`` one that does not call the estimator or need its arguments.
+  An array is the condition of a :func:`jax.lax.cond`. With
+  ``may_refresh=False`` the step never refreshes h, see
   :class:`sophia_optax.MultiSteps`.
 
-  Gradients of complex parameters must be conjugated, as for every optax
-  optimizer; their real and imaginary parts are clipped separately. Integer
-  parameters get a zero update.
+  Conjugate the gradients of complex parameters, as for every optax optimizer.
+  Their real and imaginary parts are clipped separately. Integer parameters get
+  a zero update.
 
   Args:
     b1: Decay rate of m, in [0, 1).
-    b2: Decay rate of h per refresh, in [0, 1). Per step it is about
-      ``1 - (1 - b2) / update_interval``.
-    eps: Smallest denominator, greater than 0.
-    gamma: Scale of the curvature, at least 0, or a schedule of it. With 0 the
+    b2: Decay rate of h, in [0, 1), applied at each refresh. Per step it is
+      about ``1 - (1 - b2) / update_interval``.
+    eps: Lower bound ε of the denominator, greater than 0.
+    gamma: Scale γ of the curvature, at least 0, or a schedule. With 0 the
       update is ``clip(m / eps)``: sign momentum.
-    clip_threshold: Largest magnitude c of an update, greater than 0. None means
-      no clipping.
-    update_interval: Number k of steps from one refresh of h to the next.
-    hessian_diagonal_fn: Estimator of the Hessian diagonal, a transformation
-      whose ``update(grads, state, params, **extra_args)`` returns an estimate
-      like ``params``, and its state.
-    mu_dtype: dtype of m for real parameters. None means that of the parameter.
+    clip_threshold: Threshold c, greater than 0. Updates are clipped to [-c, c].
+      None means no clipping.
+    update_interval: Interval k between refreshes of h, in steps.
+    hessian_diagonal_fn: Estimator of the Hessian diagonal: a transformation
+      whose ``update(grads, state, params, **extra_args)`` returns an estimate,
+      a tree like ``params``, and its new state.
+    mu_dtype: dtype of m for real parameters. None means the parameter's dtype.
     verbose: Whether to print the win rate.
-    print_win_rate_every_n_steps: Number of steps from one print to the next. 0
-      means none.
-    nu_dtype: dtype of h for real parameters. None means float32, or that of the
-      parameter if it is wider: in bfloat16 an EMA with decay 0.99 stalls.
+    print_win_rate_every_n_steps: Interval between prints, in steps. 0 means no
+      prints.
+    nu_dtype: dtype of h for real parameters. None means float32, or the
+      parameter's dtype if that is wider. In bfloat16 an EMA with decay 0.99
+      stalls, because small changes are rounded away.
     bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
     nu_bias_correction: Whether to divide h by ``1 - b2**n`` after n refreshes.
-      Otherwise h starts a factor of ``1 - b2`` too small, and the first steps
-      are sign descent.
-    nesterov: Whether to use Nesterov's momentum, in the form that
-      :func:`optax.nadamw` has: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
-      (1 - \beta_1) g_t / (1 - \beta_1^t)` takes the place of
-      :math:`\hat m_t`. Without ``bias_correction`` nothing is divided.
-    refresh_before_update: Whether a step that refreshes h uses the new h
-      already, as in Algorithm 3 of the paper.
-    target_win_rate: Win rate, in (0, 1), to which γ is steered. None means that
-      γ is ``gamma``.
+      Without it, h is too small by a factor of ``1 - b2`` at first, so almost
+      all coordinates of the first updates are clipped.
+    nesterov: Whether to use Nesterov momentum in the form of
+      :func:`optax.nadamw`: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
+      (1 - \beta_1) g_t / (1 - \beta_1^t)` replaces :math:`\hat m_t`. Without
+      ``bias_correction`` neither term is divided.
+    refresh_before_update: Whether a refresh comes before the update of its
+      step, as in Algorithm 3 of the paper. By default it comes after it.
+    target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
+      it. None means that γ is ``gamma``.
     diagnostics: Whether each refresh also measures ``negative_fraction``, and
-      both fractions of each parameter, for :func:`sophia_optax.diagnose`.
+      both fractions for each parameter array, for
+      :func:`sophia_optax.diagnose`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
-    :class:`SophiaState`, whose ``update`` needs ``params`` and the extra
+    :class:`SophiaState`. Its ``update`` needs ``params`` and the extra
     arguments of the estimator. Updates have the dtypes of the gradients.
 
   Raises:
-    ValueError: If a hyperparameter that is not an array is out of its range;
-      in ``update``, if ``params`` is missing, if the gradient or the estimate
-      is not like it, if ``state`` is not what ``init`` returned, or if
-      ``loss_scale`` is passed with an estimator that does not divide by it.
+    ValueError: If a hyperparameter is out of range, unless it is an array. In
+      ``update``, if ``params`` is missing, if the gradient or the estimate is
+      not a tree like it, if ``state`` is not what ``init`` returned, or if
+      ``loss_scale`` is passed and the estimator does not divide by it.
     TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
-      not a transformation; in ``update``, if ``refresh`` or ``may_refresh`` is
-      not a boolean.
+      is not a transformation. In ``update``, if ``refresh`` or ``may_refresh``
+      is not a boolean.
 
   Example:
     >>> import jax
@@ -189,7 +196,7 @@ def scale_by_sophia(
     ...     gamma=1.0, refresh_before_update=True, b2=0.0)
     >>> x = jnp.array([0.5, 0.5])
     >>> updates, _ = tx.update(jax.grad(loss)(x), tx.init(x), x, obj_fn=loss)
-    >>> print(updates.round(3))  # Newton's step, whatever the curvature.
+    >>> print(updates.round(3))  # Each entry is a Newton step, g / h.
     [0.5 0.5]
 
   References:
@@ -215,23 +222,24 @@ def scale_by_sophia(
     is_zero = isinstance(gamma, (int, float)) and gamma == 0
     if is_zero or clip_threshold is None:
       raise ValueError(
-        'target_win_rate needs gamma greater than 0, which it multiplies, and a'
-        f' clip_threshold; got {gamma!r} and {clip_threshold!r}.'
+        'target_win_rate needs gamma greater than 0 and a clip_threshold, got'
+        f' gamma={gamma!r} and clip_threshold={clip_threshold!r}. Pass both, or'
+        ' leave target_win_rate out.'
       )
   estimator = optax.with_extra_args_support(hessian_diagonal_fn)
 
-  def gamma_of(used):
-    # Schedules count the steps before this one, as optax's do.
-    gamma_t = gamma(used.count - 1) if callable(gamma) else gamma
+  def gamma_of(state):
+    # As in optax, schedules get the number of steps before this one.
+    gamma_t = gamma(state.count - 1) if callable(gamma) else gamma
     if target_win_rate is not None:
-      gamma_t = jnp.asarray(gamma_t, jnp.float32) * used.gamma_factor
-    if nu_bias_correction:  # Of h, which occurs as γ h only.
-      num_refreshes = jnp.maximum(used.refresh_count, 1).astype(jnp.float32)
+      gamma_t = jnp.asarray(gamma_t, jnp.float32) * state.gamma_factor
+    if nu_bias_correction:  # Corrects γ, because h occurs only in γ h.
+      num_refreshes = jnp.maximum(state.refresh_count, 1).astype(jnp.float32)
       correction = 1 - jnp.asarray(b2, jnp.float32) ** num_refreshes
       gamma_t = jnp.asarray(gamma_t, jnp.float32) / correction
     return gamma_t
 
-  def momentum_of(used, grads):
+  def momentum_of(state, grads):
     def corrected(tree, count):
       if not bias_correction:
         return tree
@@ -240,20 +248,20 @@ def scale_by_sophia(
       return optax.tree.bias_correction(tree, decay, count)
 
     if not nesterov:
-      return corrected(used.mu, used.count)
-    ahead = corrected(used.mu, optax.safe_increment(used.count))
+      return corrected(state.mu, state.count)
+    ahead = corrected(state.mu, optax.safe_increment(state.count))
     return jax.tree.map(
-      lambda g, m: _ema(b1, g, m), corrected(grads, used.count), ahead
+      lambda g, m: _ema(b1, g, m), corrected(grads, state.count), ahead
     )
 
-  def ratios_of(used, grads):
-    gamma_t = gamma_of(used)
+  def ratios_of(state, grads):
+    gamma_t = gamma_of(state)
 
     def ratio(m, h):
       h = h.astype(m.dtype)
       return m / jnp.maximum(_cast(gamma_t, h) * h, _cast(eps, h))
 
-    return jax.tree.map(ratio, momentum_of(used, grads), used.nu)
+    return jax.tree.map(ratio, momentum_of(state, grads), state.nu)
 
   def clip(ratio):
     if clip_threshold is None:
@@ -266,24 +274,24 @@ def scale_by_sophia(
       return jnp.full_like(ratio, True, bool)
     return jnp.abs(ratio) < _cast(clip_threshold, ratio)
 
-  def steered(new, grads, has_gradient):
+  def steer(new, grads, has_gradient):
     def outcome(has_gradient, m, h, ratio):
       floor = _cast(clip_threshold, m) * _cast(eps, m)
       return _gamma.outcome(
-        # Without a gradient m fades, and the coordinate wins whatever γ is.
+        # Without a gradient m decays to 0, and the coordinate wins at any γ.
         counted=has_gradient & jnp.isfinite(ratio),
+        # Uses m, because m̂ would be kept in memory. It matters only near ε.
         affected=(h > 0) & (jnp.abs(m) >= floor),
         won=wins(ratio),
       )
 
-    # m and not m̂, which would be held in memory: near ε it makes no difference.
     ratios = ratios_of(new, grads)
     outcomes = jax.tree.map(outcome, has_gradient, new.mu, new.nu, ratios)
     target = jnp.asarray(target_win_rate, jnp.float32)
     return _gamma.steer(new.gamma_factor, target, outcomes)
 
-  def measured(new, used, grads, params):
-    # Leaf by leaf: all ratios at once would be held in memory.
+  def measure(new, used, grads, params):
+    # `fraction` reads one leaf at a time, so not all ratios are in memory.
     ratios, like = ratios_of(used, grads), new.count
     new = new._replace(win_rate=_fractions.fraction(wins, ratios, like))
     if not diagnostics:
@@ -351,10 +359,10 @@ def scale_by_sophia(
       nu=_coordinates.split(params, state.nu),
     )
 
-    def refreshed(old):
+    def refresh_state(old):
       if refresh_before_update:
-        # The update comes after the conditional. An m from outside would be
-        # written to memory before it, on every step.
+        # Computes m again: the m from outside would be written to memory before
+        # the conditional on every step, because the update comes after it.
         old = old._replace(mu=averaged_gradient())
       estimate, hessian_fn_state = estimator.update(
         updates, old.hessian_fn_state, params=params, **extra_args
@@ -367,15 +375,15 @@ def scale_by_sophia(
       new = new._replace(hessian_fn_state=hessian_fn_state)
       if target_win_rate is not None:
         has_gradient = jax.tree.map(lambda g: g != 0, raw)
-        new = new._replace(gamma_factor=steered(new, grads, has_gradient))
+        new = new._replace(gamma_factor=steer(new, grads, has_gradient))
       used = new if refresh_before_update else old
-      return measured(new, used, grads, params)
+      return measure(new, used, grads, params)
 
     if refresh is None:
       refresh = state.count % _as_int(update_interval) == 0
     _checks.boolean('refresh', refresh)
     _checks.boolean('may_refresh', may_refresh)
-    new = _cond(_all(refresh, may_refresh), refreshed, old)
+    new = _cond(_all(refresh, may_refresh), refresh_state, old)
     ratios = ratios_of(new if refresh_before_update else old, grads)
     if verbose:
       _print_every(_as_int(print_interval), old.count, wins, ratios)
@@ -387,40 +395,40 @@ def scale_by_sophia(
 
 
 def find_state(state: optax.OptState) -> SophiaState:
-  """Returns the one SophiaState in a state, or raises."""
+  """Returns the only SophiaState in an optimizer state, or raises."""
   is_sophia = lambda x: isinstance(x, SophiaState)
   found = [s for s in jax.tree.leaves(state, is_leaf=is_sophia) if is_sophia(s)]
   if len(found) != 1:
     raise ValueError(
-      'state must hold one SophiaState, as init and update return it, got a'
-      f' {type(state).__name__} that holds {len(found)}. The order is'
-      ' update(grads, state, params). Restore a checkpoint into the structure'
-      ' that init returns.'
+      'state must contain exactly one SophiaState, got a'
+      f' {type(state).__name__} that contains {len(found)}. Pass the state that'
+      ' init or update returned, as in update(grads, state, params). Restore'
+      ' checkpoints into the structure that init returns.'
     )
   return found[0]
 
 
 def _all(*conditions):
-  """Whether all hold, as a bool if tracing knows it and as an array if not."""
+  """Whether all conditions hold; a bool if Python bools alone decide it."""
   traced = [c for c in conditions if isinstance(c, jax.Array)]
   known = [c for c in conditions if not isinstance(c, jax.Array)]
   return all(known) and functools.reduce(operator.and_, traced, True)
 
 
-def _cond(is_due, refreshed, old):
-  """Refreshes the state if it is due.
+def _cond(is_due, refresh_state, old):
+  """Refreshes the state if a refresh is due.
 
-  The count and m do not pass through the conditional, which would copy them.
-  What is computed from them, as m̂, is not computed before it either: XLA would
-  keep it in memory for both branches.
+  The count and m bypass the conditional, which would copy them. Do not compute
+  anything from them before it, such as m̂: XLA would keep that in memory for
+  both branches.
   """
   if not isinstance(is_due, jax.Array):
-    return refreshed(old) if is_due else old
+    return refresh_state(old) if is_due else old
   rest = {'count': old.count, 'mu': old.mu}
   without = dict.fromkeys(rest)
   new = jax.lax.cond(
     is_due,
-    lambda state: refreshed(state._replace(**rest))._replace(**without),
+    lambda state: refresh_state(state._replace(**rest))._replace(**without),
     lambda state: state,
     old._replace(**without),
   )
@@ -442,9 +450,9 @@ def _as_int(value):
 
 
 def _ema(decay, new, old):
-  """Exponential moving average, in the wider dtype of the two.
+  """Returns the next exponential moving average, in the wider dtype.
 
-  The decayed part is a product in the dtype of the average, as in optax.
+  As in optax, `decay * old` is computed in the dtype of `old`.
   """
   dtype = _coordinates.wider(new.dtype, old.dtype)
   decayed = (_cast(decay, old) * old).astype(dtype)
@@ -453,7 +461,7 @@ def _ema(decay, new, old):
 
 
 def _average(b2, old, estimate):
-  """Averages the finite entries of an estimate into h."""
+  """Adds the finite entries of an estimate to the average h."""
 
   def average(e, h):
     new = _ema(b2, _coordinates.widen(e), _coordinates.widen(h))
@@ -473,14 +481,14 @@ def _average(b2, old, estimate):
 
 
 def _gradient_of(param, grad):
-  """Integer parameters get a zero gradient; `jax.grad` returns float0."""
+  """Returns zeros for integer parameters, where `jax.grad` returns float0."""
   if _coordinates.is_differentiable(param):
     return grad
   return jnp.zeros_like(param, dtype=jnp.result_type(param))
 
 
 def _print_every(n, count, wins, ratios):
-  """Prints the win rate on every n-th step; n may be an array, 0 is never."""
+  """Prints the win rate every n steps; never if n is 0. n may be an array."""
   if not isinstance(n, jax.Array) and n == 0:
     return
   jax.lax.cond(
@@ -497,8 +505,9 @@ def _check_unscaled(estimator, request):
   """Raises if an estimator did not divide its estimate by `loss_scale`."""
   if not request.is_granted and not _estimator.names_loss_scale(estimator):
     raise ValueError(
-      'loss_scale needs an estimator that divides by it, got one that ignores'
-      ' it. Write it with sophia_optax.sampled_estimator, or give its update an'
-      ' argument loss_scale; or unscale the gradients before the optimizer, and'
-      ' pass neither loss_scale nor a scaled obj_fn.'
+      'loss_scale needs an estimator that divides its estimate by it, got one'
+      ' that ignores it. Write the estimator with'
+      ' sophia_optax.sampled_estimator, or add an argument loss_scale to its'
+      ' update. Or unscale the gradients before the optimizer, and pass neither'
+      ' loss_scale nor a scaled obj_fn.'
     )

@@ -323,10 +323,10 @@ def test_errors():
   params = {'w': jnp.ones(2)}
   sophia = sophia_optax.sophia(0.1)
   with pytest.raises(
-    ValueError, match=r'one SophiaState, .* a tuple that holds 0'
+    ValueError, match=r'one SophiaState, .* a tuple that contains 0'
   ):
     sophia_optax.diagnose(optax.adam(0.1).init(params))
-  with pytest.raises(ValueError, match='a tuple that holds 2'):
+  with pytest.raises(ValueError, match='a tuple that contains 2'):
     sophia_optax.diagnose(optax.chain(sophia, sophia).init(params))
   with pytest.raises(ValueError, match='Pass diagnostics=True'):
     sophia_optax.diagnose(sophia.init(params))
