@@ -1,7 +1,7 @@
-"""Averages of independent estimates: over draws, parts of a batch, replicas.
+"""Averages of estimates over draws, parts of a batch and replicas.
 
-An average of M unbiased estimates is unbiased, and has 1/M of the variance if
-they are independent.
+The average of M independent unbiased estimates is unbiased and has 1/M of the
+variance.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ def over_draws(
   """Averages `draw(key)` over `num_samples` keys, one draw at a time.
 
   Args:
-    draw: Takes a PRNG key, returns a tree of floating point arrays.
-    key: Used as it is for one draw, split for several.
+    draw: Takes a PRNG key and returns a tree of floating point arrays.
+    key: PRNG key. It is split only if there are several draws.
     num_samples: Number of draws.
-    zeros: Zeros like what `draw` returns.
+    zeros: Zeros like the result of `draw`, in float32 or wider.
   """
   if num_samples == 1:
     return _coordinates.widen(draw(key))
@@ -48,15 +48,15 @@ def split_batch(
   """Splits a batch into equal parts: part m holds batch[m::num_parts].
 
   Args:
-    batch: Tree of arrays with one leading axis, of n examples.
-    label_mask: Which predictions count, or None for all.
+    batch: Tree of arrays, all with a leading axis of n examples.
+    label_mask: Predictions to count, or None for all.
     num_parts: Number M of parts, a divisor of n.
     axis_name: The axes over which estimates are averaged afterwards.
 
   Returns:
-    The keyword arguments `batch` and, if given, `label_mask`, as trees of
-    (M, n / M, ...); and the weights of the parts, (M,), float32: their shares
-    of the predictions that count.
+    A dict of `batch` and, if given, `label_mask`, with shapes (M, n / M, ...);
+    and the weights of the parts, (M,), float32: the fraction of the counted
+    predictions that is in each part.
   """
   size = _leading_axis(batch, num_parts)
   split = lambda x: cut(x, num_parts)
@@ -74,9 +74,10 @@ def split_batch(
 
 
 def cut(x: jax.Array, num_parts: int, axis: int = 0) -> jax.Array:
-  """Cuts an axis: part m of (M, ..., n / M, ...) holds every M-th entry.
+  """Cuts an axis of size n into M parts, shape (M, ..., n / M, ...).
 
-  An axis that is divided over devices stays so in each part.
+  Part m holds the entries m, m + M, m + 2 M, .... If the axis is sharded over
+  devices, it stays sharded in each part.
   """
   shape = (*x.shape[:axis], -1, num_parts, *x.shape[axis + 1 :])
   return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
@@ -93,13 +94,13 @@ def over_parts(
 
   Args:
     estimate: Returns an estimate and the next state.
-    parts: Keyword arguments, as `split_batch` returns them.
+    parts: The dict that `split_batch` returns.
     weights: Weights of the parts, (M,).
-    zeros: Zeros like the estimate, in the dtypes in which to average.
-    state: The first state.
+    zeros: Zeros like the estimate. The average has their dtypes.
+    state: The initial state.
 
   Returns:
-    The weighted average and the last state.
+    The weighted average and the final state.
   """
 
   def add_part(carry, xs):
@@ -113,20 +114,21 @@ def over_parts(
 
 
 def _leading_axis(batch, num_parts):
-  """Returns the size of the leading axis, which must split into parts."""
+  """Returns the size of the leading axis, or raises if it does not split."""
   shapes = {np.shape(x) for x in jax.tree.leaves(batch)}
   sizes = {shape[:1] for shape in shapes}
   if len(sizes) != 1 or sizes == {()}:
     raise ValueError(
-      'batch must hold arrays with the same leading axis, got shapes'
-      f' {sorted(shapes)}. Close over what does not belong to one example.'
+      'batch must contain arrays with the same leading axis, got shapes'
+      f' {sorted(shapes)}. Use a closure for values without an axis of'
+      ' examples.'
     )
   ((size,),) = sizes
   if size % num_parts:
     raise ValueError(
-      f'batch of {size} examples must split into {num_parts} equal parts,'
-      f' but {num_parts} does not divide {size}. Choose num_microbatches'
-      f' among the divisors of {size}.'
+      f'A batch of {size} examples must split into {num_parts} equal parts,'
+      f' but {num_parts} does not divide {size}. Choose a divisor of {size} as'
+      ' num_microbatches.'
     )
   return size
 
@@ -138,24 +140,24 @@ def average_over_replicas(
 
   .. math:: \hat h = \frac{1}{D} \sum_{d=1}^D \hat h_d
 
-  This is what ``axis_name`` does in the estimators of this library, for those
-  that you write: ``optax.chain(estimator, average_over_replicas('data'))``.
-  The estimator sees the data of its replica only, and has to keep its state
-  equal on all of them. Under :func:`jax.shard_map` it must differentiate with
-  respect to parameters of the replica's own,
-  ``jax.lax.pcast(params, 'data', to='varying')``: derivatives with respect to
-  replicated parameters are sums over the replicas already.
+  Chain it after an estimator that you wrote:
+  ``optax.chain(estimator, average_over_replicas('data'))``. The estimators of
+  this library do the same if you pass them ``axis_name``. Your estimator sees
+  only the data of its replica, and must keep its state equal on all replicas.
+  Under :func:`jax.shard_map` it must differentiate with respect to
+  ``jax.lax.pcast(params, 'data', to='varying')``, because derivatives with
+  respect to replicated parameters are already sums over the replicas.
 
   Args:
     axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`.
 
   Returns:
-    An :class:`optax.GradientTransformation` without state. Integer leaves pass
-    unchanged.
+    An :class:`optax.GradientTransformation` without state. It leaves integer
+    leaves unchanged.
 
   Raises:
-    ValueError: In ``update``, if there is no axis ``axis_name``, or if the
-      estimate is the same on all replicas, where ``shard_map`` shows that.
+    ValueError: In ``update``, if there is no axis ``axis_name``, or if
+      ``shard_map`` tracks that the estimate is the same on all replicas.
 
   Example:
     >>> import jax
@@ -163,7 +165,7 @@ def average_over_replicas(
     >>> import optax
     >>> from sophia_optax import average_over_replicas
     >>> estimator = optax.chain(
-    ...     optax.stateless(lambda g, params: g**2),  # An estimator of yours.
+    ...     optax.stateless(lambda g, params: g**2),  # Your estimator.
     ...     average_over_replicas('data'))
     >>> def estimate(grads):
     ...   return estimator.update(grads, estimator.init(grads))[0]
@@ -181,11 +183,11 @@ def average_over_replicas(
       for leaf in jax.tree.leaves(estimate):
         if tracked and name not in _collectives.varying(leaf):
           raise ValueError(
-            'The estimate must be that of the local shard, got one that is'
-            f' the same on all of {name!r}. Differentiate with respect to'
-            f' jax.lax.pcast(params, {name!r}, to="varying"), and leave out'
-            ' any pmean or psum: derivatives with respect to replicated'
-            ' parameters are sums already.'
+            'The estimate must be computed from the local shard, got one that'
+            f' is the same along the axis {name!r}. Differentiate with respect'
+            f' to jax.lax.pcast(params, {name!r}, to="varying"), and remove'
+            ' any pmean or psum. Derivatives with respect to replicated'
+            ' parameters are already sums over the axis.'
           )
     mean = _collectives.mean(estimate, axis_name)
     return _coordinates.join(updates, mean), state

@@ -1,8 +1,8 @@
-"""Checks of what the user passes in: needed, given, and how to fix it.
+"""Checks of arguments. Errors say what is needed, what was given and a fix.
 
-Numbers are checked only if they are static. Arrays and tracers, which is what
-`optax.inject_hyperparams` passes, are accepted as they are. Checks of device
-axes are here, too. Other checks with a single caller are beside that caller.
+Only Python and NumPy numbers are checked. Arrays and tracers, which
+`optax.inject_hyperparams` passes, are accepted without a check. Checks of
+device axes are here, too. Other checks with one caller are next to it.
 """
 
 from collections.abc import Callable, Collection
@@ -21,8 +21,8 @@ _TINY = float(np.finfo(np.float32).tiny)
 _ARRAY = (jax.Array, np.ndarray)
 
 
-def _number(name: str, value: Any, holds: Callable[[Any], bool], need: str):
-  """Raises unless `value` is an array or a static number for which it holds."""
+def _number(name: str, value: Any, is_valid: Callable[[Any], bool], need: str):
+  """Raises unless `value` is an array or a valid number."""
   if isinstance(value, _ARRAY):
     return
   if not isinstance(value, (int, float, np.number)):
@@ -31,7 +31,7 @@ def _number(name: str, value: Any, holds: Callable[[Any], bool], need: str):
       ' or wrap the factory in optax.inject_hyperparams to change it over'
       ' time.'
     )
-  if not holds(value):
+  if not is_valid(value):
     raise ValueError(f'{name} must be a number {need}, got {value!r}.')
 
 
@@ -55,7 +55,7 @@ def fraction(name: str, value: Any):
 
 
 def whole_number(name: str, value: Any, at_least: int) -> Any:
-  """Returns the number as an int, an array as it is."""
+  """Returns a number as an int, and an array unchanged."""
   _number(
     name,
     value,
@@ -74,8 +74,8 @@ def boolean(name: str, value: Any):
   is_bool = isinstance(value, (bool, np.bool_))
   if not is_bool and not (isinstance(value, _ARRAY) and value.dtype == bool):
     raise TypeError(
-      f'{name} must be a bool or an array of one, got {value!r}. Compare, as in'
-      f' {name}=step % 10 == 0.'
+      f'{name} must be a bool or an array of dtype bool, got {value!r}. Pass a'
+      f' comparison, such as {name}=step % 10 == 0.'
     )
 
 
@@ -100,21 +100,22 @@ def transformation(name: str, value: Any):
   if not (hasattr(value, 'init') and hasattr(value, 'update')):
     fix = 'Call the factory: pass estimator(), not estimator.'
     raise TypeError(
-      f'{name} must be a gradient transformation, with init and update, got'
+      f'{name} must be a gradient transformation with init and update, got'
       f' {value!r}. {fix if callable(value) else ""}'.rstrip()
     )
 
 
 def call(name: str, fn: Any, arguments: dict[str, Any]) -> Any:
-  """Calls the user's function; errors tell how it was called."""
+  """Calls the user's function, and adds to its errors how it was called."""
   try:
     return fn(*arguments.values())
   except (AttributeError, TypeError) as error:
     types = [f'{key} a {type(x).__name__}' for key, x in arguments.items()]
     error.add_note(
       f'{name} was called as {name}({", ".join(arguments)}), with'
-      f' {", ".join(types)}. If the error is about these: bind what else it'
-      ' needs, and make a model from its parameters inside.'
+      f' {", ".join(types)}. If it needs other arguments, bind them with a'
+      ' lambda. If it needs a model object, build it from params inside the'
+      ' function.'
     )
     raise
 
@@ -125,8 +126,8 @@ def same_shapes(name: str, tree: Any, params: Any):
   need: Any = jax.tree.structure(params)
   if got != need:
     raise ValueError(
-      f'{name} must be a tree like params. Needed: {need}, got: {got}.'
-      ' Return one array for each parameter.'
+      f'{name} must be a tree like params. Needed: {need}, got: {got}. It has'
+      ' one array for each parameter.'
     )
   leaves = jax.tree.leaves_with_path(params), jax.tree.leaves(tree)
   for (path, p), x in zip(*leaves, strict=True):
@@ -134,26 +135,26 @@ def same_shapes(name: str, tree: Any, params: Any):
       raise ValueError(
         f'{name} must be a tree like params, but its leaf'
         f' {jax.tree_util.keystr(path) or "at the root"} has shape'
-        f' {np.shape(x)} where params has {np.shape(p)}.'
+        f' {np.shape(x)}, and that of params has shape {np.shape(p)}.'
       )
 
 
 def broadcasts(name: str, value: Any, shape: tuple[int, ...]):
-  """Raises unless `value` broadcasts to just this shape."""
+  """Raises unless `value` broadcasts to exactly this shape."""
   try:
     fits = np.broadcast_shapes(np.shape(value), shape) == shape
   except ValueError:
     fits = False
   if not fits:
     raise ValueError(
-      f'{name} must broadcast to the predictions, of shape {shape}, got shape'
-      f' {np.shape(value)}. It has one entry for each prediction, and no axis'
-      ' for classes.'
+      f'{name} must broadcast to the shape {shape} of the predictions, got'
+      f' shape {np.shape(value)}. Pass one entry for each prediction, without'
+      ' an axis of classes.'
     )
 
 
 def mapped_axes(axis_name: _collectives.AxisName):
-  """Raises unless the axes are mapped and all other mapped axes are known."""
+  """Raises unless the axes are mapped and no axis of replicas is missing."""
   mesh = jax.sharding.get_abstract_mesh()
   names = _collectives.names(axis_name)
   for name in names:
@@ -161,10 +162,10 @@ def mapped_axes(axis_name: _collectives.AxisName):
       index = _collectives.axis_index(name)
     except NameError:
       raise ValueError(
-        f'axis_name must be that of a mapped axis, got {name!r}; the axes of'
-        f' the mesh here are {mesh.axis_names}. Call update under jax.pmap or'
-        ' jax.shard_map with an axis of that name, or leave axis_name out:'
-        ' jit with sharded arrays needs none.'
+        f'axis_name must be the name of a mapped axis, got {name!r}; the axes'
+        f' of the mesh here are {mesh.axis_names}. Call update under jax.pmap'
+        ' or jax.shard_map with an axis of that name, or leave axis_name out:'
+        ' jax.jit with sharded arrays does not need it.'
       ) from None
     others = [
       n for n in mesh.manual_axes if n not in names and mesh.shape[n] > 1
@@ -172,30 +173,32 @@ def mapped_axes(axis_name: _collectives.AxisName):
     tracked = name in _collectives.varying(index)
     if name in mesh.manual_axes and not tracked and others:
       raise ValueError(
-        'axis_name must have every axis over which the parameters are'
-        f' replicated, got {axis_name!r} beside the axes {others}. If the'
-        ' parameters are divided over those, leave check_vma=True in'
-        ' jax.shard_map, which shows it; otherwise add them to axis_name.'
+        'axis_name must contain every axis over which the parameters are'
+        f' replicated, got {axis_name!r}, but the mesh also has the axes'
+        f' {others}. Add them to axis_name if the parameters are replicated'
+        ' over them. If the parameters are divided over them, keep'
+        ' check_vma=True in jax.shard_map.'
       )
 
 
 def averaged(estimate: Any, nu: Any):
-  """Raises if an estimate differs between replicas where its EMA does not."""
+  """Raises if an estimate differs between replicas but its EMA does not."""
   for e, h in zip(*map(jax.tree.leaves, (estimate, nu)), strict=True):
     if axes := _collectives.other_axes(e, tuple(_collectives.varying(h))):
       raise ValueError(
         'The Hessian diagonal estimate must be the same on all replicas, got'
         f' one that differs along {list(axes)}. Pass axis_name to the'
-        ' estimator, or chain average_over_replicas after your own.'
+        ' estimator, or chain average_over_replicas after an estimator that'
+        ' you wrote.'
       )
 
 
 def local(loss: jax.Array, theta: Any, axis_name: _collectives.AxisName):
-  """Raises unless differentiating the loss stays on this replica.
+  """Raises unless the derivatives of the loss are those of this replica alone.
 
   Args:
-    loss: What obj_fn returned.
-    theta: What it was computed from, varying over the axes of `axis_name`.
+    loss: The result of obj_fn.
+    theta: The coordinates of the parameters, varying over `axis_name`.
     axis_name: The axes over which the estimate is averaged afterwards.
   """
   leaves = jax.tree.leaves(theta)
@@ -206,14 +209,15 @@ def local(loss: jax.Array, theta: Any, axis_name: _collectives.AxisName):
   replicated = own.intersection(_collectives.names(axis_name)) - varying(loss)
   if replicated:
     raise ValueError(
-      'obj_fn must return the loss of the local shard, got one that is'
-      f' the same on all of {sorted(replicated)}. Leave out its pmean or'
-      ' psum: the estimate is averaged over these axes afterwards.'
+      'obj_fn must return the loss of the local shard, got one that is the'
+      f' same along the axes {sorted(replicated)}. Remove its pmean or psum:'
+      ' the estimate is averaged over these axes afterwards.'
     )
   if summed := varying(loss) - own:
     raise ValueError(
-      f'obj_fn must return a loss that is the same on all of {sorted(summed)}'
-      ', over which parameters are replicated: their derivatives are sums'
+      'obj_fn must return a loss that is the same along the axes'
+      f' {sorted(summed)}, over which parameters are replicated, got one that'
+      ' differs. Derivatives with respect to replicated parameters are sums'
       ' over these axes. Pass the axes of the data as axis_name to the'
-      ' estimator, and average the loss over any other one.'
+      ' estimator, and average the loss over all others.'
     )

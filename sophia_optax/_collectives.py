@@ -1,14 +1,14 @@
-"""Device axes and random keys on them: the only module that calls `lax.p*`.
+"""Device axes, and random keys for them. Only this module calls `lax.p*`.
 
 An estimate is averaged over a mapped axis (`jax.pmap`, `jax.shard_map`) in
 three steps: fold the replica index into the key, mark the parameters as
-varying, pmean. Without the second step, differentiating with respect to
-parameters that `shard_map` knows to be replicated already sums over the
-replicas, and the mean is too large by their number.
+varying, pmean. The second step is needed because `shard_map` sums derivatives
+with respect to replicated parameters over the replicas. Their mean would be too
+large by a factor of the number of replicas.
 
-`shard_map` tracks the axes over which an array varies, unless check_vma=False.
+With check_vma=True, `shard_map` tracks the axes over which an array varies.
 This module uses that to find parameters that are divided over another axis.
-`jax.pmap` tracks nothing; it has a single axis.
+`jax.pmap` does not track axes, but has only one.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,29 +24,29 @@ AxisName = str | tuple[str, ...] | None
 
 
 def names(axis_name: AxisName) -> tuple[str, ...]:
-  """Returns the names of the axes: none, one or several."""
+  """Returns the names of the axes as a tuple."""
   if axis_name is None:
     return ()
   return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
 def axis_index(name: str) -> jax.Array:
-  """Returns the index of this replica; raises NameError without the axis."""
+  """Returns the index of this replica; NameError if there is no such axis."""
   return jax.lax.axis_index(name)
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-  """Returns the axes over which x differs, as far as `shard_map` tracks it."""
+  """Returns the axes over which x varies, as tracked by `shard_map`."""
   return jax.typeof(x).mat.varying
 
 
 def other_axes(x: jax.Array, axis_name: AxisName) -> tuple[str, ...]:
-  """Returns the axes other than `axis_name` over which x is known to differ."""
+  """Returns the axes over which x varies, without those in `axis_name`."""
   return tuple(sorted(varying(x).difference(names(axis_name))))
 
 
 def vary(tree: Any, axis_name: AxisName) -> Any:
-  """Marks arrays as varying over the axes that `shard_map` maps."""
+  """Marks arrays as varying over those of the axes that `shard_map` maps."""
   manual = jax.sharding.get_abstract_mesh().manual_axes
 
   def vary_leaf(x):
@@ -59,16 +59,16 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
 
 
 def vary_like(tree: Any, fn: Callable[[], Any]) -> Any:
-  """Marks arrays as varying like those that `fn()` returns."""
+  """Marks arrays as varying over the same axes as the results of `fn()`."""
   if not jax.sharding.get_abstract_mesh().manual_axes:
     return tree
-  # `jax.eval_shape` loses what varies if some axes are left to the compiler.
+  # `jax.eval_shape` does not return varying axes if some axes are automatic.
   results = iter(jax.make_jaxpr(fn)().out_avals)
   return jax.tree.map(lambda x: vary(x, tuple(next(results).mat.varying)), tree)
 
 
 def fold_in_index(key: jax.Array, axis_names: Iterable[str]) -> jax.Array:
-  """Returns a key of this replica, for drawing only: it must not be stored."""
+  """Returns a key for draws on this replica. Do not store it in a state."""
   for name in axis_names:
     key = jax.random.fold_in(key, axis_index(name))
   return key
@@ -80,14 +80,14 @@ def random_like(
   sampler: Callable[..., jax.Array],
   axis_name: AxisName,
 ) -> Any:
-  """Draws arrays like those of a tree, with their sharding.
+  """Draws random arrays with the shapes, dtypes and sharding of a tree.
 
   Args:
     key: PRNG key of this replica.
-    theta: Real floating point arrays. Parts of one array that is divided over
-      an axis other than `axis_name` get independent draws.
-    sampler: `jax.random.normal` or the like. Narrow dtypes are drawn in float32
-      and rounded, because a draw in bfloat16 has few distinct values.
+    theta: Real floating point arrays. If an array is divided over an axis other
+      than `axis_name`, its shards get independent draws.
+    sampler: A function like `jax.random.normal`. Draws for narrow dtypes are
+      made in float32 and rounded: those in bfloat16 have few distinct values.
     axis_name: The axes over which theta is replicated.
   """
 
@@ -103,14 +103,14 @@ def random_like(
 def with_auto_axes(
   fn: Callable[..., jax.Array], like: jax.Array
 ) -> Callable[..., jax.Array]:
-  """Lets the compiler shard `fn` in a mesh with AxisType.Explicit, too.
+  """Lets the compiler choose shardings in `fn` if the mesh has explicit axes.
 
   Args:
-    fn: May contain operations without a sharding rule.
-    like: Has the sharding of what `fn` returns.
+    fn: A function that may contain operations without a sharding rule.
+    like: An array with the sharding of the result of `fn`.
 
   Returns:
-    A function of the same arguments.
+    A function with the arguments of `fn`.
   """
   if not jax.sharding.get_abstract_mesh().explicit_axes:
     return fn
@@ -118,7 +118,7 @@ def with_auto_axes(
 
 
 def total(x: Any, axis_names: Iterable[str]) -> Any:
-  """Sums over the axes, if there are any; a Python number once per replica."""
+  """Sums over the axes. A Python number counts once for each replica."""
   return jax.lax.psum(x, tuple(axis_names))
 
 

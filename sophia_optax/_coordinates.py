@@ -1,7 +1,7 @@
-"""The real coordinates of a tree: what Sophia's element-wise formulas act on.
+"""Real coordinates of a tree, on which Sophia's element-wise formulas act.
 
-A complex leaf stands for two real parameters, an integer leaf for none. Seen
-through these functions every formula is one over real floating point arrays:
+A complex leaf represents two real parameters, an integer leaf none. These
+functions let every formula be written for real floating point arrays:
 
     leaf of `like`     coordinates
     real floating      the leaf itself
@@ -17,12 +17,12 @@ import optax
 
 
 def is_differentiable(leaf: Any) -> bool:
-  """Whether a leaf has coordinates: real or complex, not integer."""
+  """Whether a leaf has coordinates, that is, is real or complex."""
   return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def where_differentiable(tree: Any) -> Any:
-  """The mask of the leaves that have coordinates."""
+  """Returns a mask of the leaves that have coordinates."""
   return jax.tree.map(is_differentiable, tree)
 
 
@@ -31,11 +31,11 @@ def is_complex(leaf: Any) -> bool:
 
 
 def split(like: optax.Params, tree: optax.Params) -> Any:
-  """Returns the coordinates of `tree`, whose kinds of leaf are those of `like`.
+  """Returns the coordinates of `tree`.
 
   Args:
-    like: The parameters; their dtypes decide which coordinates there are.
-    tree: A tree of that structure: parameters, gradients, moments, estimates.
+    like: The parameters. Their dtypes decide the kind of each leaf.
+    tree: A tree with the structure of `like`, such as gradients or moments.
   """
 
   def split_leaf(p, x):
@@ -48,9 +48,9 @@ def split(like: optax.Params, tree: optax.Params) -> Any:
 
 
 def join(like: optax.Params, coordinates: Any) -> Any:
-  """The inverse of `split`: a tree with the leaf dtypes of `like`.
+  """Inverts `split`. Leaves have the dtypes of `like`.
 
-  Integer leaves are taken from `like` as they are.
+  Integer leaves are those of `like`.
   """
 
   def join_leaf(x, c):
@@ -63,7 +63,7 @@ def join(like: optax.Params, coordinates: Any) -> Any:
 
 
 def fill(tree: optax.Params, full: optax.Params | None) -> optax.Params:
-  """Fills the holes that `optax.masked` leaves in a tree from a whole one."""
+  """Replaces each `optax.MaskedNode` in a tree by the leaf of a full tree."""
   if full is None:
     return tree
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
@@ -73,30 +73,31 @@ def fill(tree: optax.Params, full: optax.Params | None) -> optax.Params:
 
 
 def widen(coordinates: Any) -> Any:
-  """Casts to float32 what is narrower, so that averages do not stall."""
+  """Casts narrower arrays to float32, so that averages do not stall."""
   return jax.tree.map(
     lambda x: x.astype(wider(x.dtype, jnp.float32)), coordinates
   )
 
 
 def unscale(coordinates: Any, scale: jax.typing.ArrayLike | None) -> Any:
-  """Divides wide coordinates by the scale of the loss that they are of."""
+  """Divides coordinates, in float32 or wider, by the loss scale if any."""
   if scale is None:
     return coordinates
   return jax.tree.map(lambda x: x / jnp.asarray(scale, x.dtype), coordinates)
 
 
 def wider(*dtypes: Any) -> Any:
-  """The real dtype with most bits, and the first of those."""
+  """Returns the real dtype with the most bits, the first one if several do."""
   return max(dtypes, key=lambda d: jnp.finfo(d).bits)
 
 
 def zeros_like(params: optax.Params, dtype: Any | None = None) -> Any:
-  """Zeros shaped like `params`; real leaves have `dtype`.
+  """Returns zeros shaped like `params`.
 
   Args:
     params: The parameters.
-    dtype: Of real leaves. None means float32, or their own if it is wider.
+    dtype: The dtype of real leaves. None means float32, or the dtype of the
+      parameter if that is wider.
   """
 
   def zeros(p):

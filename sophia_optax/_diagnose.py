@@ -1,4 +1,4 @@
-"""What Sophia's state looks like inside, module by module."""
+"""Diagnostics of Sophia's state for each module of a model."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,12 @@ from sophia_optax import _sophia
 
 
 class ModuleDiagnosis(NamedTuple):
-  """What :func:`diagnose` finds in one module; each has shape (), float32.
+  """Result of :func:`diagnose` for one module. All shapes (), float32.
 
   Attributes:
-    win_rate: Fraction of coordinates that the update of the last refresh step
-      did not clip.
-    negative_fraction: Fraction of coordinates whose entry of h was negative
-      after the last refresh.
+    win_rate: Fraction of coordinates that were not clipped at the last refresh.
+    negative_fraction: Fraction of coordinates with negative h after the last
+      refresh.
     nonfinite_fraction: Fraction of coordinates whose m or h is NaN or infinite.
     curvature_norm: Euclidean norm of h.
   """
@@ -33,7 +32,7 @@ class ModuleDiagnosis(NamedTuple):
 def diagnose(
   state: optax.OptState, *, depth: int = 1
 ) -> dict[str, ModuleDiagnosis]:
-  r"""Looks into the state of Sophia, one module at a time.
+  r"""Measures win rate and curvature in the state of Sophia, for each module.
 
   .. math::
     \text{win rate} = \frac{1}{n} \left| \left\{ i : \left|
@@ -42,26 +41,29 @@ def diagnose(
     \frac{1}{n} \left| \left\{ i : h_i < 0 \right\} \right|
 
   over the n coordinates of a module. The optimizer measures both at each
-  refresh, where the hyperparameters are known; this function averages them over
-  the parameters of a module and looks at the m and h that the last step left.
-  Call it when there is something to log, also under :func:`jax.jit`. What
-  concerns all modules is in the state itself: ``optax.tree.get(state, name)``
-  for 'win_rate', 'negative_fraction', 'refresh_count', 'nonfinite_count', and
-  with ``target_win_rate`` 'gamma_factor'.
+  refresh. This function averages them over the parameters of each module. It
+  computes the other figures from the current m and h. Call it when you log,
+  inside or outside of :func:`jax.jit`.
+
+  Figures for the whole model are in the state. Read them with
+  ``optax.tree.get(state, name)``, for the names 'win_rate',
+  'negative_fraction', 'refresh_count', 'nonfinite_count' and, with
+  ``target_win_rate``, 'gamma_factor'.
 
   Args:
-    state: An optimizer state with one :class:`SophiaState` in it, of an
-      optimizer with ``diagnostics=True``.
-    depth: Number of keys, from the top of the parameters down, that name a
+    state: An optimizer state with one :class:`SophiaState`, from an optimizer
+      with ``diagnostics=True``.
+    depth: Number of keys, from the root of the parameters, that identify a
       module: 2 for Flax's ``{'params': {'Dense_0': ...}}``.
 
   Returns:
     A :class:`ModuleDiagnosis` for each module, by name. Before the first
-    refresh all figures are 0.
+    refresh, win rate, negative fraction and norm are 0.
 
   Raises:
-    ValueError: If there is no :class:`SophiaState` or more than one, if it is
-      without ``diagnostics``, or if ``depth`` is less than 1.
+    ValueError: If there is not exactly one :class:`SophiaState`, if the
+      optimizer does not have ``diagnostics=True``, or if ``depth`` is less than
+      1.
 
   Example:
     >>> import jax
@@ -84,8 +86,8 @@ def diagnose(
   sophia = _sophia.find_state(state)
   if sophia.by_leaf is None:
     raise ValueError(
-      'diagnose needs what an optimizer with diagnostics=True measures, got'
-      ' the state of one without. Pass diagnostics=True to the optimizer.'
+      'diagnose needs the state of an optimizer with diagnostics=True, got'
+      ' that of one without. Pass diagnostics=True to the optimizer.'
     )
   depth = _checks.whole_number('depth', depth, at_least=1)
 
@@ -98,7 +100,7 @@ def diagnose(
 
 
 def _diagnose(leaves):
-  """Looks into one module: m, h and two fractions of each parameter."""
+  """Diagnoses one module, from (m, h, two fractions) of each parameter."""
   mu, nu, fractions = map(list, zip(*leaves, strict=True))
   like = fractions[0]
   mu, nu = _coordinates.split(mu, mu), _coordinates.split(mu, nu)

@@ -1,11 +1,11 @@
-"""What all estimators share; an estimator adds the formula of one draw.
+"""`sampled_estimator`: makes an estimator from the formula of one draw.
 
   θ, theta   coordinates of the parameters: real arrays (see `_coordinates`)
   fn         the user's function, as a function of θ alone
   draw       key -> one unbiased estimate, like θ
-  ĥ          the average of draws: over samples, parts of the batch, replicas
+  ĥ          average of draws over samples, parts of the batch and replicas
 
-Here are the checks of arguments, the keys, and the three averages.
+This module checks arguments, manages random keys and computes the averages.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from sophia_optax import _coordinates
 
 
 class EstimatorState(NamedTuple):
-  """State of an estimator that draws at random.
+  """State of an estimator with random draws.
 
   Attributes:
-    key: PRNG key of the next draws, raw (shape (2,), uint32) or typed (shape
-      ()), as it was given.
+    key: PRNG key for the next draws, raw (shape (2,), uint32) or typed (shape
+      ()), like the key that was given.
   """
 
   key: jax.Array
@@ -49,29 +49,30 @@ def sampled_estimator(
   .. math::
     \hat h = \frac{1}{n D} \sum_{d=1}^D \sum_{i=1}^n \text{draw}(k_{d,i})
 
-  with n draws on each of D replicas, each with a key of its own. This is the
-  driver of the estimators in this library. An estimator that is written with it
-  has ``num_samples``, ``axis_name``, ``batch=``, ``full_params=`` and
-  ``loss_scale=`` like :func:`hutchinson_estimator_diag_hessian`, and works in
-  :func:`microbatched`.
+  with n draws on each of D replicas, all with different keys. The estimators of
+  this library use this function, too. The result accepts ``num_samples``,
+  ``axis_name``, ``batch=``, ``full_params=`` and ``loss_scale=`` like
+  :func:`hutchinson_estimator_diag_hessian`, and works in :func:`microbatched`.
 
   Args:
     make_draw: ``(theta, fn, **extra_args) -> draw``, where ``draw(key)``
-      returns one estimate, a tree like ``theta``. All draws share what
-      ``make_draw`` computes itself. ``theta`` is the tree of parameters with a
-      pair (real part, imaginary part) for a complex leaf and None for an
-      integer leaf. ``fn(theta)`` calls the function that was passed to
-      ``update``. ``extra_args`` are ``random_like``, ``label_mask``,
-      ``loss_scale`` and the other extra arguments of ``update``.
-      ``random_like(key, theta, sampler)`` draws arrays like ``theta``, with
-      independent draws for the parts of an array that is divided over devices.
-      ``head_fn(theta, hidden)``, if there is one, calls the function that was
-      passed to ``update`` with the parameters in place of ``theta``.
+      returns one estimate, a tree like ``theta``. All draws share the values
+      that ``make_draw`` computes.
+
+      * ``theta`` is the tree of parameters, with a pair (real part, imaginary
+        part) for a complex leaf and None for an integer leaf.
+      * ``fn(theta)`` calls the function that was passed to ``update``.
+      * ``extra_args`` are ``random_like``, ``label_mask``, ``loss_scale`` and
+        the other extra arguments of ``update``.
+      * ``random_like(key, theta, sampler)`` draws random arrays like ``theta``.
+        If an array is divided over devices, its shards get independent draws.
+      * ``head_fn(theta, hidden)`` calls the ``head_fn`` that was passed to
+        ``update``, if any.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
-    fn_name: ``'obj_fn'``, a function that returns the loss, or
-      ``'predict_fn'``, a function that returns the outputs of the model. With
+    fn_name: ``'obj_fn'`` for a function that returns the loss, or
+      ``'predict_fn'`` for one that returns the outputs of the model. With
       ``loss_scale=s``, ``obj_fn`` returns s times the loss, and the estimate is
-      divided by s. So draws with ``obj_fn`` must be linear in it.
+      divided by s. The draws must therefore be linear in ``obj_fn``.
     num_samples: Number n of draws to average.
     has_aux: Whether the function returns ``(value, aux)``.
     axis_name: Mapped axis or axes over which to average, see
@@ -82,8 +83,8 @@ def sampled_estimator(
     an estimate in place of the gradients.
 
   Raises:
-    ValueError: If ``num_samples`` is less than 1 or ``fn_name`` is unknown; in
-      ``update``, if something that it needs is missing.
+    ValueError: If ``num_samples`` is less than 1 or ``fn_name`` is unknown. In
+      ``update``, if a required argument is missing.
     TypeError: In ``update``, if the function can't be called as documented or
       returns the wrong type.
 
@@ -178,12 +179,12 @@ def sampled_estimator(
 
 
 class Request:
-  """Asks an estimator for something, and says whether one has heard it.
+  """A request to an estimator, and whether one has granted it.
 
-  It travels among the extra arguments of `update`, through chains and other
-  wrappers, some of which ignore it. An estimator that grants it divides by
-  `loss_scale`, and averages over `num_parts` parts of the batch if that is not
-  None.
+  It is passed as an extra argument of `update`. Chains and other wrappers
+  forward it to the estimator or ignore it. An estimator that grants the request
+  divides its estimate by `loss_scale`. If `num_parts` is not None, it also
+  averages over this number of parts of the batch.
   """
 
   def __init__(self, num_parts: int | None = None):
@@ -196,7 +197,7 @@ class Request:
 
 
 def names_loss_scale(estimator: optax.GradientTransformation) -> bool:
-  """Whether `update` names the argument, and so should divide by it."""
+  """Whether `update` has the argument `loss_scale`, so should divide by it."""
   return 'loss_scale' in inspect.signature(estimator.update).parameters
 
 
@@ -207,7 +208,7 @@ def is_sampled(state: Any) -> bool:
 
 
 def _make_key(random_seed):
-  """Returns a key in a buffer of its own, because states may be donated."""
+  """Returns a new copy of the key, because states may be donated."""
   seed = 0 if random_seed is None else random_seed
   dtype = getattr(seed, 'dtype', np.result_type(type(seed)))
   is_integer = jnp.issubdtype(dtype, jnp.integer)
@@ -216,14 +217,14 @@ def _make_key(random_seed):
     return jnp.copy(seed)
   if not is_integer:
     raise TypeError(
-      f'random_seed must be an integer or a PRNG key, got {seed!r}. Pass for'
-      ' example random_seed=0 or random_seed=jax.random.key(0).'
+      f'random_seed must be an integer or a PRNG key, got {seed!r}. For'
+      ' example, pass random_seed=0 or random_seed=jax.random.key(0).'
     )
   return jax.random.PRNGKey(seed)
 
 
 def _check_complete(name, params, full_params):
-  """Raises if the function would be called with a tree that has holes."""
+  """Raises if parameters are masked and `full_params` is missing."""
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
   holes = [
     jax.tree_util.keystr(path) or 'the root'
@@ -232,15 +233,16 @@ def _check_complete(name, params, full_params):
   ]
   if holes and full_params is None:
     raise ValueError(
-      f'{name} needs all parameters, but optax.masked or optax.partition hid'
+      f'{name} needs all parameters, but optax.masked or optax.partition hides'
       f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
-      ' them all to update: update(grads, state, params, full_params=params,'
-      ' ...). The curvature is still that of the visible ones alone.'
+      ' all of them: update(grads, state, params, full_params=params, ...).'
+      ' Curvature is still estimated only for the parameters that are not'
+      ' hidden.'
     )
 
 
 def _array_of(name, value, has_aux=False):
-  """Returns the array that the user's function returned, or raises."""
+  """Returns the array in the result of the user's function, or raises."""
   is_pair = isinstance(value, tuple) and len(value) == 2
   if has_aux and is_pair:
     value = value[0]
@@ -251,13 +253,14 @@ def _array_of(name, value, has_aux=False):
     got = f'{dtype} of shape {shape}'
     is_real = jnp.issubdtype(dtype, jnp.floating)
   if has_aux and not is_pair:
-    need, fix = 'a pair (value, aux)', 'Or leave has_aux=True out.'
+    need = 'a pair (value, aux)'
+    fix = 'Return a pair, or remove has_aux=True from the estimator.'
   elif name == 'obj_fn' and not (is_real and shape == ()):
-    need = 'the loss alone, a real floating point scalar'
+    need = 'only the loss, a real floating point scalar'
     fix = 'Reduce it, as in jnp.mean(losses), or cast it.'
   elif not is_real:
     need = 'one real floating point array, the logits or means'
-    fix = 'Select it, or cast it.'
+    fix = 'Return that array alone, or cast it.'
   else:
     return value
   if not is_array and not has_aux and name != 'head_fn':

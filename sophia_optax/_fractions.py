@@ -1,4 +1,4 @@
-"""Fractions of coordinates, exact for any number of them, over all shards."""
+"""Fractions and sums over all coordinates of a tree, on all shards."""
 
 from collections.abc import Callable
 import math
@@ -13,19 +13,20 @@ from sophia_optax import _collectives
 def fraction(
   condition: Callable[[jax.Array], jax.Array], tree: Any, like: jax.Array
 ) -> jax.Array:
-  """Returns the fraction of the coordinates that meet a condition, float32.
+  """Returns the fraction of coordinates that meet a condition, float32.
 
   Args:
-    condition: Takes the local part of a leaf, returns booleans of its shape.
-    tree: The coordinates, of which some may be divided over axes.
-    like: Varies over the axes over which not to sum.
+    condition: Takes the local shard of a leaf and returns booleans of its
+      shape.
+    tree: The coordinates. Leaves may be divided over device axes.
+    like: An array. Axes over which it varies are not summed over.
   """
   met = sum_over_shards(lambda x: count(condition(x)), tree, like)
   return met / max(size(tree, like), 1.0)
 
 
 def size(tree: Any, like: jax.Array) -> float:
-  """Returns the number of coordinates, which can be too large for int32."""
+  """Returns the number of coordinates as a float: int32 can be too small."""
   return sum(
     float(x.size) * _collectives.total(1, _axes(x, like))
     for x in jax.tree.leaves(tree)
@@ -35,12 +36,12 @@ def size(tree: Any, like: jax.Array) -> float:
 def sum_over_shards(
   fn: Callable[[jax.Array], jax.Array], tree: Any, like: jax.Array
 ) -> jax.Array:
-  """Sums `fn` of the local part of each leaf over leaves and shards.
+  """Sums `fn(shard)` over all leaves and all shards of each leaf.
 
   Args:
     fn: Returns a float32 array, of the same shape for each leaf.
-    tree: The coordinates, of which some may be divided over axes.
-    like: Varies over the axes over which not to sum.
+    tree: The coordinates. Leaves may be divided over device axes.
+    like: An array. Axes over which it varies are not summed over.
   """
   sums: dict[tuple[str, ...], Any] = {}
   for x in jax.tree.leaves(tree):
@@ -54,8 +55,9 @@ def sum_over_shards(
 def count(condition: jax.Array) -> jax.Array:
   """Counts the true entries, float32.
 
-  The count is exact over the last axes, as many as uint32 can count, and in
-  float32 over the others: float32 alone stops at 2^24, int32 at 2^31.
+  The last axes are counted exactly in uint32, as many as fit, and the results
+  are added in float32. A count in float32 alone would stop at 2^24, and one in
+  int32 at 2^31.
   """
   shape = condition.shape
   axis = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) < 2**32)

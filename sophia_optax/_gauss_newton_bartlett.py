@@ -1,13 +1,13 @@
 """The Gauss-Newton-Bartlett estimator of the curvature's diagonal.
 
-z     outputs of the model, one prediction each: logits (B, T, V), means (N,)
-B     number of predictions that count
+z     outputs of the model, such as logits (batch, T, V) or means (batch,)
+B     number of predictions that count; one prediction is V logits or one mean
 J     Jacobian of one prediction with respect to the parameters θ
-s     score of one prediction: gradient of -log p(y | z) at a label y that is
-      drawn from the model; E[s] = 0, E[s sᵀ] = S
+s     score of one prediction: the gradient of -log p(y | z) with respect to z,
+      for a label y drawn from the model; E[s] = 0, E[s sᵀ] = S
 ĝ     gradient of the mean of -log p(y | z), that is Σ Jᵀ s / B
-ĥ     B ĝ ⊙ ĝ, so that E[ĥ] = diag(Σ Jᵀ S J) / B: scores of different
-      predictions are independent, and their products vanish on average
+ĥ     B ĝ ⊙ ĝ; E[ĥ] = diag(Σ Jᵀ S J) / B, because scores of different
+      predictions are independent, so their products are zero on average
 """
 
 from collections.abc import Callable
@@ -38,51 +38,53 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   has_aux: bool = False,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Estimates the Gauss-Newton diagonal with labels from the model itself.
+  r"""Estimates the Gauss-Newton diagonal with labels sampled from the model.
 
   .. math::
     \hat h = B\, \hat g \odot \hat g, \qquad
     \hat g = \nabla_\theta \frac{1}{B} \sum_{b=1}^B -\log p(\hat y_b \mid z_b),
     \qquad \hat y_b \sim p(\cdot \mid z_b)
 
-  With ``axis_name``, ``predict_fn`` returns the outputs of the local shard:
-  each replica draws labels of its own, and the estimates, each with the B of
-  its shard, are averaged, so that D replicas divide the variance by D. What is
-  stored stays equal on all.
+  for B predictions with outputs z and sampled labels ŷ. The estimate is
+  unbiased for the diagonal of the Gauss-Newton matrix of the mean loss, and
+  never negative. It takes one forward and one backward pass and no second
+  derivative. Its standard deviation is about √2 times its mean, for any B. To
+  reduce it, average ``num_samples`` draws, each for one more backward pass, or
+  use :func:`sophia_optax.microbatched` at no extra cost.
 
-  The estimate is unbiased for the diagonal of the Gauss-Newton matrix of the
-  mean loss, never negative, and needs one forward and one backward pass, no
-  second derivative. Its standard deviation is about √2 of its mean whatever B
-  is; averaging ``num_samples`` draws, each a further backward pass, or
-  :func:`sophia_optax.microbatched` at no further cost, lower that.
-
-  With the labels of the data instead of sampled ones this would be the
-  empirical Fisher, which is another thing: see
+  Labels of the data in place of sampled ones would give the empirical Fisher,
+  a different quantity: see
   :func:`sophia_optax.squared_gradient_estimator_diag_hessian`.
 
-  With many classes the logits take the most memory. With ``num_chunks=M`` the
-  model is passed in two functions: ``predict_fn`` returns its final hidden
-  states, of shape (..., N, D), and ``head_fn(params, hidden)`` returns the
-  outputs for a chunk of them, from shape (..., N / M, D). Then only the outputs
-  of one chunk are in memory at a time, for the FLOPs of one forward and one
-  backward pass as before. Chunk m has the positions m, m + M, m + 2 M, ... of
-  the axis of N, which is the sequence in hidden states of shape (B, T, D), so
-  each device has its part of every chunk, whichever axis is divided. The
-  estimate is the same up to other labels; with ``num_chunks=1`` it has the same
-  bits. Each draw after the first computes the head again.
-
   ``update(grads, state, params, predict_fn=...)`` returns the estimate in place
-  of the gradients. ``predict_fn(params)`` returns the outputs of the model,
-  logits or means, of any rank; with ``batch=`` it is called as
-  ``predict_fn(params, batch)``. ``head_fn(params, hidden)`` is for
-  ``num_chunks``; it gets all parameters, because embeddings may be tied. Where
-  :func:`optax.masked` or :func:`optax.partition` hides parameters,
-  ``full_params=`` has them all for both functions. ``label_mask=`` says which
-  predictions count; it broadcasts to the outputs without the axis of classes,
-  and where all are masked the estimate is zero. ``loss_scale=`` multiplies what
-  is sent backward through the model, against underflow; the estimate does not
-  see it. The estimate has the structure of ``params``, with leaves as those of
-  :func:`sophia_optax.hutchinson_estimator_diag_hessian`.
+  of the gradients. It has the structure of ``params`` and leaves like those of
+  :func:`sophia_optax.hutchinson_estimator_diag_hessian`. ``update`` accepts:
+
+  * ``predict_fn(params)``: returns the outputs of the model, logits or means,
+    of any rank. With ``batch=`` it is called as ``predict_fn(params, batch)``.
+  * ``label_mask``: booleans, True for the predictions to count. It broadcasts
+    to the outputs without the axis of classes. If it masks all predictions, the
+    estimate is zero.
+  * ``full_params``: all parameters, needed if :func:`optax.masked` or
+    :func:`optax.partition` hides some.
+  * ``loss_scale``: a factor for the backward pass that prevents underflow. The
+    estimate does not depend on it.
+  * ``head_fn(params, hidden)``: the head of the model, see below.
+
+  With many classes, logits take the most memory. Pass ``num_chunks=M`` to have
+  only those of one chunk in memory at a time. Then ``predict_fn`` must return
+  the final hidden states, of shape (..., N, D). ``head_fn(params, hidden)``
+  computes the outputs for a chunk of them, of shape (..., N / M, D); it gets
+  all parameters, because embeddings may be tied. The first draw takes no extra
+  FLOPs; each further draw computes the head again. Chunk m contains the
+  positions m, m + M, m + 2 M, ... of the axis of size N, so a sharded axis
+  stays sharded in each chunk. The estimate differs only in the random labels;
+  with ``num_chunks=1`` it is identical.
+
+  With ``axis_name``, ``predict_fn`` returns the outputs of the local shard.
+  Each replica draws its own labels, and the estimates, each with the B of its
+  shard, are averaged. So D replicas divide the variance by D. The state stays
+  equal on all replicas.
 
   Args:
     random_seed: Seed of the labels: an integer, a raw or a typed PRNG key. None
@@ -91,18 +93,18 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       ``'categorical'`` (logits over the last axis), ``'bernoulli'`` (logits),
       ``'gaussian'`` (means, scale 1), a
       :class:`sophia_optax.likelihoods.Likelihood`, or a function
-      ``(key, outputs) -> scores`` of predictions that are single numbers.
-      Outputs reach it in float32 or wider.
+      ``(key, outputs) -> scores`` for predictions that are single numbers. It
+      gets outputs in float32 or wider.
     num_samples: Number of draws to average, all from one forward pass.
     num_chunks: Number M of chunks in which ``head_fn`` computes the outputs, a
       divisor of N. None means that ``predict_fn`` returns all outputs.
-    has_aux: Whether ``predict_fn`` returns ``(outputs, aux)``. What is in aux
-      is not used.
+    has_aux: Whether ``predict_fn`` returns ``(outputs, aux)``. aux is ignored.
     axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
-      over which the parameters are replicated and the data is not. None for a
-      single device and for :func:`jax.jit` with sharded arrays. Parameters may
-      be divided over another axis of a ``shard_map`` with ``check_vma=True``;
-      predictions that are divided over it too belong to one estimate.
+      over which the parameters are replicated and the data is divided. None for
+      a single device and for :func:`jax.jit` with sharded arrays. Parameters
+      may be divided over another axis of a ``shard_map`` with
+      ``check_vma=True``. Predictions that are divided over that axis are
+      combined into one estimate.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -110,14 +112,14 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
   Raises:
     ValueError: If ``num_samples`` or ``num_chunks`` is less than 1 or
-      ``likelihood`` is unknown; in ``update``, if ``params`` or ``predict_fn``
-      is missing, or ``full_params`` where parameters are hidden; if
-      ``label_mask`` does not broadcast to the predictions, or there is no axis
-      ``axis_name``; if ``num_chunks`` does not divide N, or only one of
-      ``num_chunks`` and ``head_fn`` is given.
+      ``likelihood`` is unknown. In ``update``, if ``params``, ``predict_fn`` or
+      a required ``full_params`` is missing, if ``label_mask`` does not
+      broadcast to the predictions, if there is no axis ``axis_name``, if
+      ``num_chunks`` does not divide N, or if only one of ``num_chunks`` and
+      ``head_fn`` is given.
     TypeError: In ``update``, if ``predict_fn`` or ``head_fn`` can't be called
-      with these arguments or returns something else than a floating point
-      array, or ``head_fn`` one of another shape than above.
+      with these arguments or does not return a floating point array, or if
+      ``head_fn`` returns the wrong shape.
 
   Example:
     >>> import jax
@@ -129,18 +131,18 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     ...     likelihood='gaussian', num_samples=1000)
     >>> estimate, _ = estimator.update(
     ...     None, estimator.init(w), w, predict_fn=lambda w: inputs @ w)
-    >>> exact = jnp.mean(inputs**2, axis=0)  # Of the loss (x·w - y)² / 2.
+    >>> exact = jnp.mean(inputs**2, axis=0)  # For the loss (x·w - y)² / 2.
     >>> print(bool(jnp.allclose(estimate, exact, rtol=0.2)))
     True
 
-    A language model with tied embeddings, in two functions:
+    A language model with tied embeddings, as two functions:
 
     >>> params = {'embedding': jax.random.normal(jax.random.key(1), (50, 8))}
     >>> tokens = jnp.arange(64).reshape(4, 16) % 50
     >>> hidden_fn = lambda p: jnp.tanh(p['embedding'][tokens])  # (4, 16, 8)
     >>> head_fn = lambda p, hidden: hidden @ p['embedding'].T
     >>> estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-    ...     num_chunks=8)  # Logits of (4, 2, 50) at a time.
+    ...     num_chunks=8)  # Only logits of shape (4, 2, 50) are in memory.
     >>> estimate, _ = estimator.update(
     ...     None, estimator.init(params), params,
     ...     predict_fn=hidden_fn, head_fn=head_fn)
@@ -176,18 +178,18 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     if len(outputs.shape) < event_ndim:
       raise TypeError(
         f'predict_fn must return outputs with at least {event_ndim} axes for'
-        f' this likelihood, got shape {outputs.shape}. The last axis of logits'
-        ' is that of the classes.'
+        f' this likelihood, got shape {outputs.shape}. Return logits whose last'
+        ' axis is the classes.'
       )
     wide = _coordinates.wider(outputs.like.dtype, jnp.float32)
     mask = _mask_of_predictions(label_mask, outputs.shape, event_ndim)
-    # Predictions that are divided over another axis belong to one estimate.
+    # Predictions that are divided over other axes are part of one estimate.
     axes = _collectives.other_axes(outputs.like, axis_name)
     count = _collectives.total(jnp.sum(mask.astype(wide)), axes)
     count = jnp.maximum(count, 1)  # B
-    # What is sent backward are the scores of √B ĝ: in half precision B ĝ can
-    # overflow where ĝ² vanishes. With a loss_scale, which is chosen for the
-    # gradient, they are those of loss_scale ĝ.
+    # The backward pass computes √B ĝ, whose square is ĥ. In half precision B ĝ
+    # could overflow and ĝ² underflow. With a loss_scale, which is chosen for
+    # the gradient, it computes loss_scale ĝ.
     root_of_count = jnp.sqrt(count)
     scale, gain = 1 / root_of_count, None
     if loss_scale is not None:
@@ -218,11 +220,14 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
 
 def _resolve(likelihood):
-  """Returns the function that draws scores, and the axes of a prediction."""
+  """Returns a function that draws scores, and the `event_ndim`."""
   if isinstance(likelihood, likelihoods.Likelihood):
     return likelihood.draw_score, likelihood.event_ndim
   if likelihood is likelihoods.gaussian:
-    raise TypeError('likelihood must be called: pass likelihoods.gaussian().')
+    raise TypeError(
+      'likelihood must be a Likelihood, got the function likelihoods.gaussian.'
+      ' Call it: pass likelihoods.gaussian().'
+    )
   if callable(likelihood):
     return likelihood, 0
   _checks.one_of('likelihood', likelihood, likelihoods.BY_NAME)
@@ -233,14 +238,14 @@ def _check_together(head_fn, num_chunks):
   if (head_fn is None) != (num_chunks is None):
     given = 'head_fn' if num_chunks is None else f'num_chunks={num_chunks}'
     raise ValueError(
-      f'head_fn and num_chunks need each other, got {given} alone. Pass'
-      ' num_chunks=8 to the estimator, and to update head_fn=lambda params,'
-      ' hidden: hidden @ params["head"], or leave both out.'
+      f'head_fn and num_chunks must be used together, got only {given}. Pass'
+      ' num_chunks=8 to the estimator and head_fn=lambda params, hidden: hidden'
+      ' @ params["head"] to update, or remove both.'
     )
 
 
 def _check_predictions(outputs, hidden, event_ndim):
-  """Raises unless the head made predictions from each hidden state."""
+  """Raises unless there are predictions for each hidden state."""
   axes = hidden.ndim - 1
   too_few = outputs.ndim < axes + event_ndim
   if too_few or outputs.shape[:axes] != hidden.shape[:axes]:
@@ -253,7 +258,7 @@ def _check_predictions(outputs, hidden, event_ndim):
 
 
 def _mask_of_predictions(label_mask, shape, event_ndim):
-  """Returns which predictions count, with axes of size 1 for the event."""
+  """Returns the mask of predictions, with axes of size 1 for the event."""
   predictions = shape[: len(shape) - event_ndim]
   if label_mask is None:
     label_mask = True

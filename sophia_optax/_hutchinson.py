@@ -1,9 +1,9 @@
 """Hutchinson's estimator of the Hessian diagonal.
 
 v     probe: independent entries with mean 0 and variance 1, shaped like θ
-H v   Hessian-vector product, the tangent of the gradient in direction v
-ĥ     v ⊙ H v, so that E[ĥ] = diag(H): E[v_i v_j] is 1 if i = j, else 0
-δ     step of finite differences: θ ± δ v
+H v   Hessian-vector product, the derivative of the gradient in direction v
+ĥ     v ⊙ H v; E[ĥ] = diag(H), because E[v_i v_j] is 1 if i = j, else 0
+δ     step size of finite differences: θ ± δ v
 """
 
 from typing import Any
@@ -44,11 +44,11 @@ def _finite_difference(loss, theta, probe, axis_name):
     )
 
   def quotient(x, y, v, g):
-    step = x - y  # About 2 δ v, by which rounding left it.
-    # Scaled to v. What is too large to move has no difference of its own.
+    step = x - y  # 2 δ v after rounding.
+    # A step of 0 means that the parameter is so large that δ v is rounded away.
     return (g[0] - g[1]) * jnp.where(step == 0, 0, v / step)
 
-  # One after the other: otherwise both would hold their activations.
+  # One gradient at a time: the activations of both would take more memory.
   signs = jnp.array([1.0, -1.0], delta.dtype)
   grads = jax.lax.map(lambda sign: jax.grad(loss)(move(sign)), signs)
   return jax.tree.map(quotient, move(1), move(-1), probe, grads)
@@ -75,19 +75,15 @@ def hutchinson_estimator_diag_hessian(
   .. math::
     \hat h = \frac{1}{n} \sum_{i=1}^n v_i \odot \nabla^2 L(\theta)\, v_i
 
-  With ``axis_name``, ``obj_fn`` returns the loss of the local shard, *not
-  averaged* over replicas: each draws a probe of its own, and the estimates are
-  averaged, so that D replicas divide the variance by D. What is stored stays
-  equal on all.
+  with random probes v and the Hessian :math:`H = \nabla^2 L(\theta)`. The
+  estimate is unbiased, except with finite differences. The variance of one
+  entry with Rademacher probes is :math:`\sum_{j \neq i} H_{ij}^2 / n`. Gaussian
+  probes add :math:`2 H_{ii}^2 / n`. Each probe costs one Hessian-vector
+  product. Probes are used one at a time, so memory does not grow with their
+  number.
 
-  The estimate is unbiased, except with finite differences. The variance of one
-  entry with Rademacher probes is :math:`\sum_{j \neq i} H_{ij}^2 / n`;
-  Gaussian probes add :math:`2 H_{ii}^2 / n`. Each probe costs one
-  Hessian-vector product; probes are taken one after another, so memory does not
-  grow with their number.
-
-  ``hvp`` says how the product :math:`H v` is computed. FLOPs and temporary
-  memory are those of one probe, in gradients of a GPT:
+  ``hvp`` selects how :math:`H v` is computed. The table gives FLOPs and
+  temporary memory of one probe relative to one gradient, measured for a GPT:
 
   ========================  =====  ======  ==============================
   hvp                       FLOPs  memory  works where ``obj_fn`` has
@@ -98,37 +94,44 @@ def hutchinson_estimator_diag_hessian(
   ========================  =====  ======  ==============================
 
   The first two are exact. ``finite_difference`` subtracts the gradient at
-  θ - δv from that at θ + δv, where δ is 1/32 of the geometric mean of the
-  parameters' magnitudes, or :math:`2^{-17}` of it if all are float64. Its bias
-  in a small network is 0.06 % of the diagonal in float32, and 3 % with
-  activations in bfloat16. The estimate of a parameter so large that δ does not
-  change it is zero.
+  θ - δv from the gradient at θ + δv. δ is 1/32 of the geometric mean of the
+  parameters' magnitudes, or :math:`2^{-17}` of it if all are float64. In a
+  small network the bias is 0.06 % of the diagonal in float32, and 3 % with
+  activations in bfloat16. If a parameter is so large that δ does not change it,
+  its estimate is zero.
 
   ``update(grads, state, params, obj_fn=...)`` returns the estimate in place of
-  the gradients. ``obj_fn(params)`` is the loss, a real scalar; with ``batch=``
-  it is called as ``obj_fn(params, batch)``. Where :func:`optax.masked` or
-  :func:`optax.partition` hides parameters, ``full_params=`` has them all for
-  ``obj_fn``. With ``loss_scale=s``, ``obj_fn`` returns s times the loss, and
-  the estimate is divided by s. The estimate has the structure of ``params``.
-  Its leaves are float32 or wider; that of a complex leaf holds the curvature of
-  the real part in its real part and that of the imaginary part in its imaginary
-  part; that of an integer leaf is zero.
+  the gradients. It has the structure of ``params``. Its leaves are float32 or
+  wider. For a complex leaf, the real part holds the curvature of the real part
+  and the imaginary part that of the imaginary part. For an integer leaf the
+  estimate is zero. ``update`` accepts:
+
+  * ``obj_fn(params)``: returns the loss, a real scalar. With ``batch=`` it is
+    called as ``obj_fn(params, batch)``.
+  * ``full_params``: all parameters, needed if :func:`optax.masked` or
+    :func:`optax.partition` hides some.
+  * ``loss_scale=s``: the estimate is divided by s. ``obj_fn`` must return s
+    times the loss.
+
+  With ``axis_name``, ``obj_fn`` returns the loss of the local shard, *not
+  averaged* over replicas. Each replica draws its own probe, and the estimates
+  are averaged. So D replicas divide the variance by D. The state stays equal on
+  all replicas.
 
   Args:
     random_seed: Seed of the probes: an integer, a raw or a typed PRNG key. None
       means 0.
     num_samples: Number n of probes to average.
-    distribution: ``'rademacher'`` (entries ±1, the smaller variance) or
-      ``'normal'`` (the paper's).
+    distribution: Distribution of the probes: ``'rademacher'`` (entries ±1, with
+      the smaller variance) or ``'normal'`` (as in the paper).
     hvp: How to multiply by the Hessian: ``'forward_over_reverse'``,
       ``'reverse_over_reverse'`` or ``'finite_difference'``.
-    has_aux: Whether ``obj_fn`` returns ``(loss, aux)``. What is in aux is not
-      used.
+    has_aux: Whether ``obj_fn`` returns ``(loss, aux)``. aux is ignored.
     axis_name: Mapped axis or axes of :func:`jax.pmap` or :func:`jax.shard_map`
-      over which the parameters are replicated and the data is not. None for a
-      single device and for :func:`jax.jit` with sharded arrays. Parameters may
-      be divided over another axis of a ``shard_map`` with ``check_vma=True``;
-      the loss has to be the same along that one.
+      over which the parameters are replicated and the data is divided. None for
+      a single device and for :func:`jax.jit` with sharded arrays. Parameters
+      may be divided over another axis of a ``shard_map`` with
+      ``check_vma=True``. The loss must be the same along that axis.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -136,17 +139,17 @@ def hutchinson_estimator_diag_hessian(
 
   Raises:
     ValueError: If ``num_samples`` is less than 1 or ``distribution`` or ``hvp``
-      is unknown; in ``update``, if ``params`` or ``obj_fn`` is missing, or
-      ``full_params`` where parameters are hidden; if there is no axis
-      ``axis_name``; or, where ``shard_map`` shows that, if ``obj_fn`` averaged
-      over it already, or differs along an axis of replicas that it leaves out.
+      is unknown. In ``update``, if ``params``, ``obj_fn`` or a required
+      ``full_params`` is missing, or if there is no axis ``axis_name``. Also in
+      ``update``, if ``shard_map`` tracks that the loss is already averaged over
+      ``axis_name``, or that ``axis_name`` lacks an axis over which it differs.
     TypeError: In ``update``, if ``obj_fn`` can't be called with these arguments
-      or returns something else than a real scalar; or if a parameter is in half
-      precision, with ``finite_difference``.
+      or does not return a real scalar, or if a parameter is in half precision
+      and ``hvp`` is ``'finite_difference'``.
     NotImplementedError: In ``update``, if JAX can compute the gradient of
       ``obj_fn``, but not the second derivative that ``hvp`` needs. JAX's error
       is its cause. Under :func:`jax.jit`, JAX finds some of these cases only
-      when it compiles the step, and raises a TypeError of its own.
+      when it compiles the step, and raises a TypeError.
 
   Example:
     >>> import jax.numpy as jnp
@@ -181,11 +184,12 @@ def hutchinson_estimator_diag_hessian(
         if hvp == 'finite_difference' or not _has_gradient(loss, theta):
           raise
         raise NotImplementedError(
-          f'hvp={hvp!r} needs a second derivative of obj_fn, but JAX can take'
-          ' only its gradient: see the error above. Fused kernels often have no'
-          " more. Pass hvp='finite_difference' to the estimator, which needs"
-          f' gradients alone, or another of {sorted(_PRODUCTS)}; or use'
-          ' sophia_g, which needs no second derivative.'
+          f'hvp={hvp!r} needs a second derivative of obj_fn, but JAX can'
+          ' compute only its gradient, see the error above. Many fused kernels'
+          " have no second derivative. Pass hvp='finite_difference' to the"
+          ' estimator, which needs only gradients, or try another of'
+          f' {sorted(_PRODUCTS)}. Or use sophia_g, which needs no second'
+          ' derivative.'
         ) from error
       return optax.tree.mul(
         _coordinates.widen(probe), _coordinates.widen(product)
@@ -202,13 +206,13 @@ def hutchinson_estimator_diag_hessian(
   )
 
 
-# What JAX raises where a function has no derivative. Errors of a program that
-# runs are others.
+# JAX raises these if a function has no derivative. Errors while a compiled
+# program runs have other types.
 _REFUSALS = (AssertionError, NotImplementedError, TypeError, ValueError)
 
 
 def _has_gradient(loss, theta):
-  """Whether the loss has a first derivative; otherwise it is at fault."""
+  """Whether JAX can compute the gradient of the loss."""
   try:
     jax.grad(loss)(theta)
   except Exception:
@@ -217,35 +221,35 @@ def _has_gradient(loss, theta):
 
 
 def _check_wide(theta):
-  """Raises if the parameters are too coarse to be moved by a small step."""
+  """Raises if parameters have too few bits for a small step to change them."""
   for path, x in jax.tree.leaves_with_path(theta):
     if jnp.finfo(x.dtype).bits < 32:
       raise TypeError(
         "hvp='finite_difference' needs parameters in float32 or wider, got"
         f' {x.dtype} at {jax.tree_util.keystr(path) or "the root"}, which a'
-        ' small step does not move. Keep them in float32 and cast them inside'
-        ' obj_fn, or choose another hvp.'
+        ' small step would not change. Keep parameters in float32 and cast them'
+        ' inside obj_fn, or choose another hvp.'
       )
 
 
 def _step(theta, axis_name):
-  """Returns δ, one number for all coordinates on all devices, float32.
+  """Returns δ, the same for all coordinates and devices, float32.
 
-  It is a fraction of the geometric mean of the parameters that are not zero.
-  docs/mathematics.md derives it.
+  δ is a fraction of the geometric mean of the magnitudes of the nonzero
+  parameters. docs/mathematics.md derives it.
   """
 
   def log_sizes(x):
     size = jnp.abs(x)
-    is_known = size >= jnp.finfo(x.dtype).tiny
-    logs = jnp.log(jnp.where(is_known, size, 1))
+    is_nonzero = size >= jnp.finfo(x.dtype).tiny
+    logs = jnp.log(jnp.where(is_nonzero, size, 1))
     return jnp.array(
-      [jnp.sum(logs, dtype=jnp.float32), jnp.sum(is_known, dtype=jnp.float32)]
+      [jnp.sum(logs, dtype=jnp.float32), jnp.sum(is_nonzero, dtype=jnp.float32)]
     )
 
   like = _collectives.vary(jnp.zeros([]), axis_name)
   sums = _fractions.sum_over_shards(log_sizes, theta, like)
-  total, count = jnp.broadcast_to(sums, 2)  # Of no leaves it is a scalar.
+  total, count = jnp.broadcast_to(sums, 2)  # A scalar if there are no leaves.
   is_single = any(x.dtype == jnp.float32 for x in jax.tree.leaves(theta))
   fraction = 2.0**-5 if is_single else 2.0**-17
   return fraction * jnp.exp(total / jnp.maximum(count, 1))

@@ -46,7 +46,7 @@ def test_aux_has_to_be_said_and_to_be_there(name):
   with pytest.raises(TypeError, match='pass has_aux=True'):
     estimate(name, lambda params: (fn(params), 1))
   with pytest.raises(
-    TypeError, match=r'pair .* got float32 of .*leave has_aux'
+    TypeError, match=r'pair .* got float32 of .*remove has_aux'
   ):
     estimate(name, fn, has_aux=True)
   with pytest.raises(TypeError, match=rf'{name} must return a pair'):

@@ -159,7 +159,7 @@ def test_loss_that_differs_along_the_axis_of_the_parameters():
     obj_fn=lambda p: jnp.sum(p['w'] ** 2) + p['b'] ** 2,
   )[0]
   specs = {'w': P('model'), 'b': P()}
-  with pytest.raises(ValueError, match=r"the same on all of \['model'\]"):
+  with pytest.raises(ValueError, match=r"the same along the axes \['model'\]"):
     map_grid(
       update,
       {'w': jnp.ones(4), 'b': jnp.array(1.0)},

@@ -113,7 +113,7 @@ OBJECTIVES = [
   (lambda p: None, TypeError, 'got a NoneType'),
   (lambda: 0.0, TypeError, r'0 positional(?s:.*)called as obj_fn\(params\)'),
   (lambda p, batch: 0.0, TypeError, "missing .* argument: 'batch'"),
-  (functools.partial(lambda p, q: 0.0), TypeError, 'bind what else it needs'),
+  (functools.partial(lambda p, q: 0.0), TypeError, 'bind them with a lambda'),
 ]
 
 
@@ -202,17 +202,17 @@ PREDICTIONS = [
   (
     {'predict_fn': predict_fn, 'label_mask': jnp.ones(3, bool)},
     ValueError,
-    r'predictions, of shape \(4,\), got shape \(3,\)',
+    r'the shape \(4,\) of the predictions, got shape \(3,\)',
   ),
   (
     {'predict_fn': predict_fn, 'label_mask': jnp.ones((4, 3), bool)},
     ValueError,
-    'no axis for classes',
+    'without an axis of classes',
   ),
   (
     {'predict_fn': predict_fn, 'label_mask': jnp.ones((4, 1), bool)},
     ValueError,
-    'no axis for classes',
+    'without an axis of classes',
   ),
 ]
 
@@ -257,7 +257,7 @@ def test_numbers_of_estimators(make):
     ({'batch': {'rate': 0.1}}, 'same leading axis'),
     (
       {'batch': jnp.ones(8), 'label_mask': jnp.ones(6, bool)},
-      r'shape \(8,\), got shape \(6,\)',
+      r'shape \(8,\) of the predictions, got shape \(6,\)',
     ),
   ],
 )

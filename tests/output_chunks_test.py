@@ -384,13 +384,13 @@ ERRORS = {
     {},
     {'head_fn': head_fn},
     ValueError,
-    'got head_fn alone. Pass num_chunks=8',
+    'got only head_fn. Pass num_chunks=8',
   ),
   'no_head': (
     {'num_chunks': 2},
     {},
     ValueError,
-    'got num_chunks=2 alone. .* head_fn=',
+    'got only num_chunks=2. .* head_fn=',
   ),
   'divides': (
     {'num_chunks': 3},
@@ -426,7 +426,7 @@ ERRORS = {
     {'num_chunks': 2},
     {'head_fn': lambda p, hidden: (hidden, 1)},
     TypeError,
-    r'head_fn must return .* got a tuple. Select it, or cast it\.\n',
+    r'head_fn must return .* got a tuple. Return that array alone, .* it\.\n',
   ),
   'arguments': (
     {'num_chunks': 2},
@@ -438,7 +438,7 @@ ERRORS = {
     {'num_chunks': 2},
     {'head_fn': head_fn, 'label_mask': jnp.ones((2, 2), bool)},
     ValueError,
-    r'predictions, of shape \(2, 4\), got shape \(2, 2\)',
+    r'the shape \(2, 4\) of the predictions, got shape \(2, 2\)',
   ),
 }
 

@@ -297,7 +297,7 @@ def test_loss_that_was_averaged_already():
     params,
     obj_fn=lambda p: jax.lax.pmean(loss_fn(p, shard), 'data'),
   )[0]
-  with pytest.raises(ValueError, match=r"the same on all of \['data'\]"):
+  with pytest.raises(ValueError, match=r"the same along the axes \['data'\]"):
     MAPS['shard_map'](update)(PARAMS)
 
 
