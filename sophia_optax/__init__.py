@@ -1,4 +1,4 @@
-"""Sophia, a stochastic second-order optimizer, in optax's own form."""
+"""Sophia, a stochastic second-order optimizer, as optax transformations."""
 
 import contextlib
 
@@ -32,5 +32,5 @@ from sophia_optax._squared_gradient import (
 
 __version__ = '0.1.0.dev0'
 
-with contextlib.suppress(ImportError):  # Only if Flax is installed.
+with contextlib.suppress(ImportError):  # Flax is optional.
   from sophia_optax.flax import SophiaTrainState as SophiaTrainState

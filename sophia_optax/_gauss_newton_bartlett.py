@@ -204,7 +204,7 @@ def gauss_newton_bartlett_estimator_diag_hessian(
 
     def draw(key):
       key = _collectives.fold_in_index(key, axes)
-      root = _coordinates.unscale(outputs.send_back(score, key, mask), gain)
+      root = _coordinates.unscale(outputs.vjp(score, key, mask), gain)
       return jax.tree.map(jnp.square, root)
 
     return draw

@@ -1,4 +1,4 @@
-"""Averages of an estimator over parts of the batch."""
+"""`microbatched`: averages an estimator over parts of the batch."""
 
 import jax
 import optax
@@ -17,32 +17,33 @@ def microbatched(
 
   .. math:: \hat h = \frac{1}{M} \sum_{m=1}^M \hat h(\text{batch}[m::M])
 
-  The parts cost together what the batch costs and need the activations of one
-  part only. The Gauss-Newton-Bartlett estimate has a standard deviation of √2
-  of its mean whatever the size of its batch, so M estimates of 1/M of the batch
-  have together 1/M of the variance of one estimate of the whole. Hutchinson's
-  gains as much only where the Hessians of the parts are like that of the whole:
-  entries off the diagonal that average out over the batch are larger in a part.
+  The M parts take the FLOPs of the whole batch and the memory for the
+  activations of one part. For the Gauss-Newton-Bartlett estimator the average
+  has 1/M of the variance of one estimate on the whole batch, because the
+  relative standard deviation of an estimate, √2, does not depend on the size of
+  its batch. Hutchinson's estimator gains less if the Hessians of the parts
+  differ: off-diagonal entries that average out over the batch are larger in a
+  part, and they are its variance.
 
-  ``update(grads, state, params, batch=..., **extra_args)`` hands each part of
-  ``batch``, and of ``label_mask`` if there is one, to the estimator, so
-  ``obj_fn`` and ``predict_fn`` are called with ``(params, batch)``. The split
-  is strided, so a batch whose leading axis is sharded over devices stays so.
-  With ``label_mask`` the weight of a part is its number of predictions that
-  count. In a chain, what comes after an estimator of this library acts on the
-  average over the parts.
+  ``update(grads, state, params, batch=..., **extra_args)`` passes each part of
+  ``batch``, and of ``label_mask`` if given, to the estimator. ``obj_fn`` and
+  ``predict_fn`` are therefore called with ``(params, batch)``. The split is
+  strided, so a batch whose leading axis is sharded over devices stays sharded.
+  With ``label_mask``, parts are weighted by their number of predictions that
+  count. If ``estimator`` is a chain that begins with an estimator of this
+  library, the other transformations act on the average over the parts.
 
   Args:
-    estimator: The estimator of one part.
-    num_microbatches: Number M of parts. Has to divide the leading axis of every
-      array in ``batch``.
+    estimator: The estimator to average.
+    num_microbatches: Number M of parts. It must divide the leading axis of
+      every array in ``batch``.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with the state of
     ``estimator``.
 
   Raises:
-    ValueError: If ``num_microbatches`` is less than 1; in ``update``, if
+    ValueError: If ``num_microbatches`` is less than 1. In ``update``, if
       ``batch`` is missing or can't be split into equal parts.
     TypeError: If ``estimator`` is not a transformation.
 
@@ -85,8 +86,8 @@ def microbatched(
       )
 
     if _estimator.is_sampled(state):
-      # Such an estimator averages over the parts itself, and over replicas only
-      # once, unless a wrapper around it did not pass the request.
+      # A sampled estimator averages over the parts itself, and over replicas
+      # only once. This fails if a wrapper does not forward the request.
       mask = {} if label_mask is None else {'label_mask': label_mask}
       result = estimate(state, batch=batch, **mask)
       if asked.is_granted:

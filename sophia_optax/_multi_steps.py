@@ -1,4 +1,4 @@
-"""Gradient accumulation that estimates the curvature once."""
+"""`MultiSteps`: gradient accumulation with one curvature estimate."""
 
 from collections.abc import Callable
 import functools
@@ -9,18 +9,18 @@ import optax
 
 
 class MultiSteps(optax.MultiSteps):
-  """:class:`optax.MultiSteps`, with one estimate of the curvature.
+  """:class:`optax.MultiSteps` that estimates the curvature once per refresh.
 
-  optax's own calls the wrapped optimizer on every micro-step and keeps the last
-  result only: of the n estimates of a refresh, n - 1 are thrown away. Here only
-  the micro-step that emits an update refreshes. Arguments, state and updates
-  are the same. The estimate is of the last micro-batch, as in optax's; to have
-  it of all of them, pass them all as ``batch=`` and divide them again with
-  :func:`sophia_optax.microbatched`.
+  :class:`optax.MultiSteps` calls the wrapped optimizer on each of n micro-steps
+  and keeps only the last result, so n - 1 of n estimates are lost. Here only
+  the micro-step that emits an update refreshes the curvature. Arguments, state
+  and updates are the same. As in optax, the estimate is that of the last
+  micro-batch. To estimate on all micro-batches, pass them together as
+  ``batch=`` and use :func:`sophia_optax.microbatched`.
 
-  With ``update(..., refresh=...)`` the caller decides instead, see
-  :func:`sophia_optax.scale_by_sophia`. A micro-step that emits no update keeps
-  nothing of what it estimates.
+  To decide yourself when to refresh, pass ``refresh`` to ``update``, see
+  :func:`sophia_optax.scale_by_sophia`. An estimate on a micro-step that emits
+  no update is lost.
 
   Example:
     >>> import jax
@@ -52,8 +52,8 @@ class MultiSteps(optax.MultiSteps):
 
     Args:
       opt: The optimizer.
-      every_k_schedule: Number of micro-steps in a step, or a schedule of it.
-      **kwargs: The others.
+      every_k_schedule: Number of micro-steps in a step, or a schedule.
+      **kwargs: All other arguments.
     """
     super().__init__(opt, every_k_schedule, **kwargs)
     self._num_micro_steps = every_k_schedule
@@ -65,7 +65,7 @@ class MultiSteps(optax.MultiSteps):
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, Any]:
-    """Takes a micro-step; extra arguments go to the optimizer."""
+    """Takes a micro-step. Extra arguments are forwarded to the optimizer."""
     if 'refresh' in extra_args:
       return super().update(updates, state, params, **extra_args)
     every_k = self._num_micro_steps
@@ -77,12 +77,15 @@ class MultiSteps(optax.MultiSteps):
     )
 
   def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
-    """Returns this as a transformation that takes extra arguments."""
+    """Returns a transformation with this ``init`` and ``update``."""
     return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
 def _ignores_may_refresh(value_fn):
-  """Lets optax's line searches, which check signatures, ignore the argument."""
+  """Lets `value_fn` accept and ignore `may_refresh`.
+
+  optax's line searches raise if an argument is not in its signature.
+  """
 
   @functools.wraps(value_fn)
   def fn(*args, may_refresh=None, **kwargs):

@@ -1,13 +1,14 @@
-"""Outputs of a model and the way back from them: at once, or chunk by chunk.
+"""Outputs of a model and their vector-Jacobian products, whole or in chunks.
 
 θ, theta   coordinates of the parameters
-z          outputs, (..., N, V), of which V classes can be many
-J          their Jacobian with respect to θ
+z          outputs, (..., N, V), large if there are many classes V
+J          Jacobian of z with respect to θ
 hidden     hidden states, (..., N, D), from which a head computes z
 
-With chunks of N no more than z of a chunk exists at a time. Jᵀ s is then the
-sum of what the head of each chunk sends back to θ, and of what the hidden
-states, which all chunks have sent back to, send back to θ at the end.
+With chunks along the axis of N, z of only one chunk is in memory at a time.
+Jᵀ s then has two terms. The head of each chunk gives a gradient with respect to
+θ, and one with respect to the hidden states. The first are summed; the second
+are put together and propagated from the hidden states to θ at the end.
 """
 
 from collections.abc import Callable
@@ -23,29 +24,29 @@ from sophia_optax import _coordinates
 
 
 class Outputs(NamedTuple):
-  """Outputs z, which may not be in memory.
+  """Outputs z of a model. They may not all be in memory.
 
   Attributes:
-    shape: Of all of them.
-    like: An array with their dtype, and that varies over axes as they do.
-    send_back: (score, key, mask) -> Jᵀ s, a tree like θ in float32 or wider,
-      where `score(key, z, mask)` returns s for some of the predictions.
+    shape: The shape of z.
+    like: An array with the dtype of z that varies over the same axes.
+    vjp: (score, key, mask) -> Jᵀ s, a tree like θ in float32 or wider. It calls
+      `score(key, z, mask)`, which returns s, for all of z or for each chunk.
   """
 
   shape: tuple[int, ...]
   like: jax.Array
-  send_back: Callable[[Callable[..., jax.Array], jax.Array, jax.Array], Any]
+  vjp: Callable[[Callable[..., jax.Array], jax.Array, jax.Array], Any]
 
 
 def at_once(predict: Callable[[Any], jax.Array], theta: Any) -> Outputs:
   """Computes z = predict(θ)."""
   outputs, pull_back = jax.vjp(predict, theta)
 
-  def send_back(score, key, mask):
-    (sent,) = pull_back(score(key, outputs, mask))
-    return _coordinates.widen(sent)
+  def vjp(score, key, mask):
+    (grads,) = pull_back(score(key, outputs, mask))
+    return _coordinates.widen(grads)
 
-  return Outputs(outputs.shape, outputs, send_back)
+  return Outputs(outputs.shape, outputs, vjp)
 
 
 def in_chunks(
@@ -54,12 +55,12 @@ def in_chunks(
   theta: Any,
   num_chunks: int,
 ) -> Outputs:
-  """Computes hidden = predict(θ), and z = head(θ, hidden) when it is needed.
+  """Computes hidden = predict(θ) now, and z = head(θ, hidden) in `vjp`.
 
   Args:
     predict: Returns hidden states, (..., N, D).
     head: Returns z for the hidden states of a chunk, (..., N / M, D).
-    theta: θ.
+    theta: Coordinates of the parameters.
     num_chunks: Number M of chunks, a divisor of N.
   """
 
@@ -69,7 +70,7 @@ def in_chunks(
     return _averages.cut(hidden, num_chunks, hidden.ndim - 2)
 
   hidden, pull_back = jax.vjp(cut_hidden, theta)  # (M, ..., N / M, D)
-  axis = hidden.ndim - 3  # Of N.
+  axis = hidden.ndim - 3  # The axis of N in a chunk.
   one_chunk = lambda: head(theta, hidden[0])
   chunk = jax.eval_shape(one_chunk)
   shape = list(chunk.shape)
@@ -77,27 +78,27 @@ def in_chunks(
   like = _collectives.vary_like(jnp.zeros((), chunk.dtype), one_chunk)
   zeros = optax.tree.zeros_like(_coordinates.widen(theta))
 
-  def send_back(score, key, mask):
+  def vjp(score, key, mask):
     def add_chunk(total, xs):
       key, hidden, mask = xs
       outputs, pull_back = jax.vjp(head, theta, hidden)
-      sent, to_hidden = pull_back(score(key, outputs, mask))
-      return optax.tree.add(total, _coordinates.widen(sent)), to_hidden
+      grads, hidden_grads = pull_back(score(key, outputs, mask))
+      return optax.tree.add(total, _coordinates.widen(grads)), hidden_grads
 
     keys = jax.random.split(key, num_chunks)
     masks = _averages.cut(mask, num_chunks, axis)
-    total, to_hidden = jax.lax.scan(add_chunk, zeros, (keys, hidden, masks))
-    (sent,) = pull_back(to_hidden)
-    return optax.tree.add(total, _coordinates.widen(sent))
+    total, hidden_grads = jax.lax.scan(add_chunk, zeros, (keys, hidden, masks))
+    (grads,) = pull_back(hidden_grads)
+    return optax.tree.add(total, _coordinates.widen(grads))
 
-  return Outputs(tuple(shape), like, send_back)
+  return Outputs(tuple(shape), like, vjp)
 
 
 def _check_divides(num_chunks, shape):
   if len(shape) < 2 or shape[-2] % num_chunks:
-    size = 'no such axis' if len(shape) < 2 else shape[-2]
+    size = 'without an axis of N' if len(shape) < 2 else f'with N = {shape[-2]}'
     raise ValueError(
-      'With head_fn, predict_fn must return hidden states (..., N, D), whose'
-      f' axis of N splits into num_chunks={num_chunks} equal chunks, got shape'
-      f' {shape}, with N = {size}. Choose num_chunks among the divisors of N.'
+      'With head_fn, predict_fn must return hidden states (..., N, D) such that'
+      f' N splits into num_chunks={num_chunks} equal chunks, got shape {shape}'
+      f' {size}. Choose a divisor of N as num_chunks.'
     )

@@ -1,4 +1,4 @@
-"""The squared gradient as an estimate of curvature: the empirical Fisher."""
+"""The squared gradient as a biased estimate of the curvature."""
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +11,32 @@ from sophia_optax import _coordinates
 def squared_gradient_estimator_diag_hessian(
   batch_size: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Estimates curvature by the training gradient, squared.
+  r"""Estimates the curvature as the square of the training gradient.
 
   .. math:: \hat h = B\, g \odot g
 
-  It needs no extra argument, so Sophia with it works wherever AdamW works, and
-  it costs nothing. But it is biased: g is the gradient at the labels of the
-  data, and only at labels drawn from the model are the products of different
-  predictions zero on average. So B g ⊙ g estimates the empirical Fisher plus
-  B times the square of the full gradient. Far from a minimum the second part
-  dominates; at a minimum of a model that fits, both tend to the Gauss-Newton
-  diagonal that
+  This estimator needs no extra argument, so Sophia with it works wherever AdamW
+  works, and it adds almost no cost. But it is biased, because g is the gradient
+  for the labels of the data. Products of different predictions are zero on
+  average only for labels drawn from the model. B g ⊙ g therefore estimates the
+  empirical Fisher plus B times the square of the full gradient. Far from a
+  minimum the second term dominates. At a minimum of a model that fits the data
+  it vanishes, and the first is close to the Gauss-Newton diagonal, which
   :func:`sophia_optax.gauss_newton_bartlett_estimator_diag_hessian` estimates
   without bias.
 
   Args:
     batch_size: Number B of predictions that the loss averages over, greater
-      than 0: tokens for a language model, not sequences.
+      than 0. For a language model, count tokens, not sequences.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` returns
-    the estimate in place of the gradients, with leaves as those of
-    :func:`sophia_optax.hutchinson_estimator_diag_hessian`. With ``loss_scale=``
-    the gradients are those of that many times the loss.
+    the estimate in place of the gradients, with leaves like those of
+    :func:`sophia_optax.hutchinson_estimator_diag_hessian`. If the gradients are
+    those of s times the loss, pass ``loss_scale=s`` to ``update``.
 
   Raises:
-    ValueError: If ``batch_size`` is not positive; in ``update``, if ``params``
+    ValueError: If ``batch_size`` is not positive. In ``update``, if ``params``
       is missing.
 
   Example:

@@ -1,4 +1,4 @@
-"""The train state for Flax linen. No other module imports Flax."""
+"""A train state for Flax linen. No other module imports Flax."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ except ImportError as error:
 
 
 class SophiaTrainState(train_state.TrainState):
-  """Flax's ``TrainState``, with extra arguments for the optimizer.
+  """Flax's ``TrainState`` that forwards extra arguments to the optimizer.
 
-  It takes the place of :class:`flax.training.train_state.TrainState`, whose
-  ``apply_gradients`` forwards nothing to ``tx.update``; fields, ``create`` and
-  everything else are the same. Subclass it to add fields. Any optax optimizer
-  can be its ``tx``.
+  It is a drop-in replacement for
+  :class:`flax.training.train_state.TrainState`, whose ``apply_gradients`` does
+  not forward arguments to ``tx.update``. All else is the same. Subclass it to
+  add fields. ``tx`` can be any optax optimizer.
 
   Example:
     >>> from typing import Any
@@ -48,38 +48,38 @@ class SophiaTrainState(train_state.TrainState):
   """
 
   def apply_gradients(self, *, grads: optax.Updates, **kwargs: Any) -> Self:
-    """Takes a step, with the extra arguments that the optimizer needs.
+    """Takes a step and forwards extra arguments to the optimizer.
 
-    What Flax stores in ``params`` without training it, such as the scales of
-    its 8-bit layers, is kept from the optimizer as in Flax's own method:
-    ``obj_fn`` and ``predict_fn`` are called with ``params['params']`` then.
+    As in Flax's own method, values in ``params`` that are not trained, such as
+    the scales of its 8-bit layers, are not passed to the optimizer. In this
+    case ``obj_fn`` and ``predict_fn`` are called with ``params['params']``.
 
     Args:
       grads: Gradients, a tree like ``params``.
-      **kwargs: New values of fields, such as ``batch_stats=``. Everything else
-        is an extra argument, such as ``obj_fn=``, and goes to ``tx.update``. An
-        optimizer ignores extra arguments that it does not know, so a misspelt
-        name is no error.
+      **kwargs: New values of fields, such as ``batch_stats=``. All other
+        arguments, such as ``obj_fn=``, are forwarded to ``tx.update``. Check
+        their spelling: optimizers ignore unknown extra arguments.
 
     Returns:
-      The state with ``step`` increased by one, new ``params`` and ``opt_state``
-      and the fields of ``kwargs``.
+      The state with ``step`` increased by one, new ``params`` and
+      ``opt_state``, and the fields in ``kwargs``.
 
     Raises:
       TypeError: If ``kwargs`` has ``step``, ``params`` or ``opt_state``, which
-        are computed here.
+        this method computes.
     """
     names = {field.name for field in dataclasses.fields(self)}
     fields = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     update = self.tx.update
-    if not isinstance(self.tx, optax.MultiSteps):  # Takes them, is no subclass.
+    # with_extra_args_support would drop the arguments of optax.MultiSteps.
+    if not isinstance(self.tx, optax.MultiSteps):
       update = optax.with_extra_args_support(self.tx).update
     bound = self.replace(
       tx=optax.GradientTransformationExtraArgs(
         self.tx.init, functools.partial(update, **kwargs)
       )
     )
-    # Flax's own method does the rest, and puts the optimizer back.
+    # Flax's own method does the rest and restores `tx`.
     return super(SophiaTrainState, bound).apply_gradients(
       grads=grads, **({'tx': self.tx} | fields)
     )

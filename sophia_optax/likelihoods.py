@@ -1,9 +1,9 @@
-"""Likelihoods: how labels are distributed, given the outputs of a model.
+"""Likelihoods: distributions of labels, given the outputs of a model.
 
-The Gauss-Newton-Bartlett estimator draws labels from the model itself and asks
-for the score of each, the gradient of -log p(label | outputs) with respect to
-the outputs. The score of a sampled label has mean zero; its covariance is the
-Fisher information S of the outputs:
+The Gauss-Newton-Bartlett estimator draws labels from the model and computes
+the score of each: the gradient of -log p(label | outputs) with respect to the
+outputs. The score of a sampled label has mean zero. Its covariance S is the
+Fisher information of the outputs:
 
                  label         score                     S
     categorical  class         softmax(logits) - onehot  diag(p) - p pᵀ
@@ -24,16 +24,17 @@ from sophia_optax import _checks
 class Likelihood(NamedTuple):
   """A distribution of labels.
 
-  A likelihood of your own is one of these, or for predictions that are single
-  numbers just a function ``(key, outputs) -> scores``.
+  Create one for a likelihood that is not in this module. If each prediction is
+  a single number, you can pass a function ``(key, outputs) -> scores`` to the
+  estimator instead.
 
   Attributes:
-    sample: ``(key, outputs) -> labels``, drawn independently for every
+    sample: ``(key, outputs) -> labels``, drawn independently for each
       prediction.
     score: ``(outputs, labels) -> scores``, shaped like the outputs: the
-      gradient of -log p of every prediction, neither summed nor averaged.
-    event_ndim: Number of trailing axes of the outputs that make up one
-      prediction: 1 for logits over classes, 0 for single numbers.
+      gradient of -log p for each prediction, not summed or averaged.
+    event_ndim: Number of trailing axes of the outputs that form one prediction:
+      1 for logits over classes, 0 for single numbers.
   """
 
   sample: Callable[[jax.Array, jax.Array], jax.Array]
@@ -41,12 +42,12 @@ class Likelihood(NamedTuple):
   event_ndim: int = 0
 
   def draw_score(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Returns the score of labels that are drawn with this key."""
+    """Draws labels with this key and returns their scores."""
     return self.score(outputs, self.sample(key, outputs))
 
 
 def _sample_index(key, weights):
-  """Draws an index of the last axis, with probability like its weight."""
+  """Draws an index of the last axis with the given relative weights."""
   cumulated = jnp.cumsum(weights, axis=-1)
   total = cumulated[..., -1:]
   threshold = total * jax.random.uniform(key, total.shape, total.dtype)
@@ -54,8 +55,8 @@ def _sample_index(key, weights):
 
 
 def _sample_class(key, logits):
-  # First a block of √V classes, then a class in it: beside the probabilities
-  # this holds 2 √V numbers a prediction. Gumbel noise would hold V, four times.
+  # Draws a block of √V classes, then a class in it. Beside the probabilities
+  # this needs memory for 2 √V numbers per prediction. Gumbel noise needs 4 V.
   block_key, class_key = jax.random.split(key)
   probabilities = jax.nn.softmax(logits)
   size = math.isqrt(logits.shape[-1] - 1) + 1
@@ -94,15 +95,15 @@ def _score_bit(logits, labels):
 
 
 bernoulli: Likelihood = Likelihood(_sample_bit, _score_bit)
-"""Zero or one, from a logit for each."""
+"""Zeros and ones, from one logit each."""
 
 
 def gaussian(scale: float = 1.0) -> Likelihood:
-  """Real numbers, from a mean for each.
+  """Real numbers, from one mean each.
 
   Args:
-    scale: Standard deviation of the labels, greater than 0. A loss of half the
-      squared error is the likelihood of scale 1.
+    scale: Standard deviation of the labels, greater than 0. Half the squared
+      error is the negative log-likelihood for scale 1.
 
   Returns:
     The likelihood.

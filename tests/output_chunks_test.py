@@ -396,13 +396,13 @@ ERRORS = {
     {'num_chunks': 3},
     {'head_fn': head_fn},
     ValueError,
-    r'num_chunks=3 equal chunks, got shape \(2, 4, 3\), with N = 4. Choose',
+    r'num_chunks=3 equal chunks, got shape \(2, 4, 3\) with N = 4. Choose',
   ),
   'no_axis': (
     {'num_chunks': 2},
     {'head_fn': head_fn, 'predict_fn': lambda p: p['bias']},
     ValueError,
-    r'hidden states \(..., N, D\), .* got shape \(4,\), with N = no such axis',
+    r'hidden states \(..., N, D\), .* got shape \(4,\) without an axis of N',
   ),
   'rank': (
     {'num_chunks': 2},
