@@ -694,7 +694,9 @@ def _processor():
 def main(argv):
   """Runs what is left."""
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --output=f; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
+    )
   path = pathlib.Path(records.OUTPUT.value or 'convergence.json')
   runs = records.read(path)['runs'] if path.exists() else []
   run_all(runs, path, _JOBS.value, _TRIALS.value)

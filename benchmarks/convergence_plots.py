@@ -476,7 +476,9 @@ def plot_tuning(results: list[dict]) -> figure.Figure:
 def main(argv):
   """Prints the tables and draws the plots."""
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --show=f; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --show=f; got {argv[1:]}.'
+    )
   path = records.SHOW.value or 'benchmarks/convergence.json'
   results = records.read(path)['runs']
   print(render(results))

@@ -134,7 +134,9 @@ def render(table: dict[str, dict[str, float]]) -> str:
 def main(argv):
   """Measures, prints and writes."""
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --draws=50; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --draws=50; got {argv[1:]}.'
+    )
   if records.SHOW.value:
     print(render(records.read(records.SHOW.value)['table']))
     return

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and the run's record."""
+"""Saves and restores checkpoints, which are always complete."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-# What may differ between a run and the one that resumes it.
+# Settings that may differ between a run and the one that resumes it.
 _FREE = ('out_dir', 'data_dir', 'checkpoint_interval', 'mesh')
 
 
@@ -25,16 +25,16 @@ def _all_finite(tree):
 class Checkpoints:
   """Saves and restores (state, record); does nothing without an out_dir.
 
-  Orbax writes into a folder of another name and renames it at the end, so a
-  process that is killed while it writes leaves the checkpoint before.
+  Orbax writes into a temporary folder and renames it at the end. If the process
+  is killed while it writes, the previous checkpoint remains.
   """
 
   def __init__(self, config):
     self._settings = dataclasses.asdict(config)
     self._manager = None
     if config.out_dir:
-      # The next step reuses the memory of this state (it is donated), so the
-      # write is not left to a thread.
+      # Asynchronous writes would be unsafe: the next step reuses the memory of
+      # this state, which is donated.
       self._manager = ocp.CheckpointManager(
         os.path.abspath(config.out_dir),
         options=ocp.CheckpointManagerOptions(
@@ -45,26 +45,26 @@ class Checkpoints:
       )
 
   def save(self, step, state, record):
-    """Saves the state after `step` steps, unless that was done already.
+    """Saves the state after `step` steps, unless it is already saved.
 
     Args:
       step: number of steps done.
-      state: arrays.
-      record: what JSON can hold.
+      state: tree of arrays.
+      record: values that JSON can represent.
 
     Raises:
-      FloatingPointError: if the state has a NaN or an infinity. Saved, it would
-        in time replace all those that training can resume from.
+      FloatingPointError: if the state has a NaN or an infinity. Such
+        checkpoints would in time replace all those that can be resumed from.
       RuntimeError: if the checkpoint can't be written, as on a full disk.
     """
     if self._manager is None or self._manager.latest_step() == step:
       return
     if not _all_finite(state):
       raise FloatingPointError(
-        f'The state after {step} steps must be finite to be saved, and is '
-        f'not: training diverged. The same command {self._resumes()}; '
-        'if it ends here again, pass a smaller learning rate and another '
-        '--out_dir.'
+        f'The state after {step} steps must be finite to be saved, but has a '
+        f'NaN or an infinity: training diverged. The same command '
+        f'{self._resumes()}; if it fails again, pass a smaller learning rate '
+        'and another --out_dir.'
       )
     try:
       self._manager.save(
@@ -78,8 +78,8 @@ class Checkpoints:
     except Exception as error:
       raise RuntimeError(
         f'The checkpoint of step {step} could not be written to '
-        f'{self._manager.directory}, for the reason above. Once it can, as '
-        'with space on the disk again, the same command '
+        f'{self._manager.directory}, see the error above. Fix the cause, for '
+        'example free disk space. Then the same command '
         f'{self._resumes()}.'
       ) from error
 
@@ -95,23 +95,23 @@ class Checkpoints:
 
     Raises:
       ValueError: if the checkpoint is of a run with other settings.
-      RuntimeError: if it can't be read, as where a file was truncated.
+      RuntimeError: if it can't be read, as when a file was truncated.
     """
     step = None if self._manager is None else self._manager.latest_step()
     if step is None:
       return None
-    # Settings first: with another width the state would not even load.
+    # Settings first, because a state with another width could not be loaded.
     settings = self._read(step, settings=ocp.args.JsonRestore()).settings
     changed = [
-      f'{name}: {settings.get(name)!r} then, {value!r} now'
+      f'{name}: {settings.get(name)!r} saved, {value!r} now'
       for name, value in self._settings.items()
       if name not in _FREE and settings.get(name) != value
     ]
     if changed:
       raise ValueError(
-        'A run is resumed with the settings that it began with. '
-        f'{self._manager.directory} has other ones ({"; ".join(changed)}). '
-        'Pass those, or another --out_dir.'
+        'A run must be resumed with the settings that it began with, but '
+        f'{self._manager.directory} has others ({"; ".join(changed)}). Pass '
+        'the saved settings, or another --out_dir.'
       )
     saved = self._read(
       step,
@@ -124,12 +124,12 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:
-      # Not passed over in silence: steps would be lost, and perhaps the fault
-      # is another one, which the checkpoint outlives.
+      # Using an older checkpoint instead would lose steps without notice. The
+      # cause may not be in the checkpoint, which is then still good.
       raise RuntimeError(
-        f'{self._manager.directory / str(step)} could not be restored, for '
-        'the reason above. If its files are damaged, delete that folder: the '
-        f'same command then {self._resumes(step)}.'
+        f'{self._manager.directory / str(step)} could not be restored, see '
+        'the error above. If its files are damaged, delete that folder. Then '
+        f'the same command {self._resumes(step)}.'
       ) from error
 
   def _resumes(self, damaged=None):
@@ -145,12 +145,12 @@ def load(out_dir, make_abstract_state):
   """Reads the newest checkpoint of a run, which may still be training.
 
   Args:
-    out_dir: folder of the run; nothing in it is changed.
+    out_dir: folder of the run. It is not changed.
     make_abstract_state: function of the settings that returns shapes, dtypes
       and shardings of the state.
 
   Returns:
-    (settings, state); the settings are a dictionary.
+    (settings, state), the settings as a dictionary.
 
   Raises:
     FileNotFoundError: if there is no checkpoint.
@@ -161,7 +161,7 @@ def load(out_dir, make_abstract_state):
     step = manager.latest_step()
     if step is None:
       raise FileNotFoundError(
-        f'{out_dir} must have a checkpoint of train_gpt.py, and has none. '
+        f'{out_dir} must have a checkpoint of train_gpt.py, but has none. '
         'Pass the --out_dir of a run that has written one.'
       )
     settings = manager.restore(

@@ -3,8 +3,9 @@
   python examples/data_parallel.py --map=shard_map
 
 Both map the same training step. Each device has its own part of the batch and
-its own probe of the curvature; parameters and optimizer state are equal on all,
-bit for bit. Without accelerators the devices are eight virtual ones of the CPU.
+its own probe of the curvature. Parameters and optimizer state are equal on all
+devices, bit for bit. Without accelerators, the script uses eight virtual CPU
+devices.
 """
 
 from absl import app
@@ -37,7 +38,7 @@ def init_params(key):
 
 
 def loss_fn(params, batch):
-  """The mean loss of this device's part of the batch: no collective in it."""
+  """Returns the mean loss on this device's part of the batch."""
   images, labels = batch  # (B / D, 64), (B / D,)
   logits = jnp.tanh(images @ params['hidden']) @ params['output']
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -51,9 +52,9 @@ def make_optimizer():
 
 
 def train_step(params, state, batch):
-  """What each device does, with its own batch."""
-  # The parameters are equal on all devices. Taken for this device's own, their
-  # gradient is that of the local loss, and stays here until it is averaged.
+  """Takes a step on one device, with its part of the batch."""
+  # Marks the replicated parameters as varying. The gradient is then that of the
+  # local loss. Otherwise shard_map would sum it over the devices.
   own = jax.lax.pcast(params, AXIS, to='varying')
   loss, grads = jax.value_and_grad(loss_fn)(own, batch)
   loss, grads = jax.lax.pmean((loss, grads), AXIS)
@@ -64,7 +65,7 @@ def train_step(params, state, batch):
 
 
 def with_pmap():
-  """Arrays have a leading axis of devices, (D, ...), state included."""
+  """Prepares pmap. All arrays have a leading axis of devices, (D, ...)."""
   num_devices = jax.device_count()
 
   def init(_):
@@ -82,7 +83,7 @@ def with_pmap():
 
 
 def with_shard_map():
-  """Arrays have the shapes they would have on one device."""
+  """Prepares shard_map. Arrays have the same shapes as on one device."""
   mesh = jax.make_mesh(
     (jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
   )
@@ -113,7 +114,7 @@ MAPS = {'pmap': with_pmap, 'shard_map': with_shard_map}
 
 
 def train(map_name, num_steps):
-  """Returns parameters and optimizer state, as the map has them, and losses."""
+  """Trains, and returns parameters, optimizer state and losses."""
   images, labels = load()
   params, state, step, shard = MAPS[map_name]()
   rng = np.random.default_rng(0)
@@ -123,13 +124,15 @@ def train(map_name, num_steps):
     params, state, loss = step(
       params, state, shard((images[rows], labels[rows]))
     )
-    losses.append(float(np.mean(loss)))  # pmap has one for each device.
+    losses.append(float(np.mean(loss)))  # pmap returns one for each device.
   return params, state, losses
 
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --steps=9; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --steps=9; got {argv[1:]}.'
+    )
   jax.config.update('jax_num_cpu_devices', 8)
   _, _, losses = train(_MAP.value, _STEPS.value)
   print(
@@ -139,6 +142,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  _MAP = flags.DEFINE_enum('map', 'pmap', list(MAPS), 'How to use all devices.')
-  _STEPS = flags.DEFINE_integer('steps', 300, 'Batches of 256 images.')
+  _MAP = flags.DEFINE_enum('map', 'pmap', list(MAPS), 'Transformation to use.')
+  _STEPS = flags.DEFINE_integer('steps', 300, 'Number of batches (256 images).')
   app.run(main)

@@ -2,8 +2,8 @@
 
   python examples/demo.py
 
-All start from the same parameters and train on the same batches. Ctrl-C leaves
-a checkpoint, the table and the plot so far.
+All start from the same parameters and train on the same batches. After Ctrl-C
+the script saves a checkpoint and shows the table and the plot so far.
 """
 
 import os
@@ -18,7 +18,7 @@ import gpt_configs
 import text
 import train_gpt
 
-# Okabe and Ito's colours, and a line style each for those who print in grey.
+# Okabe and Ito's colours. Line styles differ too, for prints in grey.
 STYLES = {
   'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
   'nadamw': {'label': 'NAdamW', 'color': '#CC79A7', 'linestyle': ':'},
@@ -29,7 +29,7 @@ _BASELINE = 'adamw'  # runs first
 
 
 def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
-  """Trains with one optimizer after another, until one is interrupted."""
+  """Trains with each optimizer in turn, until a run is interrupted."""
   results = {}
   for optimizer in STYLES:
     results[optimizer] = train_gpt.train(
@@ -74,8 +74,8 @@ def table(results: dict[str, train_gpt.Result]) -> str:
       )
     )
   lines.append(
-    f"Target: {STYLES[_BASELINE]['label']}'s last validation loss. Seconds "
-    'are of training, without\ncompilation, validation and checkpoints.'
+    f"Target: {STYLES[_BASELINE]['label']}'s final validation loss. Seconds "
+    'do not include compilation,\nvalidation and checkpoints.'
   )
   return '\n'.join(lines)
 
@@ -88,7 +88,7 @@ def _plot_losses(axes, results):
   ):
     for optimizer, result in results.items():
       values = [entry['val_loss'] for entry in result.history]
-      # The steep start would press what matters into a corner.
+      # Leaves the steep start out of the limits of the axis.
       losses += values[len(values) // 6 :]
       ax.plot(
         [entry[key] for entry in result.history],
@@ -107,7 +107,7 @@ def _plot_losses(axes, results):
 
 
 def _plot_differences(ax, results):
-  """Draws how far each validation loss is above the baseline's."""
+  """Draws the difference of each validation loss from the baseline's."""
   baseline = {h['step']: h['val_loss'] for h in results[_BASELINE].history}
   for optimizer, result in results.items():
     both = [h for h in result.history if h['step'] in baseline]
@@ -117,7 +117,7 @@ def _plot_differences(ax, results):
       linewidth=2,
       **STYLES[optimizer],
     )
-  # Early differences are ten times as large as the last ones.
+  # Early differences are ten times larger than late ones, so they are cut off.
   ax.set(
     xlabel='Steps',
     ylabel=f"Loss − {STYLES[_BASELINE]['label']}'s",
@@ -149,7 +149,7 @@ def _plot_win_rates(ax, results):
 
 
 def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
-  """Draws losses, their differences to the baseline's, and win rates."""
+  """Draws losses, their differences from the baseline's, and win rates."""
   fig = figure.Figure(figsize=(10, 7), layout='constrained')
   axes = fig.subplots(2, 2, height_ratios=(3, 2))
   axes[0, 0].sharey(axes[0, 1])
@@ -168,14 +168,16 @@ def define_flags():
   flags.DEFINE_string(
     'out_dir',
     None,
-    'Of checkpoints and plot; runs that it holds are '
+    'Folder for checkpoints and plot. Runs in it are '
     'resumed. By default a new folder in runs/.',
   )
 
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --out_dir=x; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --out_dir=x; got {argv[1:]}.'
+    )
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
   out_dir = flags.FLAGS.out_dir or time.strftime('runs/demo-%Y%m%d-%H%M%S')
   tokens = text.standard_library()

@@ -2,9 +2,9 @@
 
   python examples/digits.py
 
-1,797 images of 8 × 8 pixels come with scikit-learn. Both optimizers train the
-same Flax network from the same parameters on the same batches; a table and a
-plot of loss and accuracy on held-out images compare them.
+The data are 1,797 images of 8 × 8 pixels from scikit-learn. Both optimizers
+train the same Flax network, from the same parameters and on the same batches. A
+table and a plot compare loss and accuracy on held-out images.
 """
 
 import os
@@ -45,8 +45,8 @@ def sophia_g(steps, learning_rate=5e-3, rho=0.01):
 
 
 OPTIMIZERS = {'AdamW': adamw, 'Sophia-G': sophia_g}
-# As many settings for each; the defaults above are the best of them, by loss on
-# the held-out images with one seed.
+# The same number of settings for each optimizer. The defaults above are those
+# with the lowest loss on the held-out images, for one seed.
 _RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 SEARCH = {
   'AdamW': [{'learning_rate': x, 'b1': y} for x in _RATES for y in (0.9, 0.8)],
@@ -74,7 +74,7 @@ class Network(nn.Module):
 
 
 def load() -> tuple[Split, Split]:
-  """Returns the images to train on, and the quarter that is held out."""
+  """Returns the training images and the quarter that is held out."""
   digits = datasets.load_digits()
   images = np.float32(digits.images[..., None]) / 16
   labels = np.int32(digits.target)
@@ -90,10 +90,10 @@ def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
   """Trains a network.
 
   Args:
-    optimizer: an optax optimizer; Sophia's extra arguments are passed to it.
+    optimizer: an optax optimizer. It gets Sophia's extra arguments.
     steps: number of batches.
-    seed: of parameters and batches.
-    name: shown by the progress bar.
+    seed: seed of parameters and batches.
+    name: label of the progress bar.
 
   Returns:
     The parameters, and a list of dictionaries with step, seconds of training,
@@ -112,8 +112,8 @@ def train(optimizer: Any, steps: int, seed: int = 0, name: str = ''):
   @jax.jit
   def step(params, state, batch):
     grads = jax.grad(loss_fn)(params, batch)
-    # Sophia-H's curvature is that of obj_fn. Sophia-G's comes from the same
-    # images, but from labels that the network itself would give them.
+    # Sophia-H estimates the curvature of obj_fn. Sophia-G uses the same images,
+    # with labels that it samples from the outputs of predict_fn.
     updates, state = optax.with_extra_args_support(optimizer).update(
       grads,
       state,
@@ -179,7 +179,9 @@ def plot(histories: dict[str, list[dict[str, float]]]) -> figure.Figure:
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --steps=9; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --steps=9; got {argv[1:]}.'
+    )
   if _SEARCH.value:
     for name, settings in SEARCH.items():
       for setting in settings:
@@ -205,8 +207,8 @@ def main(argv):
 
 if __name__ == '__main__':
   _SEARCH = flags.DEFINE_bool(
-    'search', False, 'Try the settings that the defaults were chosen from.'
+    'search', False, 'Try all settings from which the defaults were chosen.'
   )
-  _STEPS = flags.DEFINE_integer('steps', 300, 'Batches of 128 images.')
-  _OUT_DIR = flags.DEFINE_string('out_dir', 'runs', 'Of the plot.')
+  _STEPS = flags.DEFINE_integer('steps', 300, 'Number of batches (128 images).')
+  _OUT_DIR = flags.DEFINE_string('out_dir', 'runs', 'Folder for the plot.')
   app.run(main)

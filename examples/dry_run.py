@@ -1,4 +1,4 @@
-"""What a step costs, worked out without running it or allocating for it."""
+"""FLOPs and memory of a training step, without running it."""
 
 import math
 
@@ -41,18 +41,20 @@ def _count(jaxpr):
 def matmul_flops(fn, *args) -> tuple[int, int]:
   """Counts the FLOPs of the matrix products of a function.
 
-  XLA's own cost analysis counts the body of a loop once, whatever the number
-  of iterations, so the layers and micro-batches of a scan would be lost. Here
-  the traced program is walked and a scan's body is counted as often as it runs.
-  Element-wise work, a few per cent, is left out, as is usual for utilization.
+  XLA's cost analysis counts the body of a loop once, for any number of
+  iterations, so it would count one layer and one micro-batch of a scan. This
+  function walks through the jaxpr and multiplies a scan's body by its length.
+  Element-wise operations, a few per cent, are not counted, as is usual for
+  utilization.
 
   Args:
     fn: function to trace.
     *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    (fewest, most) FLOPs: they differ by the branches of a `jax.lax.cond`. For a
-    step of Sophia that is an ordinary step and one that refreshes curvature.
+    (fewest, most) FLOPs, for the cheapest and the most expensive branch of each
+    `jax.lax.cond`. With Sophia, the first is an ordinary step and the second
+    one that refreshes the curvature.
   """
   return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -70,12 +72,11 @@ def report(config, step, state, batch) -> str:
   Args:
     config: a `gpt_configs.Config`.
     step: the jitted function (state, batch) -> (state, metrics).
-    state: its state as `jax.ShapeDtypeStruct`s with shardings; has params and
-      opt_state.
-    batch: its batch, as a `jax.ShapeDtypeStruct` with a sharding.
+    state: a `train_gpt.State` of `jax.ShapeDtypeStruct`s with shardings.
+    batch: the batch, a `jax.ShapeDtypeStruct` with a sharding.
 
   Returns:
-    Lines of text.
+    Several lines of text.
   """
   lines = ['parameters:']
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):

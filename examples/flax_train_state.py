@@ -1,12 +1,12 @@
-"""Trains a Flax network that has more than parameters, with Sophia-H.
+"""Trains a Flax network with batch statistics and dropout, with Sophia-H.
 
   python examples/flax_train_state.py
   JAX_NUM_CPU_DEVICES=8 python examples/flax_train_state.py --pmap
 
-Batch normalization brings statistics that change in every step, dropout brings
-random numbers. Both are in the loss whose curvature Sophia asks for. A subclass
-of `sophia_optax.SophiaTrainState` carries them, on one device or, with
-`--pmap`, on all of them.
+Batch normalization has statistics that change in every step, and dropout needs
+random numbers. The loss whose curvature Sophia-H estimates depends on both. A
+subclass of `sophia_optax.SophiaTrainState` holds them. Training runs on one
+device or, with `--pmap`, on all devices.
 """
 
 import functools
@@ -25,22 +25,22 @@ import tqdm
 import digits
 import sophia_optax
 
-_BATCH_SIZE = 128  # Of all devices together.
+_BATCH_SIZE = 128  # Sum over all devices.
 _LEARNING_RATE = 3e-3
 
 
 class TrainState(sophia_optax.SophiaTrainState):
-  batch_stats: Any  # Means and variances for evaluation, like the layers.
-  dropout_key: jax.Array  # Never changes; each step folds its number in.
+  batch_stats: Any  # Means and variances for evaluation.
+  dropout_key: jax.Array  # Constant. Each step folds its number into a copy.
 
 
 class Network(nn.Module):
-  """Two convolutions and a hidden layer, normalized, with dropout."""
+  """Two convolutions with batch normalization, a hidden layer and dropout."""
 
   @nn.compact
   def __call__(self, x, train):  # (B, 8, 8, 1)
-    # No axis_name: across replicas a loss would depend on the parameters of
-    # all, and Sophia asks for the curvature of the loss of one.
+    # BatchNorm gets no axis_name. With it, the loss of a replica would depend
+    # on the parameters of all, but Sophia needs a loss of its replica alone.
     normalize = functools.partial(
       nn.BatchNorm, use_running_average=not train, momentum=0.9
     )
@@ -53,12 +53,12 @@ class Network(nn.Module):
 
 
 def create(seed: int, steps: int, axis_name: str | None = None) -> TrainState:
-  """Returns the state to start from."""
+  """Returns the initial state."""
   params_key, dropout_key = jax.random.split(jax.random.key(seed))
   network = Network()
   variables = network.init(params_key, jnp.zeros((1, 8, 8, 1)), train=False)
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(
-    has_aux=True,  # The loss below returns statistics too.
+    has_aux=True,  # The loss below also returns statistics.
     axis_name=axis_name,
   )
   optimizer = sophia_optax.sophia(
@@ -80,9 +80,9 @@ def create(seed: int, steps: int, axis_name: str | None = None) -> TrainState:
 def train_step(
   state: TrainState, batch: digits.Split, axis_name: str | None = None
 ) -> tuple[TrainState, jax.Array]:
-  """Returns the next state, and the loss."""
+  """Returns the next state and the loss."""
   key = jax.random.fold_in(state.dropout_key, state.step)
-  if axis_name is not None:  # Images of its own deserve masks of their own.
+  if axis_name is not None:  # Each device draws different masks.
     key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
   def loss_fn(params):
@@ -101,14 +101,14 @@ def train_step(
   (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
     state.params
   )
-  if axis_name is not None:  # What is stored is the same on all devices.
+  if axis_name is not None:  # The new state must be equal on all devices.
     loss, batch_stats, grads = jax.lax.pmean(
       (loss, batch_stats, grads), axis_name
     )
 
-  # Gradient and curvature are those of one function: the same images, masks
-  # and old statistics. That of the curvature is not averaged over devices, as
-  # the estimates are; the statistics that it returns once more are left alone.
+  # Gradient and curvature use the same function, with the same images, masks
+  # and old statistics. obj_fn does not average over devices, because the
+  # optimizer averages the estimates. It ignores the statistics.
   state = state.apply_gradients(
     grads=grads, batch_stats=batch_stats, obj_fn=loss_fn
   )
@@ -133,20 +133,21 @@ def train(
   Args:
     steps: number of batches.
     pmap: whether to divide batches over all local devices.
-    seed: of parameters, dropout and batches.
+    seed: seed of parameters, dropout and batches.
 
   Returns:
-    The state, of one device, and the accuracy on images that are held out.
+    The state of one device, and the accuracy on held-out images.
   """
   training, held_out = digits.load()
   num_devices = jax.local_device_count() if pmap else 1
   if _BATCH_SIZE % num_devices:
     raise ValueError(
-      f'{num_devices} devices do not divide a batch of {_BATCH_SIZE} images.'
+      f'The number of devices must divide the batch of {_BATCH_SIZE} images; '
+      f'got {num_devices}. Set JAX_NUM_CPU_DEVICES or leave --pmap out.'
     )
 
   if pmap:
-    # Named as in pmap, or the second step is compiled again.
+    # With another axis_name than pmap's, the second step would compile again.
     state = jax_utils.replicate(
       create(seed, steps, axis_name='batch'), axis_name='batch'
     )
@@ -178,7 +179,9 @@ def train(
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --steps=9; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --steps=9; got {argv[1:]}.'
+    )
   state, accuracy = train(_STEPS.value, _PMAP.value)
   win_rate = optax.tree.get(state.opt_state, 'win_rate')
   print(
@@ -188,6 +191,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  _STEPS = flags.DEFINE_integer('steps', 200, 'Batches of 128 images.')
+  _STEPS = flags.DEFINE_integer('steps', 200, 'Number of batches (128 images).')
   _PMAP = flags.DEFINE_bool('pmap', False, 'Train on all local devices.')
   app.run(main)

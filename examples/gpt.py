@@ -1,6 +1,6 @@
-"""A GPT in Flax: pre-norm, causal, tied embeddings, no biases.
+"""A GPT in Flax, with pre-norm, causal attention, tied embeddings, no biases.
 
-B sequences, T tokens each, C channels, H heads, L layers, V words.
+Shapes: B sequences, T tokens, C channels, H heads, L layers, V token types.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ def norm(name, x):
 
 
 def attend(q, k, v):
-  """Causal attention by softmax, in float32; all are (B, T, H, C/H)."""
+  """Causal softmax attention in float32. All arrays are (B, T, H, C/H)."""
   scores = jnp.einsum(
     'bthc,bshc->bhts', q, k, preferred_element_type=jnp.float32
   )
@@ -47,7 +47,8 @@ class Block(nn.Module):
         kernel_init=nn.initializers.normal(stddev),
       )
 
-    # GPT-2 shrinks what is added to the residual stream 2 L times.
+    # As in GPT-2, weights of the 2 L additions to the residual stream are
+    # initialized smaller.
     residual = 0.02 / (2 * self.num_layers) ** 0.5
 
     qkv = dense(3 * channels)(norm('norm_1', x))  # (B·T, 3·C)
@@ -66,13 +67,13 @@ class GPT(nn.Module):
     vocab_size: V.
     block_size: largest T.
     num_layers: L.
-    num_heads: H, divides width.
+    num_heads: H, a divisor of width.
     width: C.
-    dtype: type of the activations; parameters are float32.
-    unroll: layers per iteration of the scan over layers. 1 compiles fastest,
-      L runs fastest where layers are small; the parameters are the same.
-    remat: whether the backward pass computes the activations of a layer again
-      instead of keeping them: a third more FLOPs, memory of one layer.
+    dtype: dtype of the activations. Parameters are float32.
+    unroll: layers per iteration of the scan over layers. 1 compiles fastest; L
+      runs fastest if layers are small. The parameters are the same.
+    remat: whether the backward pass computes the activations of each layer
+      again. This takes a third more FLOPs, and memory for one layer only.
   """
 
   vocab_size: int
@@ -91,7 +92,7 @@ class GPT(nn.Module):
       dtype=self.dtype,
       embedding_init=nn.initializers.normal(0.02),
     )
-    # Gathered once for both ends of the model.
+    # Gathered once for both uses, the embedding and the head.
     self.table = sharding.whole(self.tokens.embedding).astype(self.dtype)
 
   def __call__(self, tokens):
@@ -129,15 +130,16 @@ class GPT(nn.Module):
 
 
 def decay_mask(params):
-  """Returns True for the matrices, which are what weight decay is for.
+  """Returns a mask for weight decay, True for matrices.
 
-  By name and not by rank: in scanned layers a scale has two axes too.
+  It goes by names. Ranks do not tell, because scales of scanned layers have two
+  axes as well.
 
   Args:
     params: parameters of `GPT`.
 
   Returns:
-    A tree of bools like `params`: kernels and the token embedding.
+    A tree of bools like `params`, True for kernels and the token embedding.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key in ('kernel', 'embedding'), params

@@ -1,4 +1,4 @@
-"""Settings of train_gpt.py: every field is a flag of the same name."""
+"""Settings of train_gpt.py. Each field is a flag with the same name."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ OPTIMIZERS = ('adamw', 'nadamw', 'lion', 'sophia_h', 'sophia_g')
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One run. B sequences of T tokens a step."""
+  """Settings of one run. A step has B sequences of T tokens."""
 
   # Data.
-  data_dir: str = ''  # has train.bin, val.bin; '': the standard library's text
-  seed: int = 0  # of parameters, batches and curvature probes
+  data_dir: str = ''  # with train.bin, val.bin; '': the standard library
+  seed: int = 0  # for parameters, batches and curvature probes
 
   # Model.
   vocab_size: int = 256
@@ -24,47 +24,50 @@ class Config:
   width: int = 64
   dtype: str = 'float32'  # of activations
   unroll: int = 1  # layers per iteration of the scan over layers
-  remat: bool = False  # compute activations twice instead of keeping them
-  # Parts of each sequence whose logits are in memory one after another; divides
-  # T. With more than 1 the gradient's logits are computed twice.
+  remat: bool = False  # compute activations again instead of storing them
+  # Number of parts of each sequence, a divisor of T. Only the logits of one
+  # part are in memory at a time. With more than 1, the gradient computes logits
+  # twice.
   head_chunks: int = 1
 
   # Training.
   num_steps: int = 1800
   batch_size: int = 32  # B, over all micro-batches
-  # Sequences in memory at once; divides B. Small is also fast on a CPU: 32
-  # sequences of the demo's model stay in its cache.
+  # Sequences in memory at once, a divisor of B. On a CPU small is fast: the
+  # activations of 32 sequences of the demo's model fit into the cache.
   micro_batch_size: int = 32
   eval_interval: int = 60  # steps between validations
-  eval_batches: int = 16  # of micro_batch_size sequences
+  eval_batches: int = 16  # number of batches of micro_batch_size sequences
 
   # Optimizer.
   optimizer: str = 'adamw'  # one of OPTIMIZERS
-  learning_rate: float = 1e-2  # after warm-up; a cosine leads on from there
-  final_learning_rate: float = 0.05  # at the end, as a fraction of it
+  learning_rate: float = 1e-2  # after warm-up; then it decays by a cosine
+  final_learning_rate: float = 0.05  # at the end, relative to learning_rate
   warmup_steps: int = 100
   b1: float = 0.9
   b2: float = 0.99
   eps: float = 1e-8
-  weight_decay: float = 0.1  # of matrices only
-  clip_norm: float = 1.0  # largest global norm of a gradient
+  weight_decay: float = 0.1  # for matrices only
+  clip_norm: float = 1.0  # limit on the global norm of the gradient
   gamma: float = 0.01  # Sophia: scale of the curvature; rho of Sophia-G
-  # At the end, as a fraction of it: a cosine leads there over the second half.
+  # At the end, relative to gamma, which decays by a cosine over the second
+  # half.
   final_gamma: float = 1.0
-  target_win_rate: float = 0.0  # Sophia: gamma is steered to it; 0: it is not
+  target_win_rate: float = 0.0  # Sophia: gamma is adjusted to reach it; 0: off
   update_interval: int = 10  # Sophia: steps between curvature estimates
-  curvature_batch_size: int = 32  # Sophia: sequences used for an estimate
-  curvature_parts: int = 1  # Sophia: estimates that these are divided among
+  curvature_batch_size: int = 32  # Sophia: sequences for each refresh
+  curvature_parts: int = 1  # Sophia: estimates per refresh, each on its part
   nesterov: bool = False  # Sophia: Nesterov momentum
-  nu_bias_correction: bool = False  # Sophia: h is corrected for its start
-  # Sophia: limit of the root mean square of an array's update; 0: no limit.
+  nu_bias_correction: bool = False  # Sophia: bias correction of h
+  # Sophia: limit on the root mean square of an array's update; 0: no limit.
   max_update_rms: float = 0.0
 
-  # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'; '': one.
+  # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'. '': one
+  # device.
   mesh: str = ''
 
   # Output.
-  out_dir: str = ''  # of checkpoints, resumed from if there are any
+  out_dir: str = ''  # folder for checkpoints; a run resumes from the newest one
   checkpoint_interval: int = 100
 
   def __post_init__(self):
@@ -103,7 +106,7 @@ class Config:
       )
     if not 1 <= self.curvature_batch_size <= self.batch_size:
       raise ValueError(
-        'curvature_batch_size is a part of the batch, 1 to batch_size = '
+        'curvature_batch_size must be 1 to batch_size = '
         f'{self.batch_size}; got {self.curvature_batch_size}.'
       )
     if self.curvature_parts < 1 or (
@@ -124,7 +127,7 @@ class Config:
       if size % num_devices:
         raise ValueError(
           f'{name} must be a multiple of the {num_devices} devices of mesh '
-          f'{self.mesh!r}, which its sequences are divided among; '
+          f'{self.mesh!r}, so that each gets the same number of sequences; '
           f'got {size}.'
         )
     if self.width % axes.get('fsdp', 1):
@@ -144,12 +147,12 @@ class Config:
 
 
 def sophia_like(adamw: Config, optimizer: str) -> Config:
-  """Returns settings for Sophia where AdamW's are known.
+  """Derives settings for Sophia from settings for AdamW.
 
-  The rule of docs/choosing.md: AdamW's learning rate, with updates limited to
-  the size of AdamW's, a quarter of the steps for warm-up, a γ that falls to a
-  tenth over the second half, and the curvature of a quarter of the batch every
-  tenth step.
+  This is the rule in docs/choosing.md: keep AdamW's learning rate, limit
+  updates to the size of AdamW's, warm up for a quarter of the steps, reduce γ
+  to a tenth over the second half, and estimate the curvature on a quarter of
+  the batch every tenth step.
 
   Args:
     adamw: AdamW's settings.
@@ -173,8 +176,8 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   )
 
 
-# Some five minutes on two CPU cores. AdamW's settings are the best of the
-# trials of benchmarks/convergence.py.
+# Takes about five minutes on two CPU cores. AdamW's settings are the best ones
+# of the search in benchmarks/convergence.py.
 _DEMO = Config(
   unroll=2,
   learning_rate=0.00922,
@@ -184,10 +187,10 @@ _DEMO = Config(
   checkpoint_interval=600,
 )
 
-# GPT-2 small with the batch, schedule, curvature batches, b1, b2, k, eps and
-# gamma of arXiv:2305.14342. Sophia's learning rate and decay are those that its
-# authors' code has for Sophia-G of this size, AdamW's settings are nanoGPT's.
-# The paper takes one estimate of the curvature's batch; here it is divided.
+# GPT-2 small. Batch, schedule, curvature batches, b1, b2, k, eps and gamma are
+# those of arXiv:2305.14342. Sophia's learning rate and weight decay are those
+# of its authors' code for Sophia-G at this size. AdamW's settings are those of
+# nanoGPT. The paper makes one estimate per curvature batch, this one several.
 _GPT2_124M = Config(
   vocab_size=50304,
   block_size=1024,
@@ -241,7 +244,7 @@ CONFIGS = {
 
 
 def get_config(name: str, optimizer: str, **overrides) -> Config:
-  """Returns the settings of that name for that optimizer.
+  """Returns the named settings for an optimizer.
 
   Args:
     name: a key of `CONFIGS`.
@@ -252,7 +255,7 @@ def get_config(name: str, optimizer: str, **overrides) -> Config:
     The settings.
 
   Raises:
-    ValueError: if there is no such name, or a setting is not possible.
+    ValueError: if there is no such name, or a setting is invalid.
   """
   if name not in CONFIGS:
     raise ValueError(

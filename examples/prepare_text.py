@@ -1,18 +1,18 @@
-"""Turns text files into tokens to train on, with a tokenizer of their own.
+"""Trains a tokenizer on text files, and converts them to tokens.
 
   python examples/prepare_text.py --out_dir=corpus notes.txt books 'src/**/*.md'
 
-Names are of files, of folders, which are searched without hidden files, or
-patterns. The text must be UTF-8, and nothing is downloaded. The folder is for
---data_dir of train_gpt.py:
+Pass names of files, folders or patterns. Folders are searched recursively,
+without hidden files. The text must be UTF-8. Nothing is downloaded. Pass the
+folder of the result to train_gpt.py as --data_dir. It contains:
 
-  train.bin, val.bin  tokens, raw uint16, as nanoGPT has them
+  train.bin, val.bin  tokens, raw uint16, in nanoGPT's format
   tokenizer.json      byte-level BPE, for Hugging Face's tokenizers
   meta.json           size of the vocabulary, numbers of tokens, sources
 
-The last --val_fraction of every file is held out, so that validation sees every
-topic. The tokenizer learns from the rest alone. Either part of a file ends with
-a token of its own, <|endoftext|>.
+The last --val_fraction of each file is held out, so that validation covers all
+topics. The tokenizer is trained on the rest. Both parts of a file end with a
+special token, <|endoftext|>.
 """
 
 import codecs
@@ -35,15 +35,15 @@ import tqdm
 import gpt_configs
 import text
 
-# What is in memory at once: bytes of a piece, and pieces, which the tokenizer
-# encodes in parallel. A word at the end of a piece is cut in two.
+# Limits on memory: bytes in a piece, and pieces that the tokenizer encodes in
+# parallel. A word at the boundary of two pieces is cut.
 _PIECE_SIZE = 1 << 16
 _BATCH_SIZE = 16
 _RESULTS = ('train.bin', 'val.bin', 'tokenizer.json', 'meta.json')
 
 
 class Span(NamedTuple):
-  """A part of a file, from one byte to another."""
+  """A part of a file, from byte `start` up to byte `stop`."""
 
   path: str
   start: int
@@ -51,29 +51,31 @@ class Span(NamedTuple):
 
 
 def find_files(names: list[str]) -> list[str]:
-  """Returns the files that the names stand for, each once.
+  """Returns the files that match the names, without duplicates.
 
   Args:
-    names: files, folders and patterns. Of the last two, empty files and those
-      with a leading dot are left out.
+    names: files, folders and patterns. In folders and patterns, empty and
+      hidden files are skipped.
 
   Returns:
-    Paths in the order of the names, sorted where a name stands for several.
+    Paths in the order of the names. Several files for one name are sorted.
 
   Raises:
-    FileNotFoundError: if there is no name, or one stands for no file.
-    ValueError: if a file that was named is empty.
+    FileNotFoundError: if there are no names, or one matches no file.
+    ValueError: if a name is that of an empty file.
   """
   if not names:
     raise FileNotFoundError(
-      'Text files are needed, and none is named. Pass their names, folders '
-      "or patterns: python examples/prepare_text.py --out_dir=corpus 'a/*.txt'"
+      'Text files are needed, but none was given. Pass files, folders or '
+      "patterns: python examples/prepare_text.py --out_dir=corpus 'a/*.txt'"
     )
   files = []
   for name in names:
     if os.path.isfile(name):
       if not os.path.getsize(name):
-        raise ValueError(f'Files with text are needed; {name} is empty.')
+        raise ValueError(
+          f'Each file must contain text; {name} is empty. Leave it out.'
+        )
       files.append(name)
       continue
     pattern = name
@@ -86,18 +88,19 @@ def find_files(names: list[str]) -> list[str]:
     ]
     if not found:
       raise FileNotFoundError(
-        f'Each name must stand for a file with text; {name!r} stands for none.'
+        f'Each name must match a file with text; {name!r} matches none. Check '
+        'its spelling and the working directory.'
       )
     files += found
   return list(dict.fromkeys(files))
 
 
 def split(path: str, val_fraction: float) -> tuple[Span, Span]:
-  """Returns what of a file is for training, and the rest, for validation."""
+  """Splits a file into a part for training and the rest, for validation."""
   size = os.path.getsize(path)
   with open(path, 'rb') as file:
     file.seek(int(size * (1 - val_fraction)))
-    # Bytes 10xxxxxx continue a character.
+    # Moves to the start of a character: bytes 10xxxxxx continue one.
     while (byte := file.read(1)) and byte[0] >> 6 == 0b10:
       pass
     middle = file.tell() - len(byte)
@@ -105,7 +108,7 @@ def split(path: str, val_fraction: float) -> tuple[Span, Span]:
 
 
 def read(span: Span) -> Iterator[str]:
-  """Yields the text of a span, a piece at a time.
+  """Yields the text of a span, one piece at a time.
 
   Raises:
     ValueError: if it is not UTF-8.
@@ -114,16 +117,16 @@ def read(span: Span) -> Iterator[str]:
   with open(span.path, 'rb') as file:
     file.seek(span.start)
     while True:
-      # The decoder keeps the first bytes of a character that was cut.
+      # The decoder keeps the first bytes of an incomplete character.
       start = file.tell() - len(decoder.getstate()[0])
       data = file.read(min(_PIECE_SIZE, span.stop - file.tell()))
       try:
         piece = decoder.decode(data, final=not data)
       except UnicodeDecodeError as error:
         raise ValueError(
-          f'Text must be UTF-8, and {span.path} is not, at byte '
-          f'{start + error.start}: {error.reason}. Convert it, as with '
-          'iconv -f latin1 -t utf-8, or leave it out.'
+          f'Text must be UTF-8, but {span.path} is not, at byte '
+          f'{start + error.start}: {error.reason}. Convert the file, for '
+          'example with iconv -f latin1 -t utf-8, or leave it out.'
         ) from error
       if not data:
         return
@@ -131,12 +134,12 @@ def read(span: Span) -> Iterator[str]:
 
 
 def train_tokenizer(spans: list[Span], vocab_size: int) -> tokenizers.Tokenizer:
-  """Trains byte-level BPE, which encodes every text and loses nothing of it.
+  """Trains byte-level BPE, which encodes any text without loss.
 
   Args:
     spans: the text.
-    vocab_size: largest number of tokens: text.END_OF_TEXT, one for each byte
-      and, as long as a pair of tokens repeats, one for each merge.
+    vocab_size: limit on the number of tokens: text.END_OF_TEXT, one for each
+      byte, and one for each merge. Merges end when no pair of tokens repeats.
 
   Returns:
     The tokenizer.
@@ -152,7 +155,7 @@ def train_tokenizer(spans: list[Span], vocab_size: int) -> tokenizers.Tokenizer:
     special_tokens=[text.END_OF_TEXT],
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
   )
-  # It has progress bars of its own.
+  # The trainer shows its own progress bars.
   tokenizer.train_from_iterator(
     itertools.chain.from_iterable(map(read, spans)),
     trainer,
@@ -164,8 +167,8 @@ def train_tokenizer(spans: list[Span], vocab_size: int) -> tokenizers.Tokenizer:
 def encode(
   tokenizer: tokenizers.Tokenizer, spans: list[Span], path: str
 ) -> int:
-  """Writes the tokens of the text to a file, and returns their number."""
-  # An <|endoftext|> that the text has is text.
+  """Writes the tokens of the text to a file and returns their number."""
+  # If the text contains <|endoftext|>, encodes it as text.
   tokenizer.encode_special_tokens = True
   end = np.array([tokenizer.token_to_id(text.END_OF_TEXT)], np.uint16)
   num_bytes = sum(span.stop - span.start for span in spans)
@@ -194,8 +197,8 @@ def describe_file(path: str) -> dict[str, str | int]:
 def check_settings(vocab_size, val_fraction):
   if not 257 <= vocab_size <= 65_536:
     raise ValueError(
-      'vocab_size must be 257 (each byte, and the end of a text) to 65,536 '
-      f'(tokens are uint16); got {vocab_size}.'
+      'vocab_size must be 257 (all bytes and <|endoftext|>) to 65,536 (tokens '
+      f'are uint16); got {vocab_size}.'
     )
   if not 0 < val_fraction < 1:
     raise ValueError(
@@ -207,8 +210,8 @@ def check_is_free(out_dir):
   for name in _RESULTS:
     if os.path.exists(os.path.join(out_dir, name)):
       raise FileExistsError(
-        f'{out_dir} has a {name} already, which would be lost. Pass another '
-        '--out_dir, or delete it.'
+        f'--out_dir must not contain results; {out_dir} already has a {name}. '
+        'Pass another --out_dir, or delete the file.'
       )
 
 
@@ -222,9 +225,9 @@ def write_tokens(folder, parts, vocab_size, block_size) -> dict[str, int]:
     num_tokens = encode(tokenizer, spans, os.path.join(folder, f'{name}.bin'))
     if num_tokens <= block_size:
       raise ValueError(
-        f'{name}.bin must have a sequence of block_size + 1 = '
-        f'{block_size + 1} tokens, and would have {num_tokens}. Add text, or '
-        'pass another --val_fraction, or a smaller --block_size here and to '
+        f'{name}.bin must have at least block_size + 1 = {block_size + 1} '
+        f'tokens, but would have {num_tokens}. Add text, pass another '
+        '--val_fraction, or pass a smaller --block_size both here and to '
         'train_gpt.py.'
       )
     sizes[f'{name}_tokens'] = num_tokens
@@ -238,30 +241,30 @@ def prepare(
   val_fraction: float = 0.1,
   block_size: int = gpt_configs.Config.block_size,
 ) -> dict:
-  """Writes the folder that --data_dir of train_gpt.py reads.
+  """Writes a folder for --data_dir of train_gpt.py.
 
   Args:
     names: files, folders and patterns.
-    out_dir: the folder; it gets all of its files, or none of them.
-    vocab_size: largest number of tokens, 257 to 65,536.
-    val_fraction: part of every file that is held out.
-    block_size: predictions in a sequence that you will train with.
+    out_dir: the folder. After an error it contains none of the files.
+    vocab_size: limit on the number of different tokens, 257 to 65,536.
+    val_fraction: fraction of each file to hold out.
+    block_size: number of predictions in a sequence, as in train_gpt.py.
 
   Returns:
-    What meta.json has.
+    The content of meta.json.
 
   Raises:
-    FileExistsError: if the folder has such files already.
-    FileNotFoundError: if there is no file.
-    ValueError: if a setting is out of range, a file is empty or not UTF-8, or
-      either part has fewer tokens than a sequence.
+    FileExistsError: if the folder already contains such files.
+    FileNotFoundError: if there is no text file.
+    ValueError: if a setting is out of range, if a file is empty or not UTF-8,
+      or if train.bin or val.bin would be shorter than a sequence.
   """
   check_settings(vocab_size, val_fraction)
   check_is_free(out_dir)
   files = find_files(names)
   parts = [split(path, val_fraction) for path in files]
   os.makedirs(out_dir, exist_ok=True)
-  # Whatever fails leaves none of the results.
+  # After an error, none of the results is left in out_dir.
   with tempfile.TemporaryDirectory(prefix='part-', dir=out_dir) as folder:
     meta = write_tokens(folder, parts, vocab_size, block_size)
     meta |= {
@@ -277,18 +280,18 @@ def prepare(
 
 
 def define_flags():
-  flags.DEFINE_string('out_dir', None, 'Folder of the result.', required=True)
+  flags.DEFINE_string('out_dir', None, 'Folder for the result.', required=True)
   flags.DEFINE_integer(
     'vocab_size',
     1024,
-    'Largest number of tokens; a short text gives fewer. 1024 is for models as '
-    'small as that of the demo, GPT-2 has 50,257.',
+    'Limit on the number of different tokens; a short text gives fewer. 1024 '
+    'suits a model as small as that of the demo. GPT-2 has 50,257.',
   )
-  flags.DEFINE_float('val_fraction', 0.1, 'Part of every file to hold out.')
+  flags.DEFINE_float('val_fraction', 0.1, 'Fraction of each file to hold out.')
   flags.DEFINE_integer(
     'block_size',
     gpt_configs.Config.block_size,
-    'Predictions in a sequence that you will train with.',
+    'Number of predictions in a sequence, as in train_gpt.py.',
   )
 
 
@@ -305,9 +308,10 @@ def main(argv):
   except (FileExistsError, FileNotFoundError, ValueError) as error:
     raise app.UsageError(str(error)) from error
   print(
-    f'{len(meta["files"])} files, {meta["vocab_size"]:,} different tokens, '
-    f'{meta["train_tokens"]:,} for training and {meta["val_tokens"]:,} for '
-    f'validation. To train: python examples/train_gpt.py '
+    f'{len(meta["files"])} files. The vocabulary has {meta["vocab_size"]:,} '
+    f'tokens. The text has {meta["train_tokens"]:,} for training and '
+    f'{meta["val_tokens"]:,} for validation. To train: '
+    'python examples/train_gpt.py '
     f'--data_dir={values.out_dir} --out_dir=runs/mine'
   )
 

@@ -1,10 +1,10 @@
-"""Prints text that a model of train_gpt.py continues, token by token.
+"""Samples text from a model that was trained with train_gpt.py.
 
   python examples/sample.py --out_dir=runs/demo_sophia_h --prompt='def '
 
-The newest checkpoint has the settings of the model and the name of the folder
-that it was trained on, whose tokenizer.json is used. Without such a folder a
-token is a byte. All tokens come from one program, compiled once.
+The newest checkpoint contains the settings of the model and the name of its
+data folder. Text is encoded with the tokenizer.json in that folder, or without
+a folder as bytes. All tokens are drawn in one compiled program.
 """
 
 from collections.abc import Callable
@@ -28,19 +28,19 @@ import train_gpt
 
 
 class Codec(NamedTuple):
-  """How text becomes tokens and tokens become text."""
+  """Conversion between text and tokens."""
 
   encode: Callable[[str], list[int]]
   decode: Callable[[list[int]], str]
   vocab_size: int
-  start: int  # the token before a text
+  start: int  # the token that precedes a text
 
 
 def make_codec(data_dir: str) -> Codec:
-  """Returns the codec of a folder of prepare_text.py; '' is for bytes.
+  """Returns the codec for a model.
 
   Args:
-    data_dir: folder with tokenizer.json.
+    data_dir: folder with the tokenizer.json of prepare_text.py; '' for bytes.
 
   Raises:
     FileNotFoundError: if there is no tokenizer.json.
@@ -55,8 +55,8 @@ def make_codec(data_dir: str) -> Codec:
   path = os.path.join(data_dir, 'tokenizer.json')
   if not os.path.isfile(path):
     raise FileNotFoundError(
-      f'The tokenizer that the model was trained with is needed; there is no '
-      f'{path}. Pass --data_dir with a folder that has it.'
+      'The tokenizer of the model is needed; there is no '
+      f'{path}. Pass --data_dir with the folder that contains it.'
     )
   tokenizer = tokenizers.Tokenizer.from_file(path)
   return Codec(
@@ -72,7 +72,7 @@ def load(out_dir: str):
   names = {field.name for field in dataclasses.fields(gpt_configs.Config)}
 
   def make_config(settings):
-    # On one device, whatever the mesh it was trained on.
+    # Sampling runs on one device, even if training used several.
     known = {name: x for name, x in settings.items() if name in names}
     return gpt_configs.Config(**(known | {'mesh': ''}))
 
@@ -86,7 +86,7 @@ def load(out_dir: str):
 
 def choose(logits, key, temperature, top_k, vocab_size):
   """Draws a token from logits (V,); see `generate`."""
-  # A model may have more tokens than the tokenizer.
+  # The vocabulary of the model can be larger than that of the tokenizer.
   logits = logits[:vocab_size]
   if temperature == 0:
     return jnp.argmax(logits)
@@ -97,10 +97,11 @@ def choose(logits, key, temperature, top_k, vocab_size):
 
 
 def make_generate(model, num_tokens, temperature, top_k, vocab_size):
-  """Returns (params, window, length, key) -> tokens, to be jitted.
+  """Returns the function (params, window, length, key) -> tokens, to be jitted.
 
-  The window (T,) begins with `length` tokens; what comes after them has no
-  effect, as attention is causal. Once it is full, its first token leaves it.
+  The first `length` entries of the window (T,) are tokens. The others have no
+  effect, because attention is causal. When the window is full, the oldest token
+  is dropped.
   """
 
   def generate(params, window, length, key):
@@ -125,10 +126,13 @@ def check_settings(num_tokens, temperature, top_k):
     raise ValueError(f'num_tokens must be at least 1; got {num_tokens}.')
   if temperature < 0:
     raise ValueError(
-      f'temperature must be at least 0, the likeliest token; got {temperature}.'
+      'temperature must be at least 0, which chooses the likeliest token; got '
+      f'{temperature}.'
     )
   if top_k < 0:
-    raise ValueError(f'top_k must be at least 0, all tokens; got {top_k}.')
+    raise ValueError(
+      f'top_k must be at least 0, which allows all tokens; got {top_k}.'
+    )
 
 
 def sample(
@@ -140,20 +144,22 @@ def sample(
   seed: int = 0,
   data_dir: str | None = None,
 ) -> str:
-  """Returns a prompt and what the model of a run continues it with.
+  """Returns the prompt and its continuation by the model of a run.
 
   Args:
     out_dir: folder of the run.
-    prompt: text to begin with; of a long one the last block_size tokens count.
+    prompt: text to continue. The model sees its last block_size tokens.
     num_tokens: number of tokens to draw.
-    temperature: the logits are divided by it; 0 for the likeliest token.
-    top_k: only that many of the likeliest tokens are drawn; 0 for all.
-    seed: of the draws.
-    data_dir: folder with the tokenizer.json; None for that of the training.
+    temperature: divisor of the logits; 0 chooses the likeliest token.
+    top_k: number of likeliest tokens to draw from; 0 for all.
+    seed: seed of the draws.
+    data_dir: folder with the tokenizer.json. None means the folder that the
+      model was trained on.
 
   Raises:
     FileNotFoundError: if there is no checkpoint or no tokenizer.
-    ValueError: if a setting is out of range, or the model has no such token.
+    ValueError: if a setting is out of range, or a token of the prompt is not in
+      the vocabulary of the model.
   """
   check_settings(num_tokens, temperature, top_k)
   config, params = load(out_dir)
@@ -161,9 +167,9 @@ def sample(
   given = codec.encode(prompt)
   if max(given, default=0) >= config.vocab_size:
     raise ValueError(
-      f'Tokens of the prompt must be below vocab_size = {config.vocab_size} of '
-      f'the model; got {max(given)}. Pass --data_dir with the tokenizer.json '
-      'that the model was trained with.'
+      'Tokens of the prompt must be below vocab_size = '
+      f'{config.vocab_size} of the model; got {max(given)}. Pass --data_dir '
+      'with the tokenizer.json of the model.'
     )
   seen = (given or [codec.start])[-config.block_size :]
   window = np.zeros(config.block_size, np.int32)
@@ -178,7 +184,7 @@ def sample(
     )
   )
   tokens = generate(params, window, len(seen), jax.random.key(seed))
-  # Together, as a character can have several tokens.
+  # Decodes all tokens together, because a character can have several tokens.
   return codec.decode(given + tokens.tolist())
 
 
@@ -186,23 +192,27 @@ def define_flags():
   flags.DEFINE_string(
     'out_dir', None, 'Folder of a run of train_gpt.py.', required=True
   )
-  flags.DEFINE_string('prompt', '', 'Text to begin with.')
+  flags.DEFINE_string('prompt', '', 'Text to continue.')
   flags.DEFINE_integer('num_tokens', 200, 'Number of tokens to draw.')
   flags.DEFINE_float(
-    'temperature', 0.8, 'Logits are divided by it; 0: the likeliest token.'
+    'temperature', 0.8, 'Divisor of the logits; 0: choose the likeliest token.'
   )
-  flags.DEFINE_integer('top_k', 0, 'Draw of that many likeliest; 0: of all.')
+  flags.DEFINE_integer(
+    'top_k', 0, 'Number of likeliest tokens to draw from; 0: all.'
+  )
   flags.DEFINE_integer('seed', 0, 'Seed of the draws.')
   flags.DEFINE_string(
     'data_dir',
     None,
-    'Folder with the tokenizer.json, if it is not where it was in training.',
+    'Folder with the tokenizer.json, if it has moved since training.',
   )
 
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --top_k=9; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --top_k=9; got {argv[1:]}.'
+    )
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
   values = flags.FLAGS
   try:

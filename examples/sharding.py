@@ -1,8 +1,7 @@
-"""Meshes of devices, and how what a training holds is laid out on one.
+"""Meshes of devices, and the sharding of batches and states.
 
-Sequences are divided over all devices. Over the mesh axis called `fsdp` what
-is kept is divided too: parameters, their moments and their curvature. Over
-every other axis it is replicated.
+Sequences are divided over all devices. Parameters and optimizer state are
+divided over the mesh axis `fsdp`, and replicated over all other axes.
 """
 
 import math
@@ -13,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 
 def parse(spec: str) -> dict[str, int]:
-  """Returns the axes of 'data:2,fsdp:4' and their sizes; '' is one device.
+  """Returns the names and sizes of the axes in a string like 'data:2,fsdp:4'.
 
   Args:
-    spec: `name:size` for each axis, with commas between.
+    spec: `name:size` of each axis, separated by commas. '' is one device.
 
   Raises:
-    ValueError: if it is not of that form.
+    ValueError: if `spec` does not have this form.
   """
   axes = {}
   for axis in (spec or 'data:1').split(','):
@@ -30,22 +29,22 @@ def parse(spec: str) -> dict[str, int]:
       or not (size.isdecimal() and int(size))
     ):
       raise ValueError(
-        'mesh must be name:size for each axis, with commas between and no '
-        f'name twice, such as data:2,fsdp:4; got {spec!r}.'
+        'mesh must be name:size for each axis, separated by commas and with '
+        f'different names, such as data:2,fsdp:4; got {spec!r}.'
       )
     axes[name] = int(size)
   return axes
 
 
 def make_mesh(spec: str) -> jax.sharding.Mesh:
-  """Returns the mesh of a description such as 'data:8' or 'data:2,fsdp:4'.
+  """Returns the mesh for a string like 'data:8' or 'data:2,fsdp:4'.
 
   Args:
     spec: see `parse`.
 
   Raises:
-    ValueError: if `spec` is not of that form, or there are too few devices, or
-      there are more and several processes.
+    ValueError: if `spec` does not have this form, if there are too few devices,
+      or if several processes have more devices than the mesh.
   """
   axes = parse(spec)
   size, count = math.prod(axes.values()), jax.device_count()
@@ -59,9 +58,9 @@ def make_mesh(spec: str) -> jax.sharding.Mesh:
   if size < count and jax.process_count() > 1:
     raise ValueError(
       f'{jax.process_count()} processes need a mesh of all their {count} '
-      f'devices; {spec!r} has {size}. Pass for example --mesh=data:{count}.'
+      f'devices; {spec!r} has {size}. For example, pass --mesh=data:{count}.'
     )
-  # Auto: XLA derives what the shardings here do not say.
+  # Auto: XLA chooses the shardings that this module does not specify.
   return jax.make_mesh(
     tuple(axes.values()),
     tuple(axes),
@@ -71,27 +70,27 @@ def make_mesh(spec: str) -> jax.sharding.Mesh:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
-  """Divides an array's axis of sequences over all devices."""
+  """Returns a sharding that divides the axis of sequences over all devices."""
   return NamedSharding(mesh, P(*[None] * axis, mesh.axis_names))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Whole on every device."""
+  """Returns the sharding that replicates an array on all devices."""
   return NamedSharding(mesh, P())
 
 
 def state_sharding(mesh: jax.sharding.Mesh, state):
-  """Returns the sharding of every array of a state, of parameters, or of both.
+  """Returns the sharding of each array in a tree of parameters or a state.
 
   Args:
     mesh: the mesh.
-    state: arrays or `jax.ShapeDtypeStruct`s. What is shaped like a parameter,
-      as its moments are, is laid out like it.
+    state: arrays or `jax.ShapeDtypeStruct`s. Moments are sharded like their
+      parameters, because they have the same shapes.
 
   Returns:
-    A tree like `state`: of arrays with two axes or more the last one is divided
-    if `fsdp` divides its length. It is never that of the layers, of which a
-    scan takes one at a time.
+    A tree like `state`. If an array has at least two axes and `fsdp` divides
+    the length of the last one, that axis is divided. The axis of layers is
+    never divided, because a scan takes one layer at a time.
   """
   return jax.tree.map(lambda x: NamedSharding(mesh, _kept(mesh, x)), state)
 
@@ -106,8 +105,8 @@ def _kept(mesh, x):
 def divide(x: jax.Array) -> jax.Array:
   """Divides the leading axis over all devices of the mesh in `jax.set_mesh`.
 
-  Left alone, XLA may divide activations like the parameters that they meet,
-  by channels, and send activations around instead of parameters.
+  Without this, XLA may divide activations by channels, like the parameters,
+  and then communicate activations instead of parameters.
   """
   axes = jax.sharding.get_abstract_mesh().axis_names
   return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
@@ -116,8 +115,8 @@ def divide(x: jax.Array) -> jax.Array:
 def whole(x: jax.Array) -> jax.Array:
   """Gathers a parameter on every device of the mesh in `jax.set_mesh`.
 
-  Said of the parameter, it is said of its tangent too, the curvature's probe:
-  that one as well is drawn in parts and gathered then.
+  The constraints also apply to the tangent of the parameter, the probe of the
+  curvature. It is drawn in shards and then gathered.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.axis_names:
@@ -127,5 +126,5 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 def put(x, sharding: NamedSharding) -> jax.Array:
-  """Puts on each device its part of an array that every process has whole."""
+  """Shards an array over the devices. Each process must have all of it."""
   return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)

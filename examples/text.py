@@ -1,8 +1,8 @@
-"""Text to train on: the standard library's own, or files of tokens.
+"""Loads training data: text of the standard library, or files of tokens.
 
-A batch is a pure function of (seed, step). So a resumed run continues where
-it was cut off without a saved reader position, and two optimizers with one
-seed see the same batches.
+A batch is a pure function of (seed, step). A resumed run therefore needs no
+saved reader position, and two optimizers with the same seed see the same
+batches.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sysconfig
 
 import numpy as np
 
-# Not text that people wrote to be read: tests, generated or vendored code.
+# Tests, generated code and vendored code.
 _SKIPPED_FOLDERS = frozenset(
   {
     'site-packages',
@@ -34,14 +34,14 @@ _VALIDATION_EVERY = 20
 
 
 def standard_library() -> np.ndarray:
-  """Reads the text that every Python carries: its help topics and sources.
+  """Reads help topics and sources of Python's standard library.
 
   Returns:
-    uint8 array (bytes,), about 10 MB, in an order that depends on the names of
-    the files only. It differs between Python versions: see `fingerprint`.
+    uint8 array (bytes,), about 10 MB. The order of the files depends only on
+    their names. The text differs between Python versions, see `fingerprint`.
 
   Raises:
-    FileNotFoundError: if this Python came without its sources.
+    FileNotFoundError: if this Python was installed without its sources.
   """
   root = pathlib.Path(sysconfig.get_path('stdlib'))
   topics = root / 'pydoc_data' / 'topics.py'
@@ -57,13 +57,13 @@ def standard_library() -> np.ndarray:
       for name in names
       if name.endswith('.py') and not name.startswith('_sysconfigdata')
     ]
-  # English prose first, then code by relative name, whatever the file system.
+  # English prose first, then code, sorted by name on every file system.
   paths.sort(key=lambda p: (p != topics, p.relative_to(root).as_posix()))
   if topics not in paths:
     raise FileNotFoundError(
-      f'The demo reads the sources of the standard library, and {root} has '
-      'no pydoc_data/topics.py. Install a Python with its sources, or pass '
-      '--data_dir with a train.bin and a val.bin of your own.'
+      'The demo needs the sources of the standard library, but '
+      f'{root} has no pydoc_data/topics.py. Install a Python with its sources, '
+      'or pass --data_dir with your own train.bin and val.bin.'
     )
   return np.frombuffer(b'\n'.join(p.read_bytes() for p in paths), np.uint8)
 
@@ -72,21 +72,22 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
   """Loads the training and the validation tokens.
 
   Args:
-    data_dir: folder with `train.bin` and `val.bin` (raw uint16 tokens) of
-      prepare_text.py or of nanoGPT's prepare.py, which are mapped and not read;
-      '' for the standard library.
+    data_dir: folder with `train.bin` and `val.bin` (raw uint16 tokens), from
+      prepare_text.py or nanoGPT's prepare.py. The files are memory-mapped. ''
+      for the standard library.
 
   Returns:
     (train, validation), integer arrays of shape (tokens,).
 
   Raises:
-    FileNotFoundError: if one of the files is not there.
-    ValueError: if a file does not hold whole uint16 tokens.
+    FileNotFoundError: if one of the files does not exist.
+    ValueError: if the size of a file is 0 or odd.
   """
   if not data_dir:
     tokens = standard_library()
     blocks = tokens[: len(tokens) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
-    # Every 20th block, not the tail: a tail of sorted files is another topic.
+    # Holds out every 20th block. The last blocks would be of other topics,
+    # because the files are sorted.
     held_out = np.arange(len(blocks)) % _VALIDATION_EVERY == 0
     return blocks[~held_out].reshape(-1), blocks[held_out].reshape(-1)
 
@@ -100,7 +101,7 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
     size = path.stat().st_size
     if size == 0 or size % 2:
       raise ValueError(
-        f'{path} must hold uint16 tokens, two bytes each; it has {size} '
+        f'{path} must contain uint16 tokens, two bytes each; it has {size} '
         'bytes. Write it again with tokens.astype(np.uint16).tofile(path).'
       )
     return np.memmap(path, np.uint16, mode='r')
@@ -109,18 +110,19 @@ def load(data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
 
 
 def vocab_size(data_dir: str, given: int | None = None) -> int | None:
-  """Returns the size of the vocabulary for a model of these tokens.
+  """Returns the vocabulary size for a model of these tokens.
 
   Args:
     data_dir: as in `load`.
-    given: a size that was asked for, such as a multiple of 128.
+    given: the size that the user passed, if any, such as a multiple of 128.
 
   Returns:
-    `given`; without it what the folder's meta.json has; None if that is not
-    there.
+    `given` if it is not None, otherwise the size in the folder's meta.json, or
+    None if there is no such file.
 
   Raises:
-    ValueError: if `given` is below what meta.json has, or that has no size.
+    ValueError: if `given` is below the size in meta.json, or meta.json has no
+      size.
   """
   path = pathlib.Path(data_dir, 'meta.json')
   if not data_dir or not path.is_file():
@@ -135,7 +137,7 @@ def vocab_size(data_dir: str, given: int | None = None) -> int | None:
   if given is not None and given < size:
     raise ValueError(
       f'vocab_size must be at least {size}, the number of different tokens in '
-      f'{path}; got {given}. Leave out --vocab_size to have it from there.'
+      f'{path}; got {given}. Leave --vocab_size out to use that number.'
     )
   return given or size
 
@@ -147,11 +149,11 @@ def fingerprint(tokens: np.ndarray) -> str:
 
 def _windows(tokens, starts, length, vocab_size):
   batch = np.stack([tokens[i : i + length] for i in starts]).astype(np.int32)
-  # An embedding look-up out of range is silent under jit.
+  # Under jit, an embedding look-up out of range raises no error.
   if batch.max() >= vocab_size:
     raise ValueError(
       f'Tokens must be below vocab_size, {vocab_size}; the data has '
-      f"{batch.max()}. Pass a --vocab_size above the tokenizer's largest."
+      f'{batch.max()}. Pass a --vocab_size above the largest token.'
     )
   return batch
 
@@ -159,8 +161,8 @@ def _windows(tokens, starts, length, vocab_size):
 def _check_length(tokens, length):
   if len(tokens) < length:
     raise ValueError(
-      f'A window of block_size + 1 = {length} tokens is needed; the data '
-      f'has {len(tokens)}. Pass a smaller --block_size or more data.'
+      f'At least block_size + 1 = {length} tokens are needed; the data has '
+      f'{len(tokens)}. Pass a smaller --block_size or more data.'
     )
 
 
@@ -180,7 +182,7 @@ def sample(
     step: number of the step.
     batch_size: B, sequences in the batch.
     block_size: T, predictions in a sequence.
-    vocab_size: V, above every token.
+    vocab_size: V, greater than every token.
 
   Returns:
     int32 array (B, T + 1): inputs are [:, :-1], targets [:, 1:].
@@ -202,14 +204,14 @@ def validation(
   block_size: int,
   vocab_size: int,
 ) -> np.ndarray:
-  """Cuts the same, evenly spread windows each time, so that losses compare.
+  """Returns the validation batches, evenly spaced sequences of the tokens.
 
   Args:
     tokens: integer array (tokens,).
     num_batches: N, batches.
     batch_size: B, sequences in a batch.
     block_size: T, predictions in a sequence.
-    vocab_size: V, above every token.
+    vocab_size: V, greater than every token.
 
   Returns:
     int32 array (N, B, T + 1).

@@ -1,11 +1,11 @@
-"""Trains a GPT with Sophia and others, on a laptop or with GPT-2's settings.
+"""Trains a GPT with Sophia or another optimizer, from a laptop to GPT-2's size.
 
   python examples/train_gpt.py --optimizer=sophia_h
   python examples/train_gpt.py --config=gpt2_124m --data_dir=... --dry_run
 
-Every field of gpt_configs.Config is a flag. A run that was killed resumes from
-its last checkpoint when started again, and ends with the same bits. Ctrl-C
-writes a checkpoint first, unless there are several processes.
+Each field of gpt_configs.Config is a flag. If a run is killed, start it again:
+it resumes from its last checkpoint and ends with the same bits. Ctrl-C writes a
+checkpoint first, unless there are several processes.
 """
 
 from collections.abc import Callable
@@ -35,14 +35,14 @@ import text
 
 
 class State(NamedTuple):
-  """Everything that a step changes; the batch is a function of the step."""
+  """All values that a step changes. The batch is a function of the step."""
 
   params: Any
   opt_state: optax.OptState
 
 
 class Result(NamedTuple):
-  """What a run left."""
+  """Result of a run."""
 
   state: State
   history: list[dict[str, float]]  # one entry for each validation
@@ -64,10 +64,10 @@ def make_model(config):
 
 
 def on_first_sequences(size, num_parts, estimator):
-  """Hands an estimator the first sequences of the batch, a part at a time.
+  """Estimates on the first sequences of the batch, one part at a time.
 
-  Sequences are moved between devices for that. As the optimizer calls it only
-  when it refreshes the curvature, they are moved only then.
+  This moves sequences between devices, but only on steps that refresh the
+  curvature, because the optimizer calls the estimator only on those.
   """
   estimator = sophia_optax.microbatched(estimator, num_parts)
 
@@ -81,7 +81,7 @@ def on_first_sequences(size, num_parts, estimator):
 
 
 def make_gamma(config):
-  """Returns γ, constant or falling over the second half of the run."""
+  """Returns γ, a constant or a schedule that decays in the second half."""
   if config.final_gamma == 1:
     return config.gamma
   half = config.num_steps // 2
@@ -184,10 +184,10 @@ def make_loss(predict_fn):
 
 
 def make_chunked_loss(hidden_fn, head_fn, num_chunks):
-  """The same loss, with the logits of one chunk of each sequence in memory.
+  """Returns the same loss, with only the logits of one chunk in memory.
 
-  The backward pass computes them again. A custom rule could save that, but
-  Sophia-H needs the loss's second derivatives, by jvp.
+  The backward pass computes the logits again. A custom derivative rule could
+  avoid that, but Sophia-H needs second derivatives of the loss, by jvp.
   """
 
   def cut(x):  # (B, T, ...) -> (K, B, T/K, ...)
@@ -208,7 +208,7 @@ def make_chunked_loss(hidden_fn, head_fn, num_chunks):
 
 
 def make_fns(config, model):
-  """Returns the loss, obj_fn, and what Sophia-G takes instead, by name."""
+  """Returns the functions for the optimizers: obj_fn, predict_fn, head_fn."""
   if config.head_chunks == 1:
     predict_fn = make_predict(model)
     return {'obj_fn': make_loss(predict_fn), 'predict_fn': predict_fn}
@@ -239,8 +239,8 @@ def make_init(config, model, optimizer):
 def make_step(fns, optimizer):
   """Returns the function (state, batch, refresh) -> (state, metrics).
 
-  With `refresh`, a bool, the caller decides whether Sophia refreshes the
-  curvature; with None the count of steps does.
+  `refresh` is a bool that says whether Sophia refreshes the curvature. With
+  None, the count of steps decides.
   """
   loss_fn = fns['obj_fn']
 
@@ -255,9 +255,8 @@ def make_step(fns, optimizer):
     total, _ = jax.lax.scan(add_micro_batch, zero, batch)
     loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
-    # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn (and then
-    # head_fn), on a part of this batch at a time, when it refreshes; the others
-    # call none.
+    # On a refresh, Sophia-H calls obj_fn, and Sophia-G calls predict_fn and
+    # head_fn, on parts of this batch. Other optimizers ignore them.
     updates, opt_state = optimizer.update(
       grads, opt_state, params, batch=batch, refresh=refresh, **fns
     )
@@ -281,7 +280,7 @@ def make_evaluate(loss_fn):
 
 
 class Program(NamedTuple):
-  """What runs on a mesh, to be traced within `jax.set_mesh(mesh)`."""
+  """Functions for a mesh. Trace them within `jax.set_mesh(mesh)`."""
 
   state: State  # shapes, dtypes and shardings
   batch: jax.ShapeDtypeStruct  # (B/M, M, T + 1), with its sharding
@@ -316,7 +315,7 @@ def make_program(config, mesh) -> Program:
     state,
     batch,
     jax.jit(init, out_shardings=shardings),
-    # Donated: the new state takes the memory of the old one.
+    # The old state is donated, so the new one uses its memory.
     jax.jit(
       step,
       out_shardings=(shardings, replicated),
@@ -329,13 +328,13 @@ def make_program(config, mesh) -> Program:
 
 @contextlib.contextmanager
 def postponed_interrupt():
-  """Yields an event that Ctrl-C sets, so that a step is never cut in two.
+  """Yields an event that Ctrl-C sets, so that the current step finishes.
 
-  A second Ctrl-C interrupts at once. So does the first where there are several
-  processes, as it does not reach all of them between the same two steps.
+  A second Ctrl-C interrupts at once. With several processes the first one does,
+  because it would reach them at different steps.
   """
   interrupted = threading.Event()
-  # Signals only ever reach the main thread.
+  # Only the main thread can handle signals.
   if (
     threading.current_thread() is not threading.main_thread()
     or jax.process_count() > 1
@@ -355,23 +354,22 @@ def postponed_interrupt():
 
 
 def train(config: gpt_configs.Config) -> Result:
-  """Trains, or resumes from what config.out_dir has.
+  """Trains, or resumes from the newest checkpoint in config.out_dir.
 
-  Seconds in the history are of training: compilation, validation and
-  checkpoints are not in them. With several processes each calls this, and each
-  gets the history.
+  Seconds in the history do not include compilation, validation and checkpoints.
+  With several processes, each calls this function and gets the history.
 
   Args:
     config: the settings.
 
   Returns:
-    State, history and time of compilation.
+    The state, the history and the time of compilation.
   """
   train_tokens, val_tokens = text.load(config.data_dir)
   sizes = config.block_size, config.vocab_size
   mesh = sharding.make_mesh(config.mesh)
-  # Every process has all tokens and puts the rows of its devices there. Every
-  # micro-batch is divided over all devices, so none is ever moved.
+  # Each process has all tokens and puts the right rows on its devices. Each
+  # micro-batch is divided over all devices, so steps do not move sequences.
   rows = sharding.batch_sharding(mesh, axis=1)
   val_batches = sharding.put(
     text.validation(
@@ -404,7 +402,7 @@ def train(config: gpt_configs.Config) -> Result:
     {'seconds': 0.0, 'history': []},
   )
 
-  # On CPUs steps of several processes that overlap can wait for each other.
+  # On CPUs, overlapping steps of several processes can deadlock.
   one_by_one = jax.process_count() > 1 and jax.default_backend() == 'cpu'
   with (
     postponed_interrupt() as interrupted,
@@ -423,7 +421,7 @@ def train(config: gpt_configs.Config) -> Result:
       step += 1
       if one_by_one:
         jax.block_until_ready(state)
-      # Reading the step before lets this one run meanwhile.
+      # Shows metrics of the previous step, so as not to wait for this one.
       shown = {name: f'{float(x):.3f}' for name, x in last_metrics.items()}
       seconds = record['seconds'] + time.perf_counter() - clock
       shown['tokens/s'] = f'{config.tokens_per_step * step / seconds:,.0f}'
@@ -458,7 +456,7 @@ def train(config: gpt_configs.Config) -> Result:
 
 
 def describe(config: gpt_configs.Config) -> str:
-  """Describes the run's step without allocating its parameters."""
+  """Describes a step of the run without allocating parameters."""
   mesh = sharding.make_mesh(config.mesh)
   program = make_program(config, mesh)
   with jax.set_mesh(mesh):
@@ -466,21 +464,21 @@ def describe(config: gpt_configs.Config) -> str:
 
 
 def define_flags():
-  """Defines a flag for every setting; None leaves what --config says."""
+  """Defines a flag for each setting, which overrides that of --config."""
   flags.DEFINE_enum(
-    'config', 'demo', list(gpt_configs.CONFIGS), 'Settings to begin with.'
+    'config', 'demo', list(gpt_configs.CONFIGS), 'Settings to start from.'
   )
   flags.DEFINE_bool(
-    'dry_run', False, 'Print shapes, parameters, FLOPs and bytes only.'
+    'dry_run', False, 'Only print shapes, parameters, FLOPs and bytes.'
   )
   flags.DEFINE_string(
     'coordinator_address',
     None,
-    'host:port on which process 0 is reached. '
-    'Given in each of several processes, it joins their devices.',
+    'host:port of process 0. Pass it to each of several processes to join '
+    'their devices.',
   )
-  flags.DEFINE_integer('num_processes', None, 'Number of all processes.')
-  flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
+  flags.DEFINE_integer('num_processes', None, 'Total number of processes.')
+  flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.')
   define = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
@@ -511,21 +509,23 @@ def config_from_flags() -> gpt_configs.Config:
 
 
 def join_processes_from_flags():
-  """Joins the devices of several processes, before JAX looks for any."""
+  """Joins the devices of several processes. Call it before JAX is used."""
   names = 'coordinator_address', 'num_processes', 'process_id'
   given = {name: flags.FLAGS[name].value for name in names}
   if None not in given.values():
     jax.distributed.initialize(**given)
   elif any(value is not None for value in given.values()):
     raise app.UsageError(
-      'Several processes need --coordinator_address, --num_processes and '
-      f'--process_id, each of them all three; got {given}.'
+      'Each of several processes needs --coordinator_address, --num_processes '
+      f'and --process_id; got {given}.'
     )
 
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --num_steps=9; got {argv[1:]}.')
+    raise app.UsageError(
+      f'Only flags are accepted, such as --num_steps=9; got {argv[1:]}.'
+    )
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file as INFO
   config = config_from_flags()
   join_processes_from_flags()

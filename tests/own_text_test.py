@@ -227,9 +227,9 @@ def test_names_stand_for_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('names', 'settings', 'error', 'message'),
   [
-    ([], {}, FileNotFoundError, 'none is named'),
-    (['*.md'], {}, FileNotFoundError, r"'\*\.md' stands for none"),
-    (['nowhere'], {}, FileNotFoundError, "'nowhere' stands for none"),
+    ([], {}, FileNotFoundError, 'but none was given'),
+    (['*.md'], {}, FileNotFoundError, r"'\*\.md' matches none"),
+    (['nowhere'], {}, FileNotFoundError, "'nowhere' matches none"),
     (['empty'], {}, ValueError, 'empty is empty'),
     (['prose', 'latin'], {}, ValueError, 'latin is not, at byte 70003: inv'),
     (['prose', 'late'], {}, ValueError, 'late is not, at byte 70003: inv'),
@@ -266,7 +266,7 @@ def test_corpus_is_not_overwritten(commands):
   folder, _ = commands
   with (
     contextlib.chdir(folder),
-    pytest.raises(app.UsageError, match=r'corpus has a train\.bin already'),
+    pytest.raises(app.UsageError, match=r'corpus already has a train\.bin'),
   ):
     run('prepare_text.py', ['--out_dir=corpus', 'my_files'])
 

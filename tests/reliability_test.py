@@ -520,8 +520,8 @@ def check_each_file(three_steps, out_dir, damage):
       assert step == 3
       chex.assert_trees_all_equal(state, whole)
   assert set(errors) == {
-    f'{out_dir / "3"} could not be restored, for the reason above. If its '
-    'files are damaged, delete that folder: the same command then resumes '
+    f'{out_dir / "3"} could not be restored, see the error above. If its '
+    'files are damaged, delete that folder. Then the same command resumes '
     'from step 2.'
   }
   shutil.rmtree(out_dir / '3')
@@ -615,7 +615,7 @@ def restore(out_dir, tree, **settings):
 
 def test_restored_with_other_settings(three_steps):
   begin, _ = python_step(donate=True)
-  with pytest.raises(ValueError, match=r'\(width: 64 then, 32 now\)'):
+  with pytest.raises(ValueError, match=r'\(width: 64 saved, 32 now\)'):
     restore(three_steps, abstract(begin), width=32)
 
 

@@ -124,7 +124,7 @@ def test_bad_data_is_a_clear_error(tmp_path, data_dir):
   train, _ = text.load(data_dir)
   with pytest.raises(ValueError, match=r'below vocab_size, 8;'):
     text.sample(train, 0, 0, 4, 8, 8)
-  with pytest.raises(ValueError, match=r'10001 tokens is needed.* has 5000'):
+  with pytest.raises(ValueError, match=r'10001 tokens are needed.* has 5000'):
     text.validation(train, 1, 1, 10000, 64)
   (tmp_path / 'train.bin').write_bytes(b'odd')
   with pytest.raises(ValueError, match='it has 3 bytes'):
@@ -262,7 +262,7 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
     ({'num_steps': 2}, r'below num_steps = 2; got 2'),
     ({'mesh': 'data'}, r'name:size for each axis.*; got .data.\.'),
     ({'mesh': 'data:0'}, r'name:size for each axis.*; got .data:0.'),
-    ({'mesh': 'data:2,data:2'}, r'no name twice.*; got .data:2,data:2.'),
+    ({'mesh': 'data:2,data:2'}, r'different names.*; got .data:2,data:2.'),
     ({'mesh': 'data:8'}, r'micro_batch_size must be .* the 8 devices.* got 4'),
     ({'mesh': 'data:4'}, r'curvature_batch_size / curvature_parts .* got 2'),
     (_DIVISIBLE | {'mesh': 'fsdp:8', 'width': 12}, r'fsdp.*; got 12 and'),
