@@ -1,34 +1,34 @@
-"""How far optimizers get, after the same search for each, by length of the run.
+"""Compares optimizers over the length of the run, after equal searches.
 
   python benchmarks/convergence.py --output=benchmarks/convergence.json --jobs=2
   python benchmarks/convergence_plots.py --show=benchmarks/convergence.json
 
-The protocol, the same for every optimizer:
+The protocol is the same for all optimizers:
 
-1. Search. The shortest language task (TASKS) gets --trials settings each, the
-   points of a scrambled Halton sequence in the optimizer's space (SPACES). The
-   three best are run with a second seed, and the mean of both decides. The
-   learning rate of the best is then multiplied by powers of √2, down and up,
-   with both seeds, until the loss is 0.03 above the best on both sides.
-2. Longer runs, larger batches and models. The two best trials of the task
-   before (one, where runs are long) are run; the better one's learning rate is
-   multiplied by powers of √2 until one that is lower and one that is higher are
-   worse.
-3. Report. The best of a task is run with three seeds that had no part in the
-   search; a seed decides parameters, batches and probes.
+1. Search. On the shortest language task (TASKS), each optimizer runs --trials
+   settings, the points of a scrambled Halton sequence in its space (SPACES).
+   The three best run with a second seed, and the best mean of both seeds wins.
+   Its learning rate is then multiplied by powers of √2, down and up, with both
+   seeds, until the loss is 0.03 above the best on both sides.
+2. Longer runs, larger batches and larger models. The two best trials of the
+   parent task run (one if runs are long). The learning rate of the better one
+   is multiplied by powers of √2 until a lower and a higher rate are worse.
+3. Report. The best settings of a task run with three seeds that the search did
+   not use. A seed determines parameters, batches and probes.
 
-Three have no search (UNTUNED): the settings to copy of docs/choosing.md, which
-follow from AdamW's best learning rate and weight decay in that task, for
-Sophia-G and Sophia-H; and those for Sophia-G with γ steered to a win rate of
-0.3. Variants of the best settings differ in one thing.
+Three settings need no search (UNTUNED). 'copied_g' and 'copied_h' are the
+settings to copy in docs/choosing.md for Sophia-G and Sophia-H, which follow from
+AdamW's best learning rate and weight decay in the task. 'steered' is the first
+of them with γ adjusted to a win rate of 0.3. Each variant changes one of the
+best settings.
 
-Every run ends with its schedule: linear warm-up, cosine to 5 %. Sophia's
-curvature is that of a quarter of the batch, on every tenth step.
+Every run completes its schedule, linear warm-up and then a cosine to 5 %.
+Sophia estimates the curvature on a quarter of the batch, every tenth step.
 
-A run is written as soon as it ends, and runs that are in the file are not run
-again, so a benchmark that was stopped continues where it was. --jobs runs go on
-side by side, in one thread each. Seconds are of the processor, so that other
-load on the machine does not count; without compilation and validation.
+Each run is written when it ends, and runs in the file are not repeated. So a
+benchmark that was stopped continues. --jobs runs are in progress at a time,
+each in one thread. Seconds are processor time, so other load on the machine has
+no effect. They do not include compilation and validation.
 """
 
 from collections.abc import Iterator
@@ -56,14 +56,14 @@ import sophia_optax
 import text
 
 _NUM_TRIALS = 20
-SEEDS = (1, 2, 3)  # of what is reported
-_SEARCH_SEEDS = (0, 4)  # the second one is for the best of the first
+SEEDS = (1, 2, 3)  # of the reported runs
+_SEARCH_SEEDS = (0, 4)  # the second one only for the best with the first
 _NUM_FINALISTS = 3
 _FINAL_RATE = 0.05
 _CURVE = 20  # validations in a run
-_CHUNK = 15  # steps in one call of the program; divides all steps / _CURVE
+_CHUNK = 15  # steps in one call of the program; divides steps / _CURVE
 _CAP = 0.3
-_DIVERGED = 1e9  # sorts last, and JSON has no infinity
+_DIVERGED = 1e9  # larger than any loss; JSON has no infinity
 
 
 UNTUNED = 'copied_g', 'copied_h', 'steered'
@@ -77,7 +77,7 @@ _PEERS = (
   'contrib',
   *UNTUNED,
 )
-# Those that are nearest to AdamW in short runs, for long ones.
+# For long runs: the optimizers that are closest to AdamW in short ones.
 _FEW = 'adamw', 'nadamw', 'sophia_g', 'copied_g', 'copied_h'
 
 
@@ -86,15 +86,15 @@ class Task:
   """A problem and the length of its runs.
 
   Attributes:
-    title: For tables and plots.
-    problem: A name of `convergence_problems.get`.
-    steps: Length of a run.
-    tokens: Number of tokens for each parameter; 0 where there are none.
-    parent: Task whose best trials are carried on; None for trials of its own.
-    carried: Number of trials that are.
-    rate: Power of √2 that their learning rates are multiplied by first.
-    margin: The sweep of the learning rate ends where the loss is that much
-      above the best. None means that there is no sweep.
+    title: Title in tables and plots.
+    problem: A name for `convergence_problems.get`.
+    steps: Number of steps in a run.
+    tokens: Number of tokens per parameter; 0 if the problem has no tokens.
+    parent: Task whose best trials are used. None means a search of its own.
+    carried: Number of trials to use from the parent.
+    rate: Power of √2 by which to multiply their learning rates first.
+    margin: The sweep of the learning rate ends when the loss is this much above
+      the best. None means no sweep.
     peers: The optimizers, AdamW first.
   """
 
@@ -162,7 +162,7 @@ def _log_uniform(low, high):
 
 
 def _decay(low, high):
-  """Uniform in the logarithm of the distance from 1."""
+  """Draws 1 - x with x log-uniform."""
   return lambda u: 1 - _log_uniform(1 - low, 1 - high)(u)
 
 
@@ -186,15 +186,15 @@ _SIGN = {
   'weight_decay': _log_uniform(0.1, 1.0),
 }
 _SOPHIA = {
-  # Of a capped update. One that is not may be 1 / 0.3 times as long, and its
-  # rate is 0.3 times what is drawn.
+  # For capped updates. Other updates can be 1 / 0.3 times larger, so the drawn
+  # rate is multiplied by 0.3 for them.
   'learning_rate': _log_uniform(2e-3, 3e-2),
   **_SHARED,
   'b2': _decay(0.8, 0.99),
   'weight_decay': _log_uniform(0.03, 0.3),
   'cap': _choice(_CAP, None),
-  # γ at the end of the run, as a fraction of the first: a cosine leads there
-  # over the second half.
+  # γ at the end of the run, relative to the start. It changes by a cosine over
+  # the second half.
   'gamma_end': _choice(1.0, 0.1),
 }
 _GAMMA_G = {'gamma': _log_uniform(0.02, 1.0)}
@@ -230,7 +230,7 @@ _FIXED = {
   'copied_h': _COPIED | {'gamma': 0.05},
   'steered': _COPIED | {'gamma': 0.1, 'target_win_rate': 0.3},
 }
-# Where losses are not of a language, steps are not as long either.
+# Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
 VARIANTS = {
   'without Nesterov momentum': lambda s: {'nesterov': False},
@@ -253,9 +253,9 @@ class Case:
   Attributes:
     task: A key of `TASKS`.
     optimizer: A key of `SPACES`, or one of `UNTUNED`.
-    trial: Number of the point in the space; in AdamW's, for `UNTUNED`.
-    rate: Power of √2 that its learning rate is multiplied by.
-    seed: Of parameters, batches and probes.
+    trial: Index of the point in the space. For `UNTUNED`, in AdamW's space.
+    rate: Power of √2 by which the learning rate is multiplied.
+    seed: Seed of parameters, batches and probes.
     variant: A key of `VARIANTS`, or ''.
   """
 
@@ -269,14 +269,14 @@ class Case:
 
 @functools.cache
 def _points(optimizer):
-  """Enough for any number of trials; the first ones are always the same."""
-  # Of the first 100 seeds the one with which the coordinates of the first 20
-  # points in Sophia's space correlate least, by at most 0.3; 0.5 is typical.
+  """Returns 100 points, from which n trials take the first n."""
+  # Of the seeds 0 to 99, this one gives the least correlation between
+  # coordinates of the first 20 points in Sophia's space: at most 0.3, where 0.5
+  # is typical.
   return scipy.stats.qmc.Halton(len(SPACES[optimizer]), seed=77).random(100)
 
 
 def settings(case: Case) -> dict:
-  """What a run has for hyperparameters, with three digits each."""
   source = 'adamw' if case.optimizer in UNTUNED else case.optimizer
   drawn = {
     name: sample(u)
@@ -299,7 +299,7 @@ def settings(case: Case) -> dict:
 
 
 def _learning_rate(s):
-  """Warm-up and cosine, of numbers that may be traced."""
+  """Returns a schedule of warm-up and cosine. Settings may be traced."""
 
   def schedule(count):
     warmup = s['warmup'] * s['steps']
@@ -314,7 +314,7 @@ def _learning_rate(s):
 
 
 def _gamma(s):
-  """γ, and from the middle of the run a cosine to `gamma_end` of it."""
+  """Returns γ, constant or with a cosine to `gamma_end` in the second half."""
 
   def schedule(count):
     progress = jnp.clip(2 * count / s['steps'] - 1, 0, 1)
@@ -346,9 +346,9 @@ def make_optimizer(
 
   Args:
     name: A key of `SPACES`, or one of `UNTUNED`.
-    s: Its settings and `steps`; numbers may be traced, booleans not.
+    s: Its settings and `steps`. Numbers may be traced, booleans may not.
     problem: The problem.
-    seed: Of probes.
+    seed: Seed of the probes.
 
   Returns:
     A transformation that takes `obj_fn`, `predict_fn` and `batch`.
@@ -393,7 +393,8 @@ def make_optimizer(
         s, sophia_optax.hutchinson_estimator_diag_hessian(probe)
       )
     else:
-      # Four estimates have half the scatter of one, at the same cost.
+      # The average of four estimates has half the standard deviation of one, at
+      # the same cost.
       direction = _scale_by_sophia(
         s,
         sophia_optax.microbatched(
@@ -414,7 +415,7 @@ def make_optimizer(
 
 
 def _gradient(problem, params, batch):
-  """The mean gradient, of as many examples at a time as the cache holds."""
+  """Returns the mean gradient, computed for one micro-batch at a time."""
   parts = batch.reshape(-1, problem.micro_batch, *batch.shape[1:])
   grad = jax.grad(problem.loss)
   if len(parts) == 1:
@@ -429,7 +430,7 @@ def _gradient(problem, params, batch):
 
 @functools.cache
 def _programs(problem_name, optimizer_name, switches):
-  """Compiled once for all trials, lengths and seeds: these are arguments."""
+  """Returns jitted functions. Trials, lengths and seeds are their arguments."""
   problem = convergence_problems.get(problem_name)
 
   def make(numbers, seed):
@@ -479,17 +480,17 @@ def _number(loss):
 
 
 def run(case: Case) -> dict:
-  """Trains once; returns the case, its settings and what came of it.
+  """Trains once and returns the case, its settings and its results.
 
   Args:
     case: The run.
 
   Returns:
     The case's fields and `settings`, `steps`, `curve` (validation losses on a
-    part of the held-out data, evenly spaced), `loss` (the last one, on all of
-    it), `ms` (of the processor for a step, in the fastest pair of chunks) and
-    `seconds` (for all steps). For this library's Sophia also `win_rate`, and
-    `gamma` where it is steered, with the curve.
+    part of the held-out data, evenly spaced), `loss` (the final loss on all
+    held-out data), `ms` (processor time per step, in the fastest pair of
+    chunks) and `seconds` (for all steps). For this library's Sophia, also
+    `win_rate` and, with a target, `gamma`, at the same steps as the curve.
   """
   task, drawn = TASKS[case.task], settings(case)
   switches = tuple((k, v) for k, v in drawn.items() if isinstance(v, bool))
@@ -519,7 +520,7 @@ def run(case: Case) -> dict:
       factor = optax.tree.get(opt_state, 'gamma_factor')
       if factor is not None:
         history['gamma'].append(float(f'{factor * drawn["gamma"]:.3g}'))
-  # Two chunks together have three refreshes, whichever they are.
+  # Any two consecutive chunks, 30 steps, have three refreshes.
   pairs = [a + b for a, b in zip(seconds[2::2], seconds[3::2], strict=False)]
   return (
     dataclasses.asdict(case)
@@ -527,7 +528,7 @@ def run(case: Case) -> dict:
       'settings': drawn,
       'steps': task.steps,
       'loss': _number(validate_all(params)),
-      # The first chunk is not in them, as it may have been compiled.
+      # Leaves out the first chunk, which may include compilation.
       'ms': round(1e3 * min(pairs) / (2 * _CHUNK), 3),
       'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
     }
@@ -536,26 +537,29 @@ def run(case: Case) -> dict:
 
 
 def case_of(result: dict) -> Case:
-  """Returns the case that a result is of."""
+  """Returns the case of a result."""
   return Case(**{f.name: result[f.name] for f in dataclasses.fields(Case)})
 
 
 def score(case: Case, losses: dict[Case, float]) -> float | None:
-  """Returns what decides a search: a loss, or the mean of two; None if unknown.
+  """Returns the loss that a search minimizes, the mean over its seeds.
 
-  A task of its own trials has two seeds, so that a setting does not win that
-  trains with one seed and breaks down with another.
+  A search without a parent uses two seeds, so that settings that diverge with
+  one of them do not win.
 
   Args:
     case: A case of a search.
-    losses: Final losses of what has been run.
+    losses: Final losses of the finished cases.
+
+  Returns:
+    The mean, or None if a run is missing.
   """
   found = [losses.get(twin) for twin in twins(case)]
   return None if None in found else sum(found) / len(found)
 
 
 def twins(case: Case) -> list[Case]:
-  """Returns a case of a search with each of the seeds that it needs."""
+  """Returns a case of a search with each seed that the search uses."""
   spec = TASKS[case.task]
   has_one = spec.parent is not None or spec.margin is None
   seeds = _SEARCH_SEEDS[:1] if has_one else _SEARCH_SEEDS
@@ -565,17 +569,17 @@ def twins(case: Case) -> list[Case]:
 def search(
   task: str, optimizer: str, losses: dict[Case, float], num_trials: int
 ) -> tuple[list[Case], Case | None]:
-  """Returns what the search for an optimizer's settings consists of.
+  """Returns the cases of a search for an optimizer's settings, and the best.
 
   Args:
     task: A key of `TASKS`.
     optimizer: One of its peers.
-    losses: Final losses of what has been run.
+    losses: Final losses of the finished cases.
     num_trials: Number of trials.
 
   Returns:
-    The cases that are known to be needed, run or not; and the best of them if
-    all have been run and no more are needed, else None.
+    All cases that are known to be needed, finished or not; and the best case if
+    the search is complete, else None.
   """
   spec = TASKS[task]
   if optimizer in UNTUNED:
@@ -631,12 +635,12 @@ def search(
 
 
 def plan(results: list[dict], num_trials: int = _NUM_TRIALS) -> Iterator[Case]:
-  """Yields what is known to be needed, the most urgent first, run or not."""
+  """Yields all needed cases, finished or not, in the order to run them."""
   losses = {case_of(r): r['loss'] for r in results}
   varied = []
   for task, spec in TASKS.items():
     searches = {o: search(task, o, losses, num_trials) for o in spec.peers}
-    # One of each optimizer before the next of any.
+    # Takes the optimizers in turn.
     for row in itertools.zip_longest(
       *(cases for cases, _ in searches.values())
     ):
@@ -651,8 +655,8 @@ def plan(results: list[dict], num_trials: int = _NUM_TRIALS) -> Iterator[Case]:
 
 
 def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):
-  """Runs what is not in `runs`, writing them all after every run."""
-  os.environ['NPROC'] = '1'  # Threads of XLA in each of the processes.
+  """Runs all cases that are not in `runs`, and writes the file after each."""
+  os.environ['NPROC'] = '1'  # Number of XLA threads in each process.
   fingerprint = text.fingerprint(text.standard_library())
   with concurrent.futures.ProcessPoolExecutor(
     jobs, multiprocessing.get_context('spawn')
@@ -692,7 +696,7 @@ def _processor():
 
 
 def main(argv):
-  """Runs what is left."""
+  """Runs all missing cases."""
   if len(argv) > 1:
     raise app.UsageError(
       f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
@@ -706,5 +710,5 @@ if __name__ == '__main__':
   _TRIALS = flags.DEFINE_integer(
     'trials', _NUM_TRIALS, 'Trials for each optimizer.'
   )
-  _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs side by side, a core each.')
+  _JOBS = flags.DEFINE_integer('jobs', 1, 'Parallel runs, one core each.')
   app.run(main)

@@ -1,14 +1,17 @@
-"""Tables and plots of what benchmarks/convergence.py has run so far.
+"""Tables and plots of the finished runs of benchmarks/convergence.py.
 
   python benchmarks/convergence_plots.py --show=benchmarks/convergence.json
   python benchmarks/convergence_plots.py --show=... --plots=docs/_static
 
-Validation loss: mean ± standard deviation of the seeds that had no part in the
-search. Differences are to AdamW with the same seed. "Steps to AdamW's": the
-part of the steps after which the curve is at AdamW's last value with that seed,
-on average. "Best of n": the lowest loss that n of the trials, drawn at random,
-are expected to have. "Rates": the largest learning rate whose loss is within
-0.03 of the best, divided by the smallest.
+Columns of the tables:
+
+* Validation loss: mean ± standard deviation over the seeds of the report.
+* − AdamW: difference from AdamW with the same seed.
+* Steps to AdamW's: fraction of the steps after which the curve reaches AdamW's
+  final loss with the same seed, averaged over seeds.
+* Best of n: expected lowest loss of n trials drawn at random.
+* Rates: the largest learning rate whose loss is within 0.03 of the best,
+  divided by the smallest one.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ import convergence
 import records
 
 _WITHIN = 0.03
-# Okabe and Ito's colours, and a line style each for those who print in grey.
+# Okabe and Ito's colours. Line styles differ too, for prints in grey.
 STYLES = {
   'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
   'nadamw': {'label': 'NAdamW', 'color': '#CC79A7', 'linestyle': '--'},
@@ -65,7 +68,7 @@ def losses_of(results: list[dict]) -> dict[convergence.Case, float]:
 
 
 def num_trials(results: list[dict], task: str) -> int:
-  """Returns how many trials every optimizer has finished, of a task's own."""
+  """Returns how many trials all optimizers have finished in a task's search."""
   while convergence.TASKS[task].parent:
     task = convergence.TASKS[task].parent
   done = losses_of(results)
@@ -78,7 +81,7 @@ def num_trials(results: list[dict], task: str) -> int:
 
 
 def best_of(losses: list[float], n: int) -> float:
-  """Returns the mean of the lowest of n, over all choices of n of them."""
+  """Returns the lowest of n losses, averaged over all choices of n."""
   losses = sorted(losses)
   total = math.comb(len(losses), n)
   return sum(
@@ -88,11 +91,14 @@ def best_of(losses: list[float], n: int) -> float:
 
 
 def part_to(curve: list[float], target: float) -> float | None:
-  """Returns after what part of a run its curve is at a loss, or None.
+  """Returns the fraction of a run after which its curve reaches a loss.
 
   Args:
-    curve: Losses at even distances, the last at the end.
-    target: The loss.
+    curve: Losses at evenly spaced steps. The last one is at the end.
+    target: The loss to reach.
+
+  Returns:
+    The fraction, or None if the curve does not reach the loss.
   """
   for i, loss in enumerate(curve):
     if loss <= target:
@@ -103,7 +109,7 @@ def part_to(curve: list[float], target: float) -> float | None:
 
 
 def rates(results: list[dict], best: convergence.Case) -> dict[float, float]:
-  """Returns the search's losses by learning rate, all else as in the best."""
+  """Returns losses by learning rate, with the other settings of the best."""
   losses = losses_of(results)
   return dict(
     sorted(
@@ -117,14 +123,13 @@ def rates(results: list[dict], best: convergence.Case) -> dict[float, float]:
 
 
 def width(losses: dict[float, float], within: float = _WITHIN) -> float:
-  """Returns the range of rates within so much of the best, as a factor.
+  """Returns the ratio of the largest to the smallest rate with a good loss.
 
-  Where the loss passes the limit between two rates, a straight line over the
-  logarithm of the rate says where.
+  The limits are interpolated linearly over the logarithm of the rate.
 
   Args:
-    losses: by learning rate.
-    within: how far above the lowest one may be.
+    losses: losses by learning rate.
+    within: largest distance of a good loss from the lowest one.
   """
   limit = min(losses.values()) + within
   edges = []
@@ -143,18 +148,18 @@ def width(losses: dict[float, float], within: float = _WITHIN) -> float:
 
 
 def summary(results: list[dict], task: str) -> dict[str, dict]:
-  """Gathers what the tables and plots show of a task.
+  """Collects the data of a task for tables and plots.
 
   Args:
     results: all runs.
     task: a key of `convergence.TASKS`.
 
   Returns:
-    For each optimizer that has been run: `tried` (losses of the search's
-    trials), `best` (its case; None before the search has ended), `searched`
-    (the lowest loss of the search), `runs` (by seed), `variants` (by name and
-    seed), `parts` (of the steps to AdamW's loss, by seed), `differences` (by
-    seed), `ms` and `rates`.
+    For each optimizer with runs: `tried` (losses of the trials), `best` (the
+    best case, or None before the search has ended), `searched` (the lowest loss
+    of the search), `runs` (by seed), `variants` (by name and seed), `parts`
+    (fraction of the steps to AdamW's loss, by seed), `differences` (from AdamW,
+    by seed), `ms` and `rates`.
   """
   losses = losses_of(results)
   of_task = [r for r in results if r['task'] == task]
@@ -265,7 +270,7 @@ def _row(name, row, first, task):
 
 
 def render(results: list[dict]) -> str:
-  """Lays out Markdown tables of what has been run."""
+  """Returns Markdown tables of all runs."""
   lines = []
   summaries = {
     task: summary(results, task)
@@ -338,7 +343,7 @@ def _finish(ax, **kwargs):
 
 
 def plot_lengths(results: list[dict]) -> figure.Figure:
-  """Draws the headline: the difference to AdamW over the length of the run."""
+  """Draws the difference from AdamW over the length of the run."""
   fig = figure.Figure(figsize=(8, 4.8), layout='constrained')
   ax = fig.subplots()
   summaries = {t: summary(results, t) for t in convergence.LENGTHS}
@@ -382,7 +387,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
 
 
 def plot_curves(results: list[dict]) -> figure.Figure:
-  """Draws losses over steps, and over time: mean and range of the seeds."""
+  """Draws mean and range over seeds of the losses, over steps and over time."""
   tasks = [
     task
     for task in convergence.TASKS
@@ -400,7 +405,7 @@ def plot_curves(results: list[dict]) -> figure.Figure:
         continue
       curves = np.array([r['curve'] for r in row['runs'].values()])
       x = steps * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
-      # The steep start would press what matters into a corner.
+      # Leaves the steep start out of the limits of the axis.
       shown += list(curves.mean(0)[curves.shape[1] // 3 :])
       for ax, scale in zip(axes, (1, row['ms'] / 1e3), strict=True):
         ax.plot(scale * x, curves.mean(0), linewidth=2, **STYLES[name])
@@ -434,7 +439,7 @@ def plot_curves(results: list[dict]) -> figure.Figure:
 
 
 def plot_tuning(results: list[dict]) -> figure.Figure:
-  """Draws best-of-n, and loss over the learning rate, of the shortest runs."""
+  """Draws best of n, and loss over learning rate, for the shortest task."""
   task = convergence.LENGTHS[0]
   rows = summary(results, task)
   fig = figure.Figure(figsize=(11, 4.4), layout='constrained')
@@ -491,5 +496,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  _PLOTS = flags.DEFINE_string('plots', None, 'Folder to draw the plots into.')
+  _PLOTS = flags.DEFINE_string('plots', None, 'Folder for the plots.')
   app.run(main)

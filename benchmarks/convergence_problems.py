@@ -1,7 +1,8 @@
-"""What benchmarks/convergence.py trains: three kinds of problems.
+"""The three kinds of problems of benchmarks/convergence.py.
 
-Data are on the device, and a batch is a function of (seed, step), so that many
-steps can be one program, and all optimizers with one seed see the same batches.
+Data are on the device, and a batch is a function of (seed, step). So one
+program can run many steps, and all optimizers with the same seed see the same
+batches.
 """
 
 from collections.abc import Callable
@@ -24,19 +25,19 @@ import train_gpt
 
 
 class Problem(NamedTuple):
-  """What an optimizer needs to know.
+  """A model with data and loss.
 
   Attributes:
     init: (seed) -> parameters.
     sample: (key) -> batch, an array whose first axis is examples.
     loss: (params, batch) -> mean loss of the batch.
     predict: (params, batch) -> logits or means.
-    likelihood: Distribution of the labels given these, for Sophia-G.
+    likelihood: Distribution of labels given logits or means, for Sophia-G.
     validate: (params) -> validation loss, on a part of the held-out data.
-    validate_all: (params) -> validation loss, on all of it.
-    micro_batch: Number of examples in one gradient, which divides the batch.
-    decay_mask: (params) -> where weight decay applies.
-    clip_norm: Largest global norm of a gradient.
+    validate_all: (params) -> validation loss, on all held-out data.
+    micro_batch: Number of examples in one gradient, a divisor of the batch.
+    decay_mask: (params) -> mask of the parameters with weight decay.
+    clip_norm: Limit on the global norm of the gradient.
   """
 
   init: Callable[[Any], Any]
@@ -52,7 +53,7 @@ class Problem(NamedTuple):
 
 
 def _mean_over_batches(loss, examples, size):
-  """Returns (params) -> the mean loss of all examples, so many at a time."""
+  """Returns (params) -> mean loss of all examples, `size` at a time."""
   batches = examples[: len(examples) // size * size].reshape(
     -1, size, *examples.shape[1:]
   )
@@ -62,9 +63,10 @@ def _mean_over_batches(loss, examples, size):
 
 
 def language(width: int, num_layers: int, num_heads: int, batch_size: int):
-  """A byte-level GPT on the text of the standard library, 64 bytes at a time.
+  """Returns a byte-level GPT on text of the standard library.
 
-  All held-out bytes are half a million, those of the curve 32,768 of them.
+  Sequences have 64 bytes. Half a million bytes are held out; `validate` uses
+  32,768 of them.
   """
   length = 64
   model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
@@ -102,7 +104,7 @@ def language(width: int, num_layers: int, num_heads: int, batch_size: int):
 
 
 class _Autoencoder(nn.Module):
-  """A deep autoencoder with a narrow middle, as in Martens (2010)."""
+  """A deep autoencoder with a narrow code, as in Martens (2010)."""
 
   @nn.compact
   def __call__(self, x):  # (B, 256)
@@ -112,7 +114,7 @@ class _Autoencoder(nn.Module):
 
 
 def photographs(batch_size: int = 256):
-  """A deep autoencoder of 16 × 16 pixels of scikit-learn's two photographs.
+  """Returns a deep autoencoder of 16 × 16 crops of scikit-learn's photographs.
 
   The right fifth of each is held out. The loss is half the mean squared error,
   in units of the pixels' variance.
@@ -175,12 +177,12 @@ def photographs(batch_size: int = 256):
 
 
 def regression(rotated: bool, condition: float = 1e5, batch_size: int = 128):
-  """Linear least squares whose curvatures lie along the axes, or do not.
+  """Returns a linear regression whose Hessian is diagonal or rotated.
 
   Inputs are normal, with variances from 1 down to 1 / condition along the axes,
-  or along those of a random rotation. Labels have no noise. So the Hessian is
-  diagonal, and the same one rotated: nothing else differs. The validation loss
-  is the expected one, as a fraction of that of the start, zero.
+  or along randomly rotated axes. Labels have no noise. So the Hessian is
+  diagonal, or the same matrix rotated; nothing else differs. The validation
+  loss is the expected loss relative to that of the initial parameters, zero.
   """
   size = 32
   rng = np.random.default_rng(0)
@@ -229,7 +231,7 @@ _MAKERS = {
 
 @functools.cache
 def get(name: str) -> Problem:
-  """Returns the problem of that name, made once."""
+  """Returns the problem with this name. It is created once."""
   return _MAKERS[name]()
 
 

@@ -1,17 +1,17 @@
-"""What an estimate costs and how far it scatters, beside one gradient.
+"""Cost and variance of estimators, compared with one gradient.
 
   python benchmarks/estimators.py --output=benchmarks/estimators.json
   python benchmarks/estimators.py --show=benchmarks/estimators.json
 
-On a GPT (2 layers, width 64, 32 × 64 tokens, 256 words) each estimator is drawn
-many times. Scatter is the relative standard deviation: the root of the summed
-variances over the root of the summed squares of the mean. Variance is compared
-with that of the same estimator on the whole batch at once. The mean of a row is
-compared with the mean of the first row of its kind, in standard errors: about 1
-where both are unbiased.
+Each estimator is drawn many times, for a GPT with 2 layers, width 64, 32 × 64
+tokens and 256 token types. Columns:
 
-FLOPs are counted from the traced program, loops by their length; memory is the
-temporaries of the compiled program.
+* FLOPs/gradient: counted in the jaxpr, with loops multiplied by their length.
+* MB: temporaries of the compiled program.
+* scatter: relative standard deviation, √(Σ variance) / √(Σ mean²).
+* variance/whole: compared with the same estimator on the whole batch at once.
+* mean, in errors: distance of the mean from that of the first row of its kind,
+  in standard errors. It is about 1 if both are unbiased.
 """
 
 import sys
@@ -31,11 +31,11 @@ sys.path.append(records.EXAMPLES)
 import dry_run
 import gpt
 
-_DRAWS = flags.DEFINE_integer('draws', 300, 'Estimates for each row.')
+_DRAWS = flags.DEFINE_integer('draws', 300, 'Number of estimates per row.')
 
 
 class Row(NamedTuple):
-  """An estimator, and the row whose variance and mean it is held against."""
+  """An estimator, and the name of the row to compare it with."""
 
   name: str
   estimator: optax.GradientTransformation
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-  """Hutchinson and Gauss-Newton-Bartlett, divided and repeated."""
+  """Returns both estimators on parts of the batch, and with several samples."""
   kinds = {
     'H': sophia_optax.hutchinson_estimator_diag_hessian,
     'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
@@ -69,11 +69,11 @@ def rows() -> list[Row]:
 
 
 def measure(draws: int) -> dict[str, dict[str, float]]:
-  """Returns the columns, by row."""
+  """Returns a dict of the columns of each row."""
   model = gpt.GPT(256, 64, 2, 2, 64, unroll=2)
   tokens = jax.random.randint(jax.random.key(0), (32, 65), 0, 256)
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
-  # Away from the uniform start, where the curvature is that of a real network.
+  # Larger parameters, because initial ones give almost uniform predictions.
   params = jax.tree.map(lambda p: 2.0 * p, params)
 
   def predict_fn(params, tokens):

@@ -1,13 +1,13 @@
-"""γ that is fixed and γ that is steered to a win rate, from the same starts.
+"""Compares a fixed γ with one that is adjusted to a win rate.
 
   python benchmarks/gamma.py --output=benchmarks/gamma.json
   python benchmarks/gamma.py --show=benchmarks/gamma.json
 
-Each run is one of examples/train_gpt.py, of 250 steps of 8,192 tokens, with the
-settings of the best of twelve random trials, but for γ and target_win_rate.
-Columns: validation loss and win rate at the end, the γ that was found, and the
-first validation from which on the win rate is within 0.1 of the target. Nothing
-is timed.
+Each run is one of examples/train_gpt.py, with 250 steps of 8,192 tokens. Except
+for γ and target_win_rate, the settings are the best of twelve random trials.
+Columns: final validation loss and win rate, the final γ, and the first
+validation after which the win rate stays within 0.1 of the target. Nothing is
+timed.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ _TUNED = {
     curvature_parts=8,
   ),
 }
-# In multiples of the γ that was tuned.
+# Initial γ, in multiples of the tuned one.
 _STARTS = (1e-2, 1.0, 1e2)
 
 
 def run(optimizer: str, start: float, target: float) -> dict:
-  """Trains once; returns the case and what every validation saw."""
+  """Trains once and returns the case with the history of its validations."""
   tuned = _TUNED[optimizer]
   config = dataclasses.replace(
     tuned, gamma=start * tuned.gamma, target_win_rate=target
@@ -71,7 +71,7 @@ def run(optimizer: str, start: float, target: float) -> dict:
 
 
 def render(cases: list[dict]) -> str:
-  """Lays out one line for each optimizer and start."""
+  """Returns a table with one line for each optimizer and initial γ."""
   lines = [
     f'{"":24}{"fixed":>24}{f"steered to {_TARGET}":>46}',
     f'{"":9}{"start / tuned γ":>15}{"loss":>12}{"win rate":>12}'

@@ -1,4 +1,4 @@
-"""The JSON files of the benchmarks: results, and what they were measured with.
+"""JSON files of the benchmarks: results, machine and versions.
 
 records.write(path, cases=cases)
 cases = records.read(path)['cases']
@@ -19,7 +19,7 @@ import optax
 
 import sophia_optax
 
-# The benchmarks train what the examples train, and append this to sys.path.
+# The benchmarks append this to sys.path, to import the examples.
 EXAMPLES = str(pathlib.Path(__file__).parents[1] / 'examples')
 
 OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
@@ -29,13 +29,13 @@ SHOW = flags.DEFINE_string(
 
 
 def write(path: str | os.PathLike[str], **results: Any) -> None:
-  """Writes results after the command, the machine and the versions.
+  """Writes the command, the machine, the versions and the results.
 
-  A file that is there is replaced at once, so it is never cut off.
+  An existing file is replaced atomically.
 
   Args:
     path: The file.
-    **results: What JSON can hold. Each entry of a list gets a line.
+    **results: Values that JSON can represent. Each entry of a list gets a line.
   """
   record = {
     'command': ' '.join(
@@ -69,5 +69,5 @@ def _lay_out(value: Any) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns what `write` wrote."""
+  """Returns the record in a file, results included."""
   return json.loads(pathlib.Path(path).read_text())

@@ -1,17 +1,15 @@
-"""What makes Sophia unstable, what that looks like inside, and what helps.
+"""Settings that make Sophia unstable, their diagnostics, and remedies.
 
   python benchmarks/stability.py --output=benchmarks/stability.json
   python benchmarks/stability.py --show=benchmarks/stability.json --plot=x.png
 
-Sophia-H trains the demo's byte-level GPT (0.12 million parameters), with
-settings that do well and then with what people report as trouble, one thing at
-a time: a learning rate that is too high, no warm-up, a long memory of the
-gradient, few tokens a step, and the paper's ε. Each meets every remedy that
-this library has, one at a time.
+Sophia-H trains the demo's byte-level GPT (0.12 million parameters). It starts
+from good settings and changes one of them at a time to one that users report as
+trouble: a learning rate that is too high, no warm-up, a large b1, few tokens
+per step, or the paper's ε. Each is combined with each remedy of this library.
 
-The table is of the validation loss at the end. The plot is of one trouble:
-loss, win rate, norm of h and the fraction of h that is negative. Nothing is
-timed.
+The table gives the final validation loss. The plot shows loss, win rate, norm
+of h and the negative fraction of h for one trouble. Nothing is timed.
 """
 
 import dataclasses
@@ -42,16 +40,16 @@ import train_gpt
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Of one run; defaults are those of a run without trouble."""
+  """Settings of one run. The defaults are good ones."""
 
   learning_rate: float = 2e-3
   b1: float = 0.8
   b2: float = 0.97
   eps: float = 1e-8
-  warmup: float = 0.33  # of the steps
-  sequences: int = 32  # a step, of 64 tokens each
+  warmup: float = 0.33  # fraction of the steps
+  sequences: int = 32  # per step, of 64 tokens each
   num_steps: int = 240
-  parts: int = 1  # estimates that the curvature's batch is divided among
+  parts: int = 1  # number of parts of the batch, with an estimate on each
   target_win_rate: float | None = None
   refresh_before_update: bool = False
 
@@ -74,7 +72,7 @@ REMEDIES = {
 }
 _SHOWN = 'learning rate × 4'
 _CONFIG = gpt_configs.get_config('demo', 'sophia_h')
-_CHUNK = 10  # steps in a call, and in a point of the plot
+_CHUNK = 10  # steps per call, and per point of the plot
 _LABELS = {
   'loss': 'Training loss (nats)',
   'win_rate': 'Win rate',
@@ -119,7 +117,7 @@ def make_optimizer(settings: Settings, seed: int):
 
 
 def run(settings: Settings, seed: int) -> dict:
-  """Trains once; returns what every tenth step saw, and the final loss."""
+  """Trains once; returns metrics of every tenth step, and the final loss."""
   config = dataclasses.replace(_CONFIG, unroll=1)
   sizes = config.block_size, config.vocab_size
   tokens, held_out = text.load(config.data_dir)
@@ -172,7 +170,7 @@ def run(settings: Settings, seed: int) -> dict:
 
 
 def render(runs: list[dict]) -> str:
-  """Lays out a Markdown table: a row for each remedy."""
+  """Returns a Markdown table with a row for each remedy."""
   lines = [f'| | {" | ".join(TROUBLES)} |', '|---' * (1 + len(TROUBLES)) + '|']
   for remedy in REMEDIES:
     cells = []
@@ -188,7 +186,7 @@ def render(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict]) -> figure.Figure:
-  """Draws what one trouble looks like inside, with each remedy."""
+  """Draws the diagnostics of one trouble, with each remedy."""
   fig = figure.Figure(figsize=(10, 7), layout='constrained')
   for ax, name in zip(fig.subplots(2, 2).flat, _LABELS, strict=True):
     for trouble, remedy, label, color, style in _LINES:
@@ -213,12 +211,12 @@ def plot(runs: list[dict]) -> figure.Figure:
     if name == 'negative_fraction':
       ax.axhline(0.5, color='#999999', linewidth=1, zorder=0)
   fig.axes[0].legend(frameon=False, fontsize='small')
-  fig.suptitle(f'Sophia-H, {_SHOWN}: what it looks like inside')
+  fig.suptitle(f'Sophia-H, {_SHOWN}: diagnostics')
   return fig
 
 
 def run_all(path: pathlib.Path, num_seeds: int) -> list[dict]:
-  """Runs what the file does not have, writing it after every run."""
+  """Runs the cases that are not in the file, and writes it after each."""
   runs = records.read(path)['runs'] if path.exists() else []
   done = {(r['seed'], r['trouble'], r['remedy']) for r in runs}
   left = [
@@ -254,6 +252,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  _PLOT = flags.DEFINE_string('plot', None, 'PNG file to draw into.')
-  _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs of each case.')
+  _PLOT = flags.DEFINE_string('plot', None, 'PNG file for the plot.')
+  _SEEDS = flags.DEFINE_integer('seeds', 1, 'Number of runs of each case.')
   app.run(main)

@@ -402,7 +402,7 @@ ERRORS = {
     {'num_chunks': 2},
     {'head_fn': head_fn, 'predict_fn': lambda p: p['bias']},
     ValueError,
-    r'hidden states \(..., N, D\), .* got shape \(4,\) without an axis of N',
+    r'hidden states \(..., N, D\) .* got shape \(4,\) without an axis of N',
   ),
   'rank': (
     {'num_chunks': 2},
