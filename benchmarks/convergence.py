@@ -277,6 +277,7 @@ def _points(optimizer):
 
 
 def settings(case: Case) -> dict:
+  """Returns the hyperparameters of a run, rounded to three digits."""
   source = 'adamw' if case.optimizer in UNTUNED else case.optimizer
   drawn = {
     name: sample(u)

@@ -1,4 +1,4 @@
-"""The picture of the modules in CONTRIBUTING.md, held against the sources."""
+"""Compares the picture of the modules in CONTRIBUTING.md with the sources."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def drawn_imports():
-  """The arrows of the picture: module -> modules that it imports."""
+  """Returns the arrows of the picture: module -> modules that it imports."""
   text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
   picture = re.search(r'```mermaid\n(.*?)```', text, re.DOTALL)[1]
   imports = {name: set() for name in re.findall(r'^  (\w+)\[', picture, re.M)}
@@ -34,12 +34,12 @@ def real_imports():
 def test_picture_is_true():
   real, drawn = real_imports(), drawn_imports()
   assert real.pop('__init__') > {'_alias', '_sophia'}
-  # Said in words below the picture.
+  # In the text below the picture.
   assert real.pop('_multi_steps') == real.pop('flax') == set()
   assert drawn == real
 
 
-def test_imports_form_no_circle():
+def test_imports_have_no_cycles():
   real = real_imports()
   real.pop('__init__')
   while real:

@@ -1,4 +1,4 @@
-"""Losses and models that return something besides."""
+"""Losses and models that return auxiliary outputs."""
 
 import chex
 import jax
@@ -41,7 +41,7 @@ def test_aux_makes_no_difference(name):
 
 
 @pytest.mark.parametrize('name', FACTORIES)
-def test_aux_has_to_be_said_and_to_be_there(name):
+def test_has_aux_must_agree_with_the_function(name):
   fn = FUNCTIONS[name]
   with pytest.raises(TypeError, match='pass has_aux=True'):
     estimate(name, lambda params: (fn(params), 1))
@@ -53,7 +53,7 @@ def test_aux_has_to_be_said_and_to_be_there(name):
     estimate(name, lambda params: (fn(params), 1, 2), has_aux=True)
 
 
-def test_maximize_turns_the_loss_and_not_aux():
+def test_maximize_negates_the_loss_and_not_aux():
   tx = sophia_optax.sophia_g(
     maximize=True,
     hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(

@@ -1,4 +1,4 @@
-"""An estimator of one's own, averaged over devices."""
+"""`average_over_replicas` with an estimator that a user wrote."""
 
 import chex
 from devices import INPUTS
@@ -13,7 +13,7 @@ import sophia_optax
 
 
 def own_estimator(cast, shard):
-  """The diagonal of a loss whose Hessian is diagonal."""
+  """Estimates the Hessian diagonal of a loss with a diagonal Hessian."""
 
   def update(grads, state, params=None):
     del grads
@@ -59,7 +59,7 @@ def test_average_over_replicas_of_a_sum_over_replicas():
     MAPS['shard_map'](update)(PARAMS)
 
 
-def test_average_over_an_axis_that_is_not_there():
+def test_average_over_an_axis_that_does_not_exist():
   average = sophia_optax.average_over_replicas('batch')
   with pytest.raises(ValueError, match=r"got 'batch'; .* here are \(\)"):
     average.update(PARAMS, average.init(PARAMS))

@@ -1,4 +1,4 @@
-"""BUILD has every source, test and program, with all that they import."""
+"""BUILD lists all sources, tests and programs, with their imports."""
 
 import ast
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ FOLDERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-  """A rule in BUILD. Other attributes than these are errors."""
+  """A rule in BUILD. Other attributes are errors."""
 
   rule: str
   name: str
@@ -41,7 +41,7 @@ class Target:
 
 
 def evaluate(files: dict[str, str]) -> dict[str, Target]:
-  """The targets of BUILD, by name, given the texts of `FILES`."""
+  """Returns the targets of BUILD by name, from the texts of `FILES`."""
   targets = {}
 
   def make(rule):
@@ -88,7 +88,7 @@ def evaluate(files: dict[str, str]) -> dict[str, Target]:
 
 @functools.cache
 def imported(source: str) -> set[str]:
-  """Names of modules that a source imports, and of what it takes from them."""
+  """Returns the names of imported modules, and the names taken from them."""
   names = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
@@ -127,7 +127,7 @@ def module_name(file: str) -> str:
 
 
 def closure(target: Target, targets: dict[str, Target]) -> list[Target]:
-  """The target and all that it depends on, as far as it is there."""
+  """Returns the target and all its dependencies that exist."""
   found, left = {}, [target.name]
   while left:
     if (name := left.pop().removeprefix(':')) in targets.keys() - found.keys():
@@ -137,7 +137,7 @@ def closure(target: Target, targets: dict[str, Target]) -> list[Target]:
 
 
 def missing_targets(targets, sources) -> Iterator[str]:
-  """Sources, tests and programs that BUILD does not have."""
+  """Returns the sources, tests and programs that are not in BUILD."""
   known = {file for target in targets.values() for file in target.srcs}
   for file, source in sources.items():
     if file not in known:
@@ -159,7 +159,7 @@ def missing_targets(targets, sources) -> Iterator[str]:
 
 
 def missing_entries(target, targets, sources) -> Iterator[str]:
-  """What a target names but is not there, and what it needs but lacks."""
+  """Returns files of a target that do not exist, and dependencies it lacks."""
   for file in (*target.srcs, *target.data):
     if not (ROOT / file).is_file():
       yield f'{target.name}: there is no file {file}'
@@ -171,7 +171,7 @@ def missing_entries(target, targets, sources) -> Iterator[str]:
   srcs = {file for t in provided for file in t.srcs}
   paths = {path for t in provided for path in t.imports}
   if target.rule == 'py_test':
-    # Without these a test has one device, and warnings are no errors.
+    # They give tests eight devices, and turn warnings into errors.
     files = srcs.union(*(t.data for t in provided))
     for file in {'pyproject.toml', 'tests/conftest.py'} - files:
       yield f'{target.name} lacks {file}'
@@ -185,7 +185,7 @@ def missing_entries(target, targets, sources) -> Iterator[str]:
 
 
 def mistakes(files: dict[str, str]) -> list[str]:
-  """What BUILD lacks, and what it has in vain, given the texts of `FILES`."""
+  """Returns what is missing in BUILD and what is not needed."""
   targets, sources = evaluate(files), read_sources()
   return sorted(
     itertools.chain(

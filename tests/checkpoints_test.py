@@ -1,4 +1,4 @@
-"""Optimizer states that are written, read and gone on with."""
+"""Training continues from optimizer states that were saved and restored."""
 
 import chex
 from flax import serialization
@@ -79,7 +79,7 @@ def through_bytes(tmp_path, tree):
   [(through_orbax, 'raw'), (through_orbax, 'typed'), (through_bytes, 'raw')],
   ids=['orbax-raw', 'orbax-typed', 'flax-raw'],
 )
-def test_round_trip_goes_on_with_the_same_bits(tmp_path, trip, key_type):
+def test_training_continues_with_the_same_bits(tmp_path, trip, key_type):
   tx = make_tx(key_type)
   half = train(tx, PARAMS, tx.init(PARAMS), 3)
   restored = trip(tmp_path, half)

@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices."""
+"""Communication between devices in a compiled step."""
 
 import re
 
@@ -16,7 +16,7 @@ import sophia_optax
 
 
 def collectives(text):
-  """The collectives of a compiled program, by the computation they are in."""
+  """Returns the collectives of a compiled program by their computation."""
   found = {}
   for computation in re.split(r'\n(?=%|ENTRY)', text):
     name = computation.split(' ', 1)[0]
@@ -45,7 +45,8 @@ def test_one_all_reduce_in_a_refresh_and_none_in_other_steps(name):
   tx = sophia_optax.sophia(0.01, hessian_diagonal_fn=estimator)
   state = tx.init(PARAMS)
 
-  def update(params, state, shard):  # Gradients are given: they need their own.
+  # The gradients are arguments, so the program has no collectives for them.
+  def update(params, state, shard):
     return tx.update(
       params, state, params, obj_fn=loss_fn, predict_fn=predict, batch=shard[0]
     )
@@ -53,6 +54,6 @@ def test_one_all_reduce_in_a_refresh_and_none_in_other_steps(name):
   text = compiled(update, PARAMS, state, INPUTS, in_specs=(P(), P(), P('data')))
   found = collectives(text)
   assert list(found.values()) == [['all-reduce']]
-  # In a branch of the conditional, so not in the loop over the parts.
+  # It is in a branch of the conditional, so not in the loop over the parts.
   (branches,) = re.findall(r'conditional\(.*branch_computations={(.*?)}', text)
   assert set(found) < set(branches.split(', '))

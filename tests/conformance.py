@@ -1,10 +1,10 @@
-"""Checks that any estimator, and any scaling by Sophia, has to pass.
+"""Checks for any estimator and any implementation of `scale_by_sophia`.
 
     problem = Problem(params, extra_args, curvature)
     check_estimator(my_estimator, problem)
     check_scaling(my_scale_by_sophia)
 
-Each check raises an AssertionError that begins with what it found wrong.
+Each check raises an AssertionError that begins with the kind of mistake.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ import optax
 
 
 class Problem(NamedTuple):
-  """What an estimator is shown, and what it should find there.
+  """Arguments for an estimator, and the curvature that it should find.
 
   Attributes:
-    params: The parameters, few.
+    params: A small number of parameters.
     extra_args: Extra arguments of update.
-    curvature: What the estimate has to be on average, a tree like params.
+    curvature: The expected mean of the estimate, a tree like params.
     grads: The gradient, for estimators that use it.
-    random: Whether estimates differ from draw to draw.
+    random: Whether estimates differ between draws.
   """
 
   params: Any
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 def check_estimator(make_estimator: Callable[[Any], Any], problem: Problem):
-  """Checks an estimator, made from a PRNG key, on a problem."""
+  """Checks an estimator on a problem. It is made from a PRNG key."""
   check_unbiased(make_estimator, problem)
   check_draws(make_estimator, problem)
   check_tree(make_estimator, problem)
@@ -48,7 +48,7 @@ def _flat(tree):
 
 
 def estimate_once(make_estimator, problem, key, refreshes=1):
-  """The estimate of the last of several refreshes, and the state."""
+  """Returns the estimate of the last of several refreshes, and the state."""
   estimator = optax.with_extra_args_support(make_estimator(key))
   state = estimator.init(problem.params)
   for _ in range(refreshes):
@@ -59,9 +59,9 @@ def estimate_once(make_estimator, problem, key, refreshes=1):
 
 
 def check_unbiased(make_estimator, problem, num_keys=1024):
-  """The mean of the estimate is the curvature.
+  """Checks that the mean of the estimate is the curvature.
 
-  Where a problem has few outcomes, all equally likely, or averages of such,
+  If a problem has few, equally likely outcomes, or averages of such outcomes,
   the mean of the outcomes is exact. Otherwise it is the mean over the keys, to
   within five standard errors.
   """
@@ -86,11 +86,11 @@ def check_replicas(
   extra_args_of: Callable[[jax.Array], dict[str, Any]],
   num_keys: int = 512,
 ):
-  """Under `jax.shard_map` the estimate is the mean over replicas, not the sum.
+  """Checks that under `jax.shard_map` the estimate is the mean over replicas.
 
   Args:
     make_estimator: Makes an estimator that averages over the axis 'data'.
-    problem: Of all replicas together.
+    problem: The problem of all replicas together.
     extra_args_of: Extra arguments of a replica, given its weight, shape ().
       The mean weight is 1, and so the mean of the curvatures is that of the
       problem if each is proportional to the weight.
@@ -123,7 +123,7 @@ def check_replicas(
 
 
 def check_draws(make_estimator, problem):
-  """Draws change from refresh to refresh, and repeat from the same key."""
+  """Checks that draws differ between refreshes and repeat from the same key."""
   key = jax.random.PRNGKey(7)
   draw = jax.jit(
     lambda n: _flat(estimate_once(make_estimator, problem, key, n)[0]),
@@ -139,7 +139,7 @@ def check_draws(make_estimator, problem):
 
 
 def check_tree(make_estimator, problem):
-  """The estimate is like the parameters, the state keeps its type."""
+  """Checks the tree of the estimate and the type of the state."""
   estimator = optax.with_extra_args_support(
     make_estimator(jax.random.PRNGKey(0))
   )
@@ -159,7 +159,7 @@ def check_tree(make_estimator, problem):
 
 
 def check_cadence(make_estimator, problem, k, scaling=None):
-  """h changes, and the estimator runs, on steps 0, k, 2k, ... only."""
+  """Checks that h changes and the estimator runs only on steps 0, k, 2k, ..."""
   steps = 2 * k + 2
   ran = []
   inner = optax.with_extra_args_support(make_estimator(jax.random.PRNGKey(1)))
@@ -209,7 +209,7 @@ def check_scaling(scaling: Callable[..., Any]):
 
 
 def check_formula(scaling, k):
-  """Updates are those of a transcript in NumPy, with negative curvature too."""
+  """Compares updates with a NumPy transcript, also for negative curvature."""
   b1, b2, eps, gamma, clip = 0.9, 0.7, 1e-3, 0.5, 1.0
   rng = np.random.default_rng(0)
   grads = rng.normal(size=(25, 6)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The conformance suite: over what is ours, and over the mistakes of others."""
+"""Runs the conformance suite on this library and on mistakes of others."""
 
 import functools
 
@@ -16,7 +16,7 @@ INPUTS = jnp.array([[1.0, 2.0], [-1.5, 0.5], [0.3, -0.7], [2.0, 1.0]])
 
 
 def objective(params, batch=None):
-  """Every pair of coordinates is coupled; negative curvature along a[1]."""
+  """Couples every pair of coordinates; the curvature along a[1] is negative."""
   a, b = params['a'], params['b']
   scale = 1.0 if batch is None else jnp.mean(batch)
   return scale * (a[0] ** 2 * b - 3 * a[1] ** 2 + a[0] * a[1] * b + b**3 / 3)
@@ -133,11 +133,11 @@ def test_scaling():
   conformance.check_scaling(sophia_optax.scale_by_sophia)
 
 
-# What follows is wrong on purpose.
+# The estimators and scalings below are wrong on purpose.
 
 
 def wrong_hutchinson(probe_fn=None, clamp=False):
-  """Hutchinson's estimator with a probe of one's own, or clamped at zero."""
+  """Hutchinson's estimator with the given probe, or clamped at zero."""
 
   def make(key):
     def update(updates, key, params=None, *, obj_fn, **extra_args):
@@ -158,7 +158,7 @@ def wrong_hutchinson(probe_fn=None, clamp=False):
 
 
 def one_key_for_all_leaves(key):
-  """Hutchinson's estimator, with probes that depend on each other."""
+  """Hutchinson's estimator with dependent probes."""
 
   def update(updates, key, params=None, *, obj_fn, **extra_args):
     del updates, extra_args
@@ -179,7 +179,7 @@ def always_minus_one(key, shape, dtype):
 
 
 def true_labels(key):
-  """GNB with the labels of the data, here all ones."""
+  """Gauss-Newton-Bartlett with the labels of the data, here all ones."""
 
   def score(key, outputs):
     return jax.nn.sigmoid(outputs) - 1.0
@@ -219,7 +219,7 @@ def test_wrong_estimator_is_found(make, problem, found):
 
 
 def test_sum_over_replicas_is_found():
-  # Derivatives with respect to replicated parameters are sums already.
+  # Derivatives with respect to replicated parameters are already sums.
   def make(key):
     average = optax.stateless(
       lambda estimate, params: jax.lax.pmean(estimate, 'data')
@@ -240,7 +240,7 @@ def scale_by(
   hessian_diagonal_fn,
   mistake=None,
 ):
-  """Sophia once more, in brief, with room for one mistake."""
+  """A short implementation of Sophia into which one mistake can be put."""
   k, estimator = update_interval, hessian_diagonal_fn
 
   def init(params):
@@ -316,7 +316,7 @@ def test_wrong_scaling_is_found(mistake):
     ('every step', 2),
   ],
 )
-def test_wrong_cadence_is_found_by_itself(mistake, k):
+def test_wrong_cadence_alone_is_found(mistake, k):
   problem = conformance.Problem(jnp.ones(2), {}, jnp.ones(2), jnp.ones(2))
   with pytest.raises(AssertionError, match='Cadence'):
     conformance.check_cadence(

@@ -1,4 +1,4 @@
-"""For every test and doctest eight CPU devices, strict dtypes; fixtures."""
+"""Eight CPU devices and strict dtypes for all tests and doctests; fixtures."""
 
 import os
 
@@ -22,7 +22,7 @@ def compile_fast():
 
 @pytest.fixture
 def data_dir(tmp_path):
-  """A folder of random tokens to train on, and to validate."""
+  """A folder with random tokens for training and validation."""
   rng = np.random.default_rng(0)
   for name in ('train.bin', 'val.bin'):
     rng.integers(0, 64, 5000).astype(np.uint16).tofile(tmp_path / name)

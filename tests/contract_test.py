@@ -1,4 +1,4 @@
-"""What every optax optimizer promises, for each of ours.
+"""Properties of all optax optimizers, tested for those of this library.
 
 A row brings its own factory and the extra arguments of its update, as a
 function of the loss, so that no test needs to know what it is testing.
@@ -19,7 +19,7 @@ import sophia_optax
 
 
 class Row(NamedTuple):
-  factory: Callable[..., Any]  # Of learning_rate, and the numbers below.
+  factory: Callable[..., Any]  # Takes learning_rate and `numbers`.
   extra_args: Callable[[Callable[..., Any]], dict[str, Any]]
   numbers: dict[str, float]  # Hyperparameters to inject.
 
@@ -72,7 +72,7 @@ ROWS = {
     SOPHIA_NUMBERS,
   ),
   'sophia_g': Row(
-    # Outputs that are as many numbers as parameters: curvature everywhere.
+    # As many outputs as parameters, so that all have curvature.
     functools.partial(
       sophia_optax.sophia_g,
       hessian_diagonal_fn=(
@@ -118,7 +118,7 @@ def _row(request):
 
 
 def train(tx, extra_args, loss_fn=loss_fn, params=PARAMS, steps=6, jit=True):
-  """Parameters and state after some steps."""
+  """Returns parameters and state after some steps."""
 
   def step(params, state):
     grads = jax.grad(loss_fn)(params)

@@ -1,4 +1,4 @@
-"""Tests of the protocol of benchmarks/convergence.py, and of its figures."""
+"""Tests of the protocol of benchmarks/convergence.py and of its plots."""
 
 import collections
 import concurrent.futures
@@ -54,7 +54,7 @@ def test_trials_are_points_of_a_stated_space():
       assert all(len(f'{x:.3g}') <= 8 for x in values)
 
 
-def test_only_what_is_named_differs():
+def test_a_variant_changes_one_setting_only():
   case = Case('language_1200', 'sophia_g', 1)
   drawn = convergence.settings(case)
   assert convergence.settings(dataclasses.replace(case, seed=2)) == drawn
@@ -102,7 +102,7 @@ def test_settings_to_copy_are_those_of_the_examples(name):
   }
 
 
-def test_steering_is_all_that_differs_from_the_settings_to_copy():
+def test_steered_differs_from_the_settings_to_copy_only_in_the_target():
   copied, steered = (
     convergence.settings(Case('language_4800', name, 3, 1))
     for name in ('copied_g', 'steered')
@@ -111,7 +111,7 @@ def test_steering_is_all_that_differs_from_the_settings_to_copy():
 
 
 def fake_run(case):
-  """Losses as of a bowl with a flat bottom around a learning rate."""
+  """Returns a run whose loss is a flat bowl around a learning rate."""
   drawn = convergence.settings(case)
   untuned = case.optimizer in convergence.UNTUNED
   name = 'adamw' if untuned else case.optimizer
@@ -133,7 +133,7 @@ def fake_run(case):
 
 @functools.cache
 def complete(num_trials=4):
-  """What the whole benchmark leaves, were its losses those of `fake_run`."""
+  """Returns the results of the whole benchmark with losses of `fake_run`."""
   results, done = [], set()
   while case := next(
     (c for c in convergence.plan(results, num_trials) if c not in done), None
@@ -163,14 +163,14 @@ def test_every_optimizer_has_the_same_search():
       assert len(trials) == (spec.carried if spec.parent else 4)
       if spec.margin is None:
         continue
-      # The sweep has gone past the best, on both sides.
+      # The sweep went past the best rate on both sides.
       swept = {c.rate: losses[c] for c in searched if c.trial == best.trial}
       assert len(swept) >= 3
       for end in min(swept), max(swept):
         assert swept[end] > losses[best] + spec.margin
 
 
-def test_a_setting_that_breaks_down_with_the_second_seed_does_not_win():
+def test_a_setting_that_diverges_with_the_second_seed_does_not_win():
   def run_search(breaks_down):
     losses, best = {}, None
     while best is None:
@@ -195,7 +195,7 @@ def test_a_setting_that_breaks_down_with_the_second_seed_does_not_win():
   )
 
 
-def test_trials_of_all_go_on_side_by_side():
+def test_optimizers_take_turns():
   counts = collections.Counter()
   for case in itertools.islice(convergence.plan([], 20), 7 * 20):
     counts[case.optimizer] += 1
@@ -301,7 +301,7 @@ def test_tables():
 
 
 @pytest.mark.parametrize('count', [0, 1, 40])
-def test_what_is_not_complete_is_shown_too(count):
+def test_incomplete_results_are_shown(count):
   results = complete()[:count]
   assert '### Cost' in convergence_plots.render(results)
   for plot in (
@@ -325,7 +325,7 @@ def test_plots(tmp_path):
     lines['Sophia-G'],
     [(convergence.TASKS[t].tokens, -0.05) for t in convergence.LENGTHS],
   )
-  assert len(lines['Lion']) == 1  # In the shortest runs alone.
+  assert len(lines['Lion']) == 1  # Only in the shortest runs.
   np.testing.assert_allclose(lines['AdamW'][:, 1], 0)
 
   fig.savefig(tmp_path / 'plot.png')
@@ -387,7 +387,7 @@ def test_every_optimizer_runs(optimizer):
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'sophia_g'])
-def test_a_diagonal_helps_along_the_axes_alone(optimizer):
+def test_a_diagonal_helps_only_along_the_axes(optimizer):
   along, rotated = (regression(t, optimizer) for t in ('axes', 'rotated'))
   assert along['settings'] == rotated['settings']
   assert along['loss'] < 1e-3 * rotated['loss']

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures('compile_fast')
 
 
 def test_pmap_and_shard_map_are_the_same_training():
-  # Few steps: round-off is all that they may differ by.
+  # Few steps, so that the results may differ only by round-off.
   results = {name: data_parallel.train(name, 12) for name in data_parallel.MAPS}
   params, state, losses = results['pmap']
   for leaf in jax.tree.leaves((params, state)):

@@ -1,4 +1,4 @@
-"""A small model, a batch in eight parts, and ways to use eight devices."""
+"""A small model, a batch in eight parts, and maps over eight devices."""
 
 import functools
 
@@ -35,13 +35,13 @@ def mesh():
 
 
 def pmapped(fn):
-  """Maps fn(replicated, shard); returns what each device has."""
+  """Maps fn(replicated, shard); returns the results of all devices."""
   mapped = jax.pmap(fn, axis_name='data', in_axes=(None, 0))
   return lambda replicated: mapped(replicated, INPUTS)
 
 
 def shard_mapped(fn, check_vma):
-  # The output is declared replicated: with check_vma it is proven to be.
+  # The output is declared replicated. With check_vma JAX checks that it is.
   mapped = jax.jit(
     jax.shard_map(
       lambda replicated, shard: fn(replicated, shard[0]),

@@ -1,4 +1,4 @@
-"""What the state tells of itself, and what it says of each module."""
+"""Diagnostics in the state of Sophia, and of each module."""
 
 import functools
 
@@ -25,7 +25,7 @@ PARAMS = {
 
 
 def loss_fn(params):
-  """Curvatures of both signs, and of the imaginary parts too."""
+  """Has curvatures of both signs, also for imaginary parts."""
   layer, wave = params['layer'], params['wave']
   return (
     jnp.sum(jnp.sin(3 * layer['kernel']))
@@ -42,7 +42,7 @@ def grads_of(params):
 
 
 def train(tx, num_steps, **extra_args):
-  """The state after some steps, all with the same gradient."""
+  """Returns the state after some steps, all with the same gradient."""
 
   @jax.jit
   def step(state):
@@ -137,7 +137,7 @@ def test_modules_against_numpy(target, refresh_before_update):
 
 
 def test_hyperparameters_are_those_of_the_optimizer():
-  # Regression: they had to be passed again, and a wrong win rate was no error.
+  # Regression: they had to be passed again. Wrong ones gave no error.
   tx = sophia_optax.sophia_g(
     rho=1.0,
     b1=0.0,
@@ -146,7 +146,7 @@ def test_hyperparameters_are_those_of_the_optimizer():
     refresh_before_update=True,
     diagnostics=True,
   )
-  x = {'w': jnp.array([0.5, -0.5])}  # Newton's steps: all win.
+  x = {'w': jnp.array([0.5, -0.5])}  # Newton's steps, so all win.
   loss = lambda x: jnp.sum(x['w'] ** 2)
   _, state = tx.update(jax.grad(loss)(x), tx.init(x), x, obj_fn=loss)
   assert sophia_optax.diagnose(state)['w'].win_rate == 1
@@ -196,7 +196,7 @@ def test_state_of_nnx():
   assert found['layers/1'].curvature_norm > 0
 
 
-def test_modules_make_up_the_whole():
+def test_figures_of_modules_agree_with_the_whole():
   tx = sophia_optax.scale_by_sophia(
     b1=0.5,
     gamma=5.0,
@@ -309,7 +309,7 @@ def test_more_coordinates_than_int32_counts_are_traced(kwargs):
 
 @pytest.mark.parametrize('shape', [(2**32 - 1,), (2, 2**31), (2**17, 2**15)])
 def test_more_coordinates_than_int32_counts(shape):
-  def found():  # Of constants, which XLA never writes out.
+  def found():  # The arrays are constants, which XLA does not allocate.
     tx = sophia_optax.scale_by_sophia(diagnostics=True)
     leaf = jnp.broadcast_to(jnp.float32(jnp.inf), shape)
     return sophia_optax.diagnose(

@@ -1,4 +1,4 @@
-"""Parameters that are divided over another axis than the batch."""
+"""Parameters that are divided over a different axis than the batch."""
 
 import functools
 
@@ -63,9 +63,9 @@ def test_divided_parameters_have_an_unbiased_estimate(name):
   )
 
 
-def test_parts_of_one_array_have_probes_of_their_own():
-  # The Hessian is all ones. With one probe for all four parts, which is what
-  # this is about, the estimate would be 4 on average.
+def test_parts_of_one_array_have_independent_probes():
+  # The Hessian is all ones. With the same probe for all four parts, the
+  # estimate would be 4 on average.
   estimator = ESTIMATORS['hutchinson'](num_samples=2000, axis_name='data')
 
   def update(x):
@@ -82,7 +82,7 @@ def test_parts_of_one_array_have_probes_of_their_own():
 
 
 def test_batch_divided_over_the_axis_of_the_parameters():
-  # FSDP: weights are gathered to be used, the loss is averaged over their axis.
+  # FSDP: weights are gathered, and the loss is averaged over their axis.
   def gather(params):
     return params | {'w': jax.lax.all_gather(params['w'], 'model', tiled=True)}
 
@@ -150,7 +150,7 @@ def test_divided_parameters_need_check_vma(name):
 
 
 def test_loss_that_differs_along_the_axis_of_the_parameters():
-  # Derivatives with respect to b, which is on all devices, would be sums.
+  # Derivatives with respect to b, which is replicated, would be sums.
   estimator = ESTIMATORS['hutchinson'](axis_name='data')
   update = lambda params: estimator.update(
     None,
@@ -202,8 +202,8 @@ def test_axis_of_one_device_divides_nothing(name):
 
 @pytest.mark.parametrize('poisoned', [False, True])
 def test_training_divided_parameters_equals_one_device(poisoned):
-  # Diagonal Hessian, so the probes do not matter and all is exact. One NaN in
-  # the curvature, on one device, counts everywhere.
+  # The Hessian is diagonal, so estimates are exact for any probe. A NaN in the
+  # curvature of one device is counted on all.
   curvature = jnp.arange(1.0, 9.0).at[6].set(jnp.nan if poisoned else 7.0)
   tx = sophia_optax.sophia(
     0.01,
@@ -299,7 +299,7 @@ def test_predictions_divided_over_two_axes():
 
 
 def test_parts_of_masked_predictions_divided_over_two_axes():
-  # Parts weigh by what counts on all devices, not on one.
+  # Parts are weighted by the predictions that count on all devices.
   axes = ('data', 'model')
   estimator = sophia_optax.microbatched(
     sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(

@@ -1,4 +1,4 @@
-"""What the documentation site must have; `make docs` checks the rest of it."""
+"""Checks of the documentation site that `make docs` does not make."""
 
 import inspect
 import pathlib
@@ -13,7 +13,7 @@ DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 
 
 def public_names(module):
-  """The names that a module defines or re-exports, without modules."""
+  """Returns the names that a module defines or re-exports, without modules."""
   names = set()
   for name in dir(module):
     value = getattr(module, name)
@@ -29,7 +29,7 @@ def public_names(module):
 
 
 def documented_names(page):
-  """By module, the names that the directives of a page document."""
+  """Returns, for each module, the names that a page documents."""
   found, module = {}, None
   for directive, name in re.findall(r'^\.\. (\w+):: (\S+)$', page, re.M):
     if directive == 'currentmodule':

@@ -9,7 +9,7 @@ import pytest
 
 import sophia_optax
 
-# So near the minimum that the default gamma, 0.01, clips some updates only.
+# Near the minimum, so that the default gamma, 0.01, clips only some updates.
 PARAMS = {
   'w': 1e-3 * jnp.linspace(-1.0, 1.5, 12).reshape(3, 4),
   'b': {'c': 1e-3 * jnp.array([0.5, -0.3, 0.8])},
@@ -23,7 +23,7 @@ def loss_fn(params):
 
 
 def absolute_gradient():
-  """A user's own estimator, of the old kind without extra arguments."""
+  """A user's estimator without extra arguments."""
   return optax.GradientTransformation(
     lambda params: optax.EmptyState(),
     lambda g, s, p=None: (jax.tree.map(jnp.abs, g), s),

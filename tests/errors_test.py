@@ -1,4 +1,4 @@
-"""Bad input: an error that says what was needed, given, and how to fix it."""
+"""Errors for bad input: what was needed, what was given, how to fix it."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The driver of estimators: what one has that is written with it."""
+"""Estimators that are written with `sampled_estimator`."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ def curvature(batch=BATCH):
 
 
 def make_draw(theta, loss, **extra_args):
-  """Exact for a diagonal Hessian, plus noise that the key decides."""
+  """Exact for a diagonal Hessian, plus noise that depends on the key."""
   del extra_args
   noise = lambda key, x: 1e-3 * jax.random.normal(key, x.shape)
 
@@ -47,7 +47,7 @@ def own(random_seed=None, **options):
 
 
 def noise_of(key):
-  """What `make_draw` adds to the curvature with this key."""
+  """Returns the noise that `make_draw` adds with this key."""
   theta = {'w': PARAMS['w'], 'z': (jnp.array(1.0), jnp.array(2.0))}
   draw = make_draw(theta, lambda theta: jnp.zeros(()) * theta['w'].sum())
   noise = draw(key)
@@ -65,7 +65,7 @@ def test_one_draw():
   np.testing.assert_array_equal(next_state.key, key)
 
 
-def test_samples_and_parts_have_keys_of_their_own():
+def test_samples_and_parts_have_different_keys():
   estimator = sophia_optax.microbatched(own(num_samples=2), 4)
   estimate, state = estimator.update(
     None, estimator.init(PARAMS), PARAMS, obj_fn=loss_fn, batch=BATCH
@@ -120,7 +120,7 @@ def test_predictions_and_extra_arguments():
     predict_fn=lambda p: (p['w'] ** 2, 'aux'),
     loss_scale=8.0, label_mask='mask', heat=0.5,
   )  # fmt: skip
-  # The driver does not divide what is no estimate of the scaled loss.
+  # Estimates from predict_fn do not depend on the scale, so are not divided.
   chex.assert_trees_all_close(estimate, {'w': 4 * PARAMS['w'] ** 2})
   assert seen == {'mask': 'mask', 'scale': 8.0, 'heat': 0.5}
 
@@ -177,7 +177,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_one_reduction_for_all_parts_within_a_chain(name):
-  # Regression: one reduction a part was sent if the estimator was in a chain.
+  # Regression: in a chain, there was one reduction for each part.
   chained = optax.chain(ESTIMATORS[name](axis_name='data'), optax.identity())
   estimator = sophia_optax.microbatched(chained, 2)
 
@@ -199,7 +199,7 @@ def test_one_reduction_for_all_parts_within_a_chain(name):
 
 
 def users():
-  """An estimator that is not written with the driver."""
+  """An estimator that is not written with `sampled_estimator`."""
 
   def update(updates, state, params=None, *, batch, **extra_args):
     del updates, extra_args
@@ -304,7 +304,7 @@ def test_loss_scale_of_the_squared_gradient_within_wrappers():
 
 
 def wrapper(forwards):
-  """A user's own, around an estimator; may drop what it does not know."""
+  """A user's wrapper of an estimator. It may drop unknown arguments."""
   inner = own()
 
   def update(updates, state, params, *, obj_fn, batch=None, **extra_args):
@@ -318,7 +318,7 @@ def wrapper(forwards):
 
 @pytest.mark.parametrize('forwards', [True, False])
 def test_parts_through_a_wrapper(forwards):
-  # Regression: parts that a wrapper dropped were not split, without an error.
+  # Regression: if a wrapper dropped the request, the batch was not split.
   sizes = []
 
   def obj_fn(params, batch):
@@ -339,7 +339,7 @@ def test_loss_scale_that_a_wrapper_drops():
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, obj_fn=loss_fn, loss_scale=8.0)
 
 
-def test_what_is_chained_acts_on_the_average_of_the_parts():
+def test_chained_transformations_act_on_the_average_of_the_parts():
   x = jnp.ones(3)
   estimator = sophia_optax.microbatched(
     optax.chain(
@@ -371,7 +371,7 @@ def test_draws_in_half_precision():
     np.testing.assert_array_equal(estimate, [2.0, 4.0])
 
 
-def test_divided_parameters_have_draws_of_their_own():
+def test_parts_of_divided_parameters_have_independent_draws():
   # The Hessian is all ones. With one draw for all parts of the parameters the
   # estimate would be their number on average.
   def make_draw(theta, loss, *, random_like, **extra_args):

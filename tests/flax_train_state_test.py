@@ -50,7 +50,7 @@ def test_replicas_stay_equal_and_statistics_move_once():
     jax.random.key_data(after.dropout_key[0]),
     jax.random.key_data(before.dropout_key),
   )
-  # As of one pass over the images of both, though the curvature took another.
+  # The statistics moved once, although the curvature took a second pass.
   channels = jax.lax.conv_general_dilated(
     training.images[:16],
     before.params['Conv_0']['kernel'],

@@ -15,7 +15,7 @@ estimator_of = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
 
 
 def network(params, inputs, outputs=3):
-  """Two layers that share their weights, and one more; (..., 2) -> (..., C)."""
+  """Two layers with shared weights, then an output; (..., 2) -> (..., C)."""
   hidden = jnp.tanh(jnp.tanh(inputs @ params['shared']) @ params['shared'])
   return hidden @ params['out'][:, :outputs]
 
@@ -58,10 +58,10 @@ def fisher_of_bits(logits):
 
 
 def enumerated_mean(likelihood, labels, weights, predict_fn, params, **kwargs):
-  """The estimator's mean over labels, which are handed over through its key.
+  """Returns the estimator's mean over labels, which are passed in its key.
 
   Args:
-    likelihood: Has its score used as it is, only its sampling replaced.
+    likelihood: Its score is used, and its sampling is replaced.
     labels: All combinations of labels, shape (K, *predictions).
     weights: The probability of each combination, shape (K,).
   """
@@ -78,7 +78,7 @@ def enumerated_mean(likelihood, labels, weights, predict_fn, params, **kwargs):
 
 
 def every_label(probabilities):
-  """All combinations of labels, from probabilities (*predictions, C)."""
+  """Returns all combinations of labels, for probabilities (*predictions, C)."""
   *predictions, classes = probabilities.shape
   table = np.array(probabilities).reshape(-1, classes)
   labels = np.array(list(itertools.product(range(classes), repeat=len(table))))
@@ -136,7 +136,7 @@ def test_mean_over_all_labels_is_the_gauss_newton_diagonal(name, case):
     chex.assert_trees_all_close(actual, expected, rtol=1e-11, atol=1e-14)
 
 
-def test_masked_predictions_may_be_anything():
+def test_masked_predictions_have_no_effect():
   params, inputs = make_params(), jnp.ones((4, 2))
   padding = jnp.array([[0.0], [jnp.nan], [-jnp.inf], [0.0]])
   padded = lambda p: network(p, inputs) + jnp.broadcast_to(padding, (4, 3))
@@ -262,7 +262,7 @@ def test_names_are_the_likelihoods():
     chex.assert_trees_all_equal(by_name, by_object)
 
 
-def test_likelihood_of_a_user():
+def test_likelihood_that_a_user_wrote():
   # The negative log of a unit Laplace density has the score ±1.
   sign = lambda key, means: jax.random.rademacher(key, means.shape, means.dtype)
   estimator = estimator_of(likelihood=sign)
@@ -292,7 +292,7 @@ def test_samples_are_averaged_from_one_forward_pass():
 
 
 def test_first_derivatives_are_enough():
-  # A custom_vjp has no rule for forward differentiation, as flash attention.
+  # Like flash attention, a custom_vjp has no rule for forward differentiation.
   @jax.custom_vjp
   def cube(x):
     return x**3
@@ -317,7 +317,7 @@ def test_low_precision_outputs_reach_the_likelihood_in_float32():
     return jnp.ones_like(outputs)
 
   for dtype in (jnp.bfloat16, jnp.float16):
-    # In half precision B ĝ² with B = 2^16 would vanish: ĝ is 2^-16.
+    # In half precision B ĝ² with B = 2^16 and ĝ = 2^-16 would underflow.
     params = jnp.ones(2**16, dtype)
     estimator = estimator_of(likelihood=draw_score)
     estimate, _ = estimator.update(

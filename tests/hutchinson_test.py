@@ -13,7 +13,7 @@ import sophia_optax
 
 
 def loss_fn(params):
-  """Not quadratic, and its Hessian couples every pair of coordinates."""
+  """Not quadratic. Its Hessian couples every pair of coordinates."""
   w, b = params['w'], params['b']
   return jnp.sum(jnp.sin(w)) * jnp.sum(b**3) + jnp.prod(w) + jnp.sum(b * w[0])
 
@@ -30,7 +30,7 @@ def dense_diagonal(loss, params):
 
 
 def estimates_for(keys, params, obj_fn=loss_fn, **kwargs):
-  """One estimate for each key that the state may hold, stacked."""
+  """Returns the estimates for these keys, stacked."""
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(**kwargs)
 
   @jax.jit
@@ -43,8 +43,8 @@ def estimates_for(keys, params, obj_fn=loss_fn, **kwargs):
 
 
 def test_mean_over_all_sign_vectors_is_the_diagonal():
-  # Each of the 2^6 sign vectors is drawn by some key: find one for each, by
-  # asking for the signs that optax draws, and average the estimates.
+  # Finds a key for each of the 2^6 sign vectors, from the signs that optax
+  # draws, and averages the estimates.
   with jax.enable_x64(True):
     params = {
       'w': jnp.array([[0.3, -1.2], [0.7, 2.0]]),
@@ -68,7 +68,7 @@ def test_mean_over_all_sign_vectors_is_the_diagonal():
     diagonal, hessian = dense_diagonal(loss_fn, params)
     chex.assert_trees_all_close(mean, diagonal, rtol=1e-12, atol=1e-12)
 
-    # So is the variance of an entry: the squares off the diagonal.
+    # The variance of an entry is the sum of squares off the diagonal.
     variance = jax.tree.map(lambda x: x.var(axis=0), estimates)
     expected = jnp.sum(hessian**2, axis=1) - jnp.diag(hessian) ** 2
     np.testing.assert_allclose(
@@ -83,7 +83,7 @@ def test_samples_are_averaged_and_lower_the_variance(params):
   )
   assert 7 < variance() / variance(num_samples=8) < 9
 
-  # To the digit: the mean of the estimates from the keys that it splits into.
+  # Exactly the mean of the estimates from the keys that it splits into.
   key = jax.random.PRNGKey(3)
   subkeys = jax.random.split(jax.random.split(key)[1], 8)
   probes = jax.vmap(
@@ -144,7 +144,7 @@ def test_seeds(make_seed, params):
   seed = make_seed(5)
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(seed)
   expected = estimates_for(jax.random.PRNGKey(5)[None], params)
-  for _ in range(2):  # The second time after the first state was donated.
+  for _ in range(2):  # The second time, the first state has been donated.
     state = estimator.init(params)
     update = lambda s: estimator.update(None, s, params, obj_fn=loss_fn)
     estimate, _ = jax.jit(update, donate_argnums=0)(state)
@@ -173,7 +173,7 @@ def test_leaves_of_every_kind():
       jnp.sum(p['f32'] ** 3)
       + jnp.sum(p['bf16'].astype(jnp.float32) ** 2)
       + p['f16'].astype(jnp.float32) ** 2
-      # The real part is curved with 6, the imaginary part with -10.
+      # The curvature of the real part is 6, that of the imaginary part -10.
       + jnp.sum(3 * z.real**2 - 5 * z.imag**2)
       + jnp.sum(p['int']).astype(jnp.float32)
     )
@@ -213,7 +213,7 @@ def test_trees_of_every_size(params):
   )
 
 
-def test_batch_is_handed_to_the_objective(params):
+def test_batch_is_passed_to_the_objective(params):
   estimator = sophia_optax.hutchinson_estimator_diag_hessian()
   state = estimator.init(params)
   scaled = lambda p, batch: batch['scale'] * loss_fn(p)

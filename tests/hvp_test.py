@@ -1,4 +1,4 @@
-"""Products with the Hessian: the other modes against forward over reverse."""
+"""Compares other Hessian-vector products with forward over reverse."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ BATCH = jax.random.normal(jax.random.PRNGKey(0), (8, 3))
 
 
 def cubic(params, batch=BATCH):
-  """Its gradient is a parabola, and central differences of that are exact."""
+  """Its gradient is quadratic, so central differences are exact."""
   y = batch @ params['w'].T + params['b']
   return jnp.mean(jnp.sum(y, axis=1) ** 3) / 30 + jnp.mean(y**2)
 
@@ -45,7 +45,7 @@ def estimate(
 
 
 def assert_like_forward_over_reverse(run, rtol=1e-3):
-  """`run(hvp)` returns an estimate; all have the same probes."""
+  """Compares `run(hvp)` for all values of hvp, with the same probes."""
   expected = run('forward_over_reverse')
   assert any(np.any(x) for x in jax.tree.leaves(expected))
   for hvp in OTHER_MODES:
@@ -164,8 +164,8 @@ def test_replicas(name):
 
 
 def test_divided_parameters():
-  # The parts differ in size, and yet all devices must take the same step: b is
-  # on all of them.
+  # The parts differ in size, but all devices must use the same step, because b
+  # is replicated.
   params = {
     'w': jnp.array([1.0, -2.0, 0.1, 0.2, 30.0, 40.0, -0.1, 0.3]),
     'b': jnp.array(0.2),
@@ -225,23 +225,23 @@ def difference(params, obj_fn, **options):
 
 
 def test_step_scales_with_the_parameters():
-  # In units in which the parameters are a million times smaller, the curvature
-  # is the square of that larger.
+  # If the parameters are a million times smaller, the curvature is 1e12 times
+  # larger.
   def loss(x):
     return jnp.sum(jnp.cos(x)) + jnp.prod(x[:4]) + jnp.sum(x) ** 3
 
-  # Zeros, as new biases are, tell no size.
+  # Zeros, like new biases, do not count in the step.
   x, scale = jnp.array([0.3, -1.2, 0.7, 2.0, 0.0, 0.0, 0.0]), 2.0**-20
   got = difference(x * scale, lambda y: loss(y / scale)) * scale**2
   np.testing.assert_allclose(got, difference(x, loss), rtol=1e-3)
   exact = estimate(x, loss)
   np.testing.assert_allclose(got, exact, rtol=1e-2)
-  assert np.any(np.abs(got / exact - 1) > 1e-5)  # It is a difference.
+  assert np.any(np.abs(got / exact - 1) > 1e-5)  # It is not exact.
 
 
 @pytest.mark.parametrize('distribution', ['rademacher', 'normal'])
 def test_curvature_is_that_of_the_step_as_rounded(distribution):
-  # 3000.7 + δ is rounded by a good part of δ.
+  # Rounding changes 3000.7 + δ by a large part of δ.
   x = jnp.concatenate([jnp.array([3000.7]), jnp.full(500, 0.02)])
   curvature = jnp.linspace(1.0, 2.0, x.size)
   loss = lambda y: jnp.sum(curvature * (y - x) ** 2) / 2
@@ -252,7 +252,7 @@ def test_curvature_is_that_of_the_step_as_rounded(distribution):
   np.testing.assert_allclose(got[moved], exact[moved], rtol=1e-4)
 
 
-def test_what_is_too_large_to_move_has_no_curvature():
+def test_a_parameter_too_large_for_the_step_has_zero_curvature():
   x = jnp.concatenate([jnp.array([1e7]), jnp.full(500, 0.02)])
   got = difference(x, lambda y: jnp.sum(y**2) / 2)
   assert got[0] == 0.0
@@ -294,7 +294,7 @@ NETWORK = {
 
 
 def network_loss(params, dtype):
-  """Two layers; activations and the weights they see are of this dtype."""
+  """Two layers with activations and cast weights of this dtype."""
   a, c = params['a'].astype(dtype), params['c'].astype(dtype)
   logits = jnp.tanh(INPUTS.astype(dtype) @ a) @ c
   logits = logits.astype(params['a'].dtype)
@@ -304,7 +304,7 @@ def network_loss(params, dtype):
 
 @functools.cache
 def all_signs():
-  """A key for each of the 256 probes of the network."""
+  """Returns a key for each of the 256 probes of the network."""
   keys = jax.random.split(jax.random.PRNGKey(5), 4000)
   probe = lambda key: optax.tree.random_like(
     jax.random.split(key)[1], NETWORK, jax.random.rademacher
@@ -318,7 +318,7 @@ def all_signs():
 
 
 def moments(hvp, dtype):
-  """Bias and variance over all probes, relative to the dense Hessian's."""
+  """Returns bias and variance over all probes, relative to the Hessian's."""
   estimator = hutchinson(hvp=hvp)
 
   def one(key):
@@ -358,14 +358,14 @@ def test_bias_over_all_probes(hvp, dtype, least, largest):
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_half_precision_parameters_are_refused(dtype):
+def test_half_precision_parameters_are_an_error(dtype):
   params = PARAMS | {'b': PARAMS['b'].astype(dtype)}
   loss = lambda p: cubic(p | {'b': p['b'].astype(jnp.float32)})
   with pytest.raises(TypeError, match=rf"{dtype.dtype} at \['b'\].*cast them"):
     difference(params, loss)
   for hvp in MODES[:2]:
     estimate(params, loss, hvp=hvp)
-  # Those of another optimizer may be what they are.
+  # Parameters of another optimizer may be in half precision.
   difference(
     params,
     loss,

@@ -1,4 +1,4 @@
-"""Flax NNX and Equinox: the numbers of the same problem as a plain tree."""
+"""Flax NNX and Equinox give the same numbers as a plain tree."""
 
 import chex
 import equinox as eqx
@@ -35,7 +35,7 @@ def cross_entropy(logits):
 
 
 def extra_args(predict_fn):
-  """What either optimizer needs, given parameters -> logits."""
+  """Returns the extra arguments of both optimizers, for params -> logits."""
   return {
     'obj_fn': lambda params: cross_entropy(predict_fn(params)),
     'predict_fn': predict_fn,
@@ -43,7 +43,7 @@ def extra_args(predict_fn):
 
 
 def train_plain(tx, predict_fn, params):
-  """Parameters and optimizer state after some steps, with a plain tree."""
+  """Returns parameters and state after some steps with a plain tree."""
 
   @jax.jit
   def step(params, state):
@@ -59,7 +59,7 @@ def train_plain(tx, predict_fn, params):
 
 
 def assert_close(trees, others):
-  """The same numbers in the same order; containers may differ."""
+  """Compares the leaves in order; containers may differ."""
   for x, y in zip(*map(jax.tree.leaves, (trees, others)), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
   assert max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(others)) > 0
@@ -68,7 +68,7 @@ def assert_close(trees, others):
 class NNXModel(nnx.Module):
   def __init__(self, dropout_rate):
     rngs = nnx.Rngs(0)
-    # A bias in front of the normalization has a gradient of rounding errors.
+    # A bias before the normalization has a gradient of rounding errors only.
     self.hidden = nnx.Linear(4, 5, use_bias=False, rngs=rngs)
     self.norm = nnx.BatchNorm(5, rngs=rngs)
     self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
@@ -111,8 +111,8 @@ def test_nnx(tx):
   assert_close((moments.mu, moments.nu), (state[0].mu, state[0].nu))
 
 
-def test_nnx_curvature_leaves_the_model_alone(tx):
-  """Sophia's forward passes move neither statistics nor random numbers."""
+def test_nnx_curvature_does_not_change_the_model(tx):
+  """Sophia's forward passes change no statistics and no random numbers."""
   model = NNXModel(dropout_rate=0.5)
   other = nnx.clone(model)
   nnx_step(model, nnx.Optimizer(model, tx, wrt=nnx.Param))

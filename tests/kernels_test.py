@@ -1,4 +1,4 @@
-"""Fused kernels and functions with derivatives of their own, under Sophia."""
+"""Sophia with fused kernels and functions with custom derivatives."""
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -25,11 +25,11 @@ def estimate(obj_fn, params, hvp, jit=True):
 
 
 def dense_estimate(obj_fn, params):
-  """v ⊙ H v with the dense H, for the probe that `estimate` draws."""
+  """Returns v ⊙ H v with the dense H, for the probe that `estimate` draws."""
   flat, unravel = jax.flatten_util.ravel_pytree(params)
   assert flat.size % 2, 'The sum of the signs must not be zero.'
   hessian = jax.hessian(lambda x: obj_fn(unravel(x)))(flat)
-  # Here H is all ones, and the estimate is the probe times the sum of it.
+  # H is all ones here, so the estimate is the probe times its sum.
   square = lambda p: jnp.sum(jax.flatten_util.ravel_pytree(p)[0]) ** 2 / 2
   probe = jnp.sign(
     jax.flatten_util.ravel_pytree(
@@ -183,7 +183,7 @@ def test_cross_entropy_with_its_own_rule(hvp, forward, jit):
   own = with_own_rule(FORWARD[forward])
   loss = lambda w, fn=own: fn(jnp.tanh(inputs * w), TARGETS)
   if (hvp, forward, jit) == (MODES[0], 'calls_itself', False):
-    # Within jit JAX does not meet the inner one.
+    # Under jit, JAX does not differentiate the inner function.
     with pytest.raises(NotImplementedError, match=HELP) as caught:
       estimate(loss, WEIGHTS, hvp, jit)
     assert 'forward-mode' in str(caught.value.__cause__)
@@ -243,7 +243,7 @@ def test_backward_rule_without_a_derivative(backward, refused, jit):
   ],
   ids=lambda e: type(e).__name__,
 )
-def test_errors_of_the_objective_are_not_touched(error, hvp, jit):
+def test_errors_of_the_objective_are_not_changed(error, hvp, jit):
   def obj_fn(params):
     raise error
 
@@ -255,7 +255,7 @@ def test_errors_of_the_objective_are_not_touched(error, hvp, jit):
 
 
 def test_kernel_without_a_gradient_keeps_its_error():
-  # Sophia-G could not train this one either.
+  # It has no gradient, so Sophia-G could not train it either.
   loss = lambda x: jnp.sum(callback(x))
   for hvp in MODES:
     with pytest.raises(ValueError, match='Pure callbacks do not support JVP'):

@@ -40,7 +40,7 @@ def half(tree, dtype=jnp.float16):
 
 @pytest.mark.parametrize('scale', [2.0**12, 2.0**-3, jnp.float32(1024)])
 @pytest.mark.parametrize('name', ESTIMATORS)
-def test_loss_scale_leaves_the_optimizer_as_it_was(name, scale):
+def test_loss_scale_does_not_change_the_results(name, scale):
   tx = sophia_optax.sophia(
     0.1, gamma=1.0, update_interval=1, hessian_diagonal_fn=ESTIMATORS[name]
   )
@@ -68,7 +68,7 @@ def test_loss_scale_leaves_the_optimizer_as_it_was(name, scale):
 
 @pytest.mark.parametrize('name', ['hutchinson', 'gauss_newton'])
 def test_float16_underflows_without_loss_scale_and_not_with_it(name):
-  # Outputs so small a part of the loss that float16 has no number for it.
+  # The contribution of an output to the loss is too small for float16.
   tiny = 2.0**-16
 
   def predict_fn(params):
@@ -108,7 +108,7 @@ def test_float16_underflows_without_loss_scale_and_not_with_it(name):
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_float32_copies_of_half_precision_parameters(name, dtype):
-  """The model computes in half precision; what is trained is float32."""
+  """The model computes in half precision, with float32 parameters."""
   rounded = lambda fn: lambda p, *args: fn(half(p, dtype), *args)
   tx = sophia_optax.sophia(
     0.05, gamma=1.0, update_interval=2, hessian_diagonal_fn=ESTIMATORS[name]
@@ -164,7 +164,7 @@ def cross_entropy(logits):
 def train(
   estimator, params, cast=lambda params: params, num_steps=300, scale=1.0
 ):
-  """Returns the loss, in float32, of what 300 steps end with."""
+  """Returns the final loss, in float32, after 300 steps."""
   tx = sophia_optax.sophia(
     optax.cosine_decay_schedule(0.01, 300),
     gamma=0.05,
@@ -213,8 +213,8 @@ def test_half_precision_ends_near_float32(estimator):
   assert scaled != full
   assert abs(scaled / full - 1) < 0.002
 
-  # A network goes on improving, and weights of eight bits fall behind. With
-  # float32 copies of them it is the model alone that is coarse.
+  # A network continues to improve, but bfloat16 weights are too coarse for it.
+  # With float32 copies, only the computations of the model are coarse.
   full = train(estimator, NETWORK)
   copied = train(
     estimator, NETWORK, cast=lambda params: half(params, jnp.bfloat16)
@@ -225,8 +225,8 @@ def test_half_precision_ends_near_float32(estimator):
 
 
 def test_loss_scale_of_the_gradient_suits_gauss_newton_in_float16():
-  # Regression: what was sent backward was √B times larger than the gradient,
-  # so the largest entries overflowed and were left out: a bias.
+  # Regression: the backward pass computed √B times the gradient. Its largest
+  # entries overflowed and were ignored, which is a bias.
   num_predictions, scale = 4096, 2.0**12
   x = jnp.linspace(0.1, 10.0, 8).astype(jnp.float16)
   params = jnp.zeros(8, jnp.float16)
@@ -248,8 +248,8 @@ def test_loss_scale_of_the_gradient_suits_gauss_newton_in_float16():
 
 
 def test_average_of_curvature_is_not_computed_in_its_storage_dtype():
-  # With decay 0.99 an average in bfloat16 stalls: this one must not, as its
-  # increments are computed in float32, before they are rounded.
+  # With decay 0.99 an average in bfloat16 stalls. This one must not, because
+  # it is computed in float32 and then rounded.
   tx = sophia_optax.scale_by_sophia(
     b2=0.9,
     nu_dtype=jnp.bfloat16,
@@ -265,8 +265,8 @@ def test_average_of_curvature_is_not_computed_in_its_storage_dtype():
 
 
 def test_normal_probes_are_drawn_in_float32():
-  # Of 100,000 numbers bfloat16 draws a few hundred different ones only, and
-  # their variance is off.
+  # Draws in bfloat16 have only a few hundred different values, with a wrong
+  # variance.
   params = jnp.zeros(100_000, jnp.bfloat16)
 
   def obj_fn(x):  # Its Hessian-vector product is the probe.

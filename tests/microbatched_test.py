@@ -30,7 +30,7 @@ ESTIMATORS = {
 
 
 def own_estimator():
-  """A user's: the mean of the parts it sees, and which they were."""
+  """A user's estimator: returns the mean of its part, and records the part."""
 
   def update(updates, state, params=None, *, batch, **extra_args):
     del updates, extra_args
@@ -71,9 +71,9 @@ def test_is_the_average_of_the_parts(name):
   assert not np.allclose(parts[0], parts[1])
 
 
-def test_variance_falls_and_the_mean_does_not_move():
-  # One weight for all data: B ĝ² = mean(x²) χ² with one degree of freedom, of
-  # variance 2 mean(x²)², exactly. An average of 8 such has an eighth of it.
+def test_variance_falls_and_the_mean_stays():
+  # With one weight, B ĝ² is exactly mean(x²) χ² with one degree of freedom. Its
+  # variance is 2 mean(x²)². An average of 8 has an eighth of it.
   x = jnp.ones((64, 1))
   params = jnp.ones(1)
   keys = jax.random.split(jax.random.PRNGKey(0), 4000)
@@ -104,8 +104,8 @@ def test_variance_falls_and_the_mean_does_not_move():
     [True, False, True, True],
     [1, 0, 2, 7],  # Numbers of documents, 0 is padding.
 ])  # fmt: skip
-def test_masked_parts_weigh_by_what_counts(mask):
-  # Scores of ±1 make B ĝ² deterministic where a part has one prediction.
+def test_masked_parts_are_weighted_by_predictions_that_count(mask):
+  # With scores of ±1, B ĝ² is deterministic if a part has one prediction.
   inner = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
     likelihood=lambda key, z: jnp.ones_like(z)
   )
@@ -153,7 +153,7 @@ def test_mask_that_broadcasts_over_the_examples():
   assert estimates[0]['w'][1] == 0 < estimates[0]['w'][0]
 
 
-def test_estimator_of_a_user_gets_the_mask_of_its_part():
+def test_estimator_that_a_user_wrote_gets_the_mask_of_its_part():
   seen = []
 
   def update(updates, state, params=None, *, batch, label_mask, **extra_args):

@@ -90,7 +90,7 @@ class PyTorch(Transcript):
 
 class Zeta(Transcript):
   def step(self, theta, g, curvature_gradient):
-    del curvature_gradient  # It has only one batch.
+    del curvature_gradient  # This implementation has only one batch.
     self.h = self.b2 * self.h + (1 - self.b2) * g**2
     self.average(g)
     self.average(g)
@@ -145,7 +145,7 @@ def test_row(name):
     for name in re.findall(r'\w+', calls()[name])
     if hasattr(sophia_optax, name)
   }
-  tx = eval(  # It is the page that is tested.
+  tx = eval(  # The code on the page is tested.
     calls()[name],
     names
     | SETTINGS
@@ -166,5 +166,5 @@ def test_row(name):
     params = optax.apply_updates(params, updates)
     theta = other.step(theta, gradients[t], curvature[t])
     np.testing.assert_allclose(params, theta, rtol=2e-5, atol=2e-6)
-  # Neither all clipped nor none, or the curvature would not have been tested.
+  # Some are clipped and some are not, so that the curvature has an effect.
   assert 0 < optax.tree.get(state, 'win_rate') < 1

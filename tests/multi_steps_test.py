@@ -1,4 +1,4 @@
-"""Gradient accumulation: how often the curvature is estimated, and of what."""
+"""How often gradient accumulation estimates the curvature, on which data."""
 
 import chex
 import jax
@@ -73,7 +73,7 @@ def test_number_of_estimates(multi_steps, every_k, expected):
   assert len(calls) == expected
 
 
-def test_is_otherwise_that_of_optax():
+def test_all_else_is_as_in_optax():
   tx = sophia_optax.sophia(0.1, update_interval=2)
   chex.assert_trees_all_equal(
     train(sophia_optax.MultiSteps, 3, tx), train(optax.MultiSteps, 3, tx)
@@ -139,7 +139,7 @@ def test_may_refresh():
 
 
 def test_schedule_of_micro_steps_counts_the_steps_taken():
-  # One micro-step in the first step, then two: refreshes must come with them.
+  # The first step has one micro-step, the others have two.
   calls = []
   tx = sophia_optax.sophia(
     0.1, update_interval=1, hessian_diagonal_fn=counted(calls)

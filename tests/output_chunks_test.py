@@ -1,4 +1,4 @@
-"""Gauss-Newton-Bartlett with outputs in chunks, against outputs at once."""
+"""Compares Gauss-Newton-Bartlett in chunks with all outputs at once."""
 
 import functools
 import itertools
@@ -18,14 +18,14 @@ import sophia_optax
 from sophia_optax import likelihoods
 
 estimator_of = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
-# Without chance, the estimate does not depend on the chunks.
+# Not random, so the estimate does not depend on the chunks.
 likeliest = likelihoods.categorical._replace(
   sample=lambda key, logits: jnp.argmax(logits, axis=-1)
 )
 
 
 def make_params(dtype=jnp.float32):
-  """Four words with embeddings of three channels, tied, and one layer."""
+  """Returns tied embeddings of four words in three channels, and one layer."""
   rng = np.random.default_rng(0)
   return {
     'table': jnp.asarray(rng.normal(size=(4, 3)), dtype),
@@ -49,7 +49,7 @@ def logits_fn(params, tokens):
 
 
 def estimate(num_chunks, tokens, params=None, part=lambda e: e, **kwargs):
-  """One estimate, with outputs at once where num_chunks is None."""
+  """Returns one estimate. num_chunks=None computes all outputs at once."""
   params = make_params() if params is None else params
   update_args = {
     name: kwargs.pop(name)
@@ -94,7 +94,7 @@ def test_mean_over_all_labels_is_the_gauss_newton_diagonal(case):
   with jax.enable_x64(True):
     params = make_params(jnp.float64)
     size = int(np.prod(shape))
-    # No two predictions are the same, so logits tell which one they are of.
+    # All predictions differ, so logits identify the prediction.
     table = jnp.asarray(np.random.default_rng(1).normal(size=(size, 3)))
     inputs = table.reshape(*shape, 3)
 
@@ -214,7 +214,7 @@ def test_hidden_parameters():
 
 
 def numbers(estimator, hidden, **kwargs):
-  """Scores of draws, squared, of a model whose outputs are its parameters."""
+  """Returns squared scores, for a model that outputs its parameters."""
   return estimator.update(
     None,
     estimator.init(hidden),
@@ -340,7 +340,7 @@ def test_replicas(map_name):
 
 
 def lowered(num_chunks, num_classes, num_samples=1):
-  """The temporary bytes and the FLOPs of an estimate on 16 × 32 tokens."""
+  """Returns temporary bytes and FLOPs of an estimate on 16 × 32 tokens."""
   estimator = estimator_of(num_chunks=num_chunks, num_samples=num_samples)
   params = {
     'table': jax.ShapeDtypeStruct((num_classes, 4), jnp.float32),
@@ -374,7 +374,7 @@ def test_flops_are_those_of_outputs_at_once():
     lowered(*args)[1] for args in ((None, 64), (8, 64), (8, 64, 3))
   )
   assert chunked == whole
-  # A further draw computes the head again, not the layer.
+  # A second draw computes the head again, but not the layer.
   tokens, head, layer = 16 * 32, 2 * 4 * 64, 2 * 4 * 4
   assert three - chunked == 2 * tokens * (3 * head + 2 * layer)
 

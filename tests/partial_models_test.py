@@ -1,4 +1,4 @@
-"""Optimizers that see a part of the parameters, of which obj_fn needs all."""
+"""Optimizers of a part of the parameters, with an obj_fn that needs all."""
 
 import chex
 import jax
@@ -110,7 +110,7 @@ def test_fine_tuning_of_a_part():
 
 
 def test_low_rank_adapters():
-  # Only the adapters are parameters; the loss closes over what they adapt.
+  # Only the adapters are parameters; the loss closes over the other weights.
   adapters = {
     'down': jax.random.normal(jax.random.PRNGKey(4), (3, 1)),
     'up': jnp.zeros((1, 4)),
@@ -167,7 +167,7 @@ def test_microbatches_of_a_part():
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)
-def test_error_without_the_whole(name):
+def test_error_without_full_params(name):
   mask = {'embedding': False, 'layer': {'kernel': True, 'bias': True}}
   estimator = optax.masked(ESTIMATORS[name], mask)
   extra = EXTRA | {'full_params': None}

@@ -1,4 +1,4 @@
-"""What holds for any tree of parameters and any hyperparameters in range."""
+"""Properties for all trees of parameters and all valid hyperparameters."""
 
 import dataclasses
 import itertools
@@ -16,10 +16,10 @@ import sophia_optax
 
 pytestmark = pytest.mark.usefixtures('compile_fast')
 
-# Operations run one by one, uncompiled: few shapes, so that all are soon known.
+# Operations run one by one. With few shapes, JAX compiles each only once.
 SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]
 DTYPES = ['float32', 'bfloat16', 'float16', 'complex64', 'int32', 'bool']
-LARGE = 1e4  # In the range of float16, and so are the squares of 0.01 of it.
+LARGE = 1e4  # It and the square of 0.01 times it are in the range of float16.
 SETTINGS = hypothesis.settings(
   max_examples=200,
   deadline=None,
@@ -62,7 +62,7 @@ class Case:
 @st.composite
 def cases(draw):
   params = {'params': draw(TREES)}  # None alone would be a missing argument.
-  # What a mask hides is put in place of the leaves, as optax.masked does it.
+  # Puts MaskedNode in place of leaves, like optax.masked.
   hidden = jax.tree.map(lambda _: draw(st.integers(0, 3)) == 0, params)
   scales = draw(
     st.lists(st.sampled_from([0, 1e-4, 1, LARGE]), min_size=3, max_size=3)
@@ -101,7 +101,7 @@ def cases(draw):
 
 
 def real(tree):
-  """Every coordinate of a tree in one float32 vector."""
+  """Returns all coordinates of a tree in one float32 vector."""
   parts = [jnp.zeros(0)]
   for x in jax.tree.leaves(tree):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -115,7 +115,7 @@ EXTRA = {'obj_fn': lambda p: jnp.sum(jnp.sin(real(p))), 'predict_fn': real}
 
 
 def hostile(updates, state, params=None):
-  """An estimate of nothing but NaN and infinities."""
+  """Returns an estimate with only NaN and infinities."""
   del updates
   values = {0: jnp.nan, 1: jnp.inf, 2: -jnp.inf}
 
@@ -139,7 +139,7 @@ ESTIMATORS = {
 
 
 def run(case):
-  """Three steps; returns updates and state of each."""
+  """Takes three steps; returns updates and state of each."""
   tx = optax.masked(
     sophia_optax.sophia(
       **case.options, hessian_diagonal_fn=ESTIMATORS[case.name]

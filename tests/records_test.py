@@ -50,5 +50,5 @@ def test_pages_have_what_the_files_show(name, page):
   assert shown
   text = (ROOT / page).read_text()
   for line in shown.splitlines():
-    # In a Markdown table the page may name the row in other words.
+    # The page may use another name for a row of a Markdown table.
     assert line.split('|', 2)[-1] in text

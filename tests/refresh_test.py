@@ -1,4 +1,4 @@
-"""Who decides whether a step refreshes h: the count, an array or a bool."""
+"""Whether a step refreshes h: decided by the count, an array or a bool."""
 
 import functools
 
@@ -62,7 +62,7 @@ def is_due(i, k=K):
 
 
 def check_same(carry, by_count, by_bool, batches=BATCHES, is_due=is_due):
-  """Compares the bits of two programs and those of one, step by step."""
+  """Compares two programs with one program, bit by bit at each step."""
   one = two = carry
   for i, x in enumerate(batches):
     one = by_count(*one, x)
@@ -95,7 +95,7 @@ def test_two_programs_have_the_bits_of_one(estimator, options):
 
 @estimators
 def test_two_programs_with_moments_in_bfloat16(estimator):
-  # XLA may leave out a rounding to bfloat16 within a program.
+  # XLA may omit a rounding to bfloat16 within a program.
   tx = sophia_optax.sophia(
     0.02,
     mu_dtype=jnp.bfloat16,
@@ -201,7 +201,7 @@ def test_multi_steps(estimator):
       is_due=lambda i: i % (n * k) == n - 1,
     )
     assert optax.tree.get(state, 'refresh_count') == 4
-    # The whole step may say it, too: only the last estimate of a step is kept.
+    # `refresh` may be True on all micro-steps; only the last estimate is kept.
     check_same(
       (PARAMS, tx.init(PARAMS)),
       jax.jit(step),
@@ -241,7 +241,7 @@ def test_hyperparameters_that_are_arrays(estimator):
     ({'refresh': False, 'may_refresh': jnp.array(True)}, 0, 0),
   ],
 )
-def test_a_bool_leaves_nothing_to_decide(decision, conditionals, estimates):
+def test_a_bool_leaves_no_conditional(decision, conditionals, estimates):
   calls = []
 
   def estimate(updates, state, params, **extra_args):
@@ -261,7 +261,7 @@ def test_a_bool_leaves_nothing_to_decide(decision, conditionals, estimates):
   assert len(calls) == estimates
 
 
-def test_multi_steps_leave_nothing_to_decide():
+def test_multi_steps_add_no_conditional():
   tx = sophia_optax.scale_by_sophia()
   tx = sophia_optax.MultiSteps(tx, 2)
   for refresh in (True, False):
@@ -270,12 +270,12 @@ def test_multi_steps_leave_nothing_to_decide():
     )
     with jax.numpy_dtype_promotion('standard'):
       jaxpr = jax.make_jaxpr(update)(PARAMS, tx.init(PARAMS), PARAMS)
-    # optax's own is whether to skip the step.
+    # The conditional of optax.MultiSteps, whether to skip the step.
     assert str(jaxpr).count(' cond[') == 1
 
 
 @pytest.mark.parametrize('as_decision', [bool, jnp.array])
-def test_the_caller_decides_whatever_the_count_and_the_interval(as_decision):
+def test_the_caller_overrides_the_count_and_the_interval(as_decision):
   b2 = 0.9
   tx = sophia_optax.scale_by_sophia(
     b2=b2,
@@ -303,7 +303,7 @@ def test_a_step_without_a_refresh_needs_nothing_for_the_estimator():
 
 @pytest.mark.parametrize('name', ['refresh', 'may_refresh'])
 @pytest.mark.parametrize('value', [1, 'yes', jnp.array(1), lambda step: True])
-def test_a_decision_that_is_no_boolean_is_an_error(name, value):
+def test_a_decision_that_is_not_a_boolean_is_an_error(name, value):
   tx = sophia_optax.sophia(0.1)
   with pytest.raises(TypeError, match=f'^{name} must be a bool or an array'):
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, **{name: value})

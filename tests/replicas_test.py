@@ -1,4 +1,4 @@
-"""Estimates that are averaged over devices, against the dense Hessian."""
+"""Compares estimates that are averaged over devices with the dense Hessian."""
 
 import functools
 
@@ -29,7 +29,7 @@ def extra_args(shard):
 
 
 def one_draw(name, key, params, shard):
-  """One estimate, written out: a probe, or the labels of a Gaussian."""
+  """Computes one estimate without the library: a probe, or Gaussian labels."""
   if name == 'hutchinson':
     loss = lambda p: loss_fn(p, shard)
     probe = optax.tree.random_like(key, params, jax.random.rademacher)
@@ -37,7 +37,7 @@ def one_draw(name, key, params, shard):
     return optax.tree.mul(probe, hvp)
   means, vjp = jax.vjp(lambda p: predict(p, shard), params)
   labels = means + jax.random.normal(key, means.shape)
-  (grads,) = vjp((means - labels) / len(means))  # Of the mean of the losses.
+  (grads,) = vjp((means - labels) / len(means))  # For the mean of the losses.
   return jax.tree.map(lambda g: len(means) * g**2, grads)
 
 
@@ -162,7 +162,8 @@ def test_microbatches_of_replicas(name, map_name):
 
 @pytest.mark.parametrize('map_name', MAPS)
 def test_masked_microbatches_of_replicas(map_name):
-  # Parts weigh by what counts on their replica, and replicas weigh the same.
+  # Parts are weighted by predictions that count on their replica. Replicas have
+  # equal weights.
   def update(params, shard, axis_name=None):
     estimator = sophia_optax.microbatched(
       sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
@@ -188,8 +189,8 @@ def test_masked_microbatches_of_replicas(map_name):
 
 
 @pytest.mark.parametrize('params', [{'w': INPUTS[:, 0]}, {}], ids=['w', 'none'])
-def test_trainings_of_their_own_have_win_rates_of_their_own(params):
-  # States that differ from device to device: nothing is to be summed.
+def test_independent_trainings_have_independent_win_rates(params):
+  # The states differ between devices, so nothing may be summed.
   tx = sophia_optax.scale_by_sophia(
     b1=0.0,
     b2=0.0,
@@ -214,7 +215,7 @@ def test_trainings_of_their_own_have_win_rates_of_their_own(params):
 
 
 def by_hand(name):
-  """Averages on one device what eight draw, with the keys that they have."""
+  """Averages the draws of eight devices on one, with their keys."""
 
   def update(grads, key, params=None):
     del grads
@@ -278,7 +279,7 @@ def test_replicas_stay_equal(name, map_name):
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)
-def test_axis_that_is_not_there(name):
+def test_axis_that_does_not_exist(name):
   estimator = ESTIMATORS[name](axis_name='batch')
   update = lambda params, shard: estimator.update(
     None, estimator.init(params), params, **extra_args(shard)
@@ -311,7 +312,7 @@ def test_axis_name_that_was_forgotten():
 
 
 def test_predictions_of_all_replicas_are_one_estimate_without_axis_name():
-  # With check_vma derivatives are sums over the replicas: B is of all of them.
+  # With check_vma derivatives are sums over all replicas, so B counts all.
   estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
     likelihood=lambda key, means: jnp.ones_like(means)
   )

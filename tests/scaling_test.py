@@ -17,7 +17,7 @@ def test_an_ordinary_step_sends_what_adamws_sends():
   ordinary, refresh = counts['sophia_h']
   assert ordinary == counts['adamw'][0] == counts['adamw'][1]
   assert hlo.sent(refresh) > hlo.sent(ordinary)
-  # Probes are drawn in parts, that of the token embedding too, which the model
-  # gathers to use it.
+  # Probes are drawn in shards, also that of the token embedding, which the
+  # model gathers.
   entries = figures['sophia_h']['entries']
   assert 0 < entries['largest probe'] <= entries['largest parameter']

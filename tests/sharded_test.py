@@ -1,4 +1,4 @@
-"""jit with sharded arrays and no axis name: the results of one device."""
+"""jit with sharded arrays and no axis name gives the results of one device."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ AXIS_TYPES = {
   'auto': (AxisType.Auto, AxisType.Auto),
   'explicit': (AxisType.Explicit, AxisType.Explicit),
 }
-# (w1, w2, batch, hidden, outputs): the last two are what an explicit mesh asks
-# for where a product sums over a divided axis.
+# (w1, w2, batch, hidden, outputs). An explicit mesh needs the last two if a
+# product sums over a divided axis.
 LAYOUTS = {
   'data': (P(), P(), P(('data', 'model')), P(('data', 'model')), None),
   'fsdp': (
@@ -74,7 +74,7 @@ def place(tree, specs, mesh):
 
 
 def train(estimator, params, batch, matmuls=(jnp.matmul, jnp.matmul)):
-  """Three steps; returns parameters and state of before and after."""
+  """Takes three steps; returns initial and final parameters and states."""
   tx = sophia_optax.sophia(
     0.01, update_interval=2, hessian_diagonal_fn=estimator
   )
@@ -117,7 +117,7 @@ def one_device(*arguments):
 
 
 def comparable(tree):
-  """Typed keys have no difference."""
+  """Returns key data for typed keys, which can't be subtracted."""
   return jax.tree.map(
     lambda x: (
       jax.random.key_data(x)
@@ -156,7 +156,7 @@ def test_equals_one_device(layout, estimator, axis_types):
       place(BATCH, {'x': rows, 'y': rows}, mesh),
       matmuls if axis_types == 'explicit' else (jnp.matmul, jnp.matmul),
     )
-  # Moments are laid out like the parameters, and nothing moves.
+  # Moments are sharded like the parameters.
   params, (state, *_) = before
   for tree in (state.mu, state.nu):
     for x, p in zip(*map(jax.tree.leaves, (tree, params)), strict=True):
@@ -247,7 +247,7 @@ def test_no_probe_of_full_size(distribution, num_samples, axis_types):
   def full_size(text):
     return re.findall(r'\[48,80\]|\[3840\]|\[1920\]', text)
 
-  assert full_size(program(P()))  # The pattern finds what there is.
+  assert full_size(program(P()))  # Replicated: it has them.
   assert not full_size(program(P(None, 'model')))
   assert not full_size(program(P('data', 'model')))
 
@@ -270,7 +270,7 @@ def test_no_logits_of_full_size(axis_types):
       .compile()
       .as_text()
     )
-  assert re.findall(r'f32\[3,1000\]', text)  # What one device has of them.
+  assert re.findall(r'f32\[3,1000\]', text)  # The shard of one device.
   assert not re.findall(r'\[[36],4000\]|\[6,1000\]', text)
 
 

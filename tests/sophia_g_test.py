@@ -1,4 +1,4 @@
-"""Sophia-G against a transcript of PyTorch's SophiaG."""
+"""Compares Sophia-G with a transcript of PyTorch's SophiaG."""
 
 import chex
 import jax
@@ -12,7 +12,7 @@ import sophia_optax
 
 
 class SophiaG:
-  """The formula of PyTorch's SophiaG in NumPy, for one parameter group."""
+  """PyTorch's SophiaG in NumPy, for one parameter group."""
 
   def __init__(self, lr, betas, rho, weight_decay, maximize, bs):
     self.lr, self.betas, self.rho, self.bs = lr, betas, rho, bs
@@ -31,7 +31,7 @@ class SophiaG:
 
 
 class ComplexSophiaG:
-  """PyTorch sees a complex parameter as two real ones (view_as_real)."""
+  """Treats complex parameters as two real ones, like PyTorch's view_as_real."""
 
   def __init__(self, *args):
     self.parts = SophiaG(*args), SophiaG(*args)
@@ -46,7 +46,7 @@ class ComplexSophiaG:
 
 
 def curvature_gradients(batch_size):
-  """B ĝ ⊙ ĝ of gradients that are handed over, as `squared` is of its own."""
+  """Returns B ĝ ⊙ ĝ of the gradients that are passed in."""
   squared = sophia_optax.squared_gradient_estimator_diag_hessian(batch_size)
 
   def update(updates, state, params=None, *, curvature_grads, **extra_args):
@@ -108,8 +108,8 @@ def test_transcript_of_pytorch(maximize):
   assert 0.02 < optax.tree.get(state, 'win_rate') < 0.98
 
 
-def test_maximize_turns_the_curvature_of_hutchinson():
-  # A maximum at 1, where the objective curves with -2.
+def test_maximize_negates_the_curvature_of_hutchinson():
+  # A maximum at 1, where the curvature is -2.
   objective = lambda x: -jnp.sum((x - 1.0) ** 2)
   tx = sophia_optax.sophia_g(
     0.5,
@@ -134,7 +134,7 @@ def test_maximize_turns_the_curvature_of_hutchinson():
     tx.update(x, tx.init(x), x, obj_fn=lambda x: (objective(x), 0.0))
 
 
-def test_maximize_does_not_turn_the_curvature_of_gauss_newton():
+def test_maximize_does_not_negate_the_curvature_of_gauss_newton():
   inputs = jnp.array([[1.0, 2.0], [3.0, -1.0]])
   nus = []
   for maximize in (False, True):
@@ -209,7 +209,7 @@ def test_learning_rate_and_weight_decay_may_be_schedules():
   params = jnp.array([1.0, -2.0])
   state = tx.init(params)
   for decay in (0.1 * 0.5, 0.3 * 0.3, 0.5 * 0.1):
-    # Without a gradient there is nothing but the decay.
+    # Without a gradient, only the decay acts.
     updates, state = tx.update(
       jnp.zeros(2), state, params, predict_fn=lambda p: p
     )

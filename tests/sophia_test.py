@@ -1,4 +1,4 @@
-"""Sophia itself: formula, cadence, dtypes, faults, win rate."""
+"""Sophia: formula, cadence, dtypes, bad values, win rate."""
 
 import functools
 
@@ -22,7 +22,7 @@ def _params():
 
 
 def scripted(estimates):
-  """An estimator that returns these in turn; its state counts the calls."""
+  """An estimator that returns these in turn. Its state counts the calls."""
   estimates = jax.tree.map(lambda *x: jnp.stack(x), *estimates)
 
   def update(grads, count, params=None, **extra_args):
@@ -35,7 +35,7 @@ def scripted(estimates):
 
 
 def run(tx, grads, params):
-  """Updates and states of one step for each gradient in the list."""
+  """Returns updates and states of one step for each gradient."""
   update, state, seen = jax.jit(tx.update), tx.init(params), []
   for g in grads:
     updates, state = update(g, state, params)
@@ -150,7 +150,7 @@ def test_nesterov_and_bias_correction_of_h_in_numpy(
 
 
 def test_nesterov_is_that_of_optax():
-  # Both divide by 1: h is 0 and ε is 1; NAdam has b2 = 0 and |g| is 1.
+  # Both divide by 1: here h is 0 and ε is 1, and in NAdam b2 is 0 and |g| is 1.
   signs = jnp.array([1.0, -1.0, 1.0, 1.0, -1.0])
   ours = sophia_optax.scale_by_sophia(
     0.9,
@@ -307,7 +307,7 @@ def test_x64():
     chex.assert_trees_all_equal_shapes_and_dtypes(nu, params)
     np.testing.assert_allclose(nu['f64'], 0.06, rtol=1e-12)
 
-    # Of one gradient m̂ is that gradient, to the last digits.
+    # After one gradient, m̂ equals it up to round-off.
     tx = sophia_optax.scale_by_sophia(eps=1.0, clip_threshold=None)
     grads = jax.grad(loss)(params)
     updates, _ = tx.update(grads, tx.init(params), params, obj_fn=loss)
@@ -351,7 +351,7 @@ def test_nonfinite_entries_never_enter_nu(bad):
   assert [int(s.refresh_count) for s in states] == [1, 2, 3]
 
 
-def test_estimate_that_overflows_nu_dtype_is_left_out():
+def test_estimate_that_overflows_nu_dtype_is_ignored():
   tx = sophia_optax.scale_by_sophia(
     b2=0.0,
     nu_dtype=jnp.float16,
@@ -363,7 +363,7 @@ def test_estimate_that_overflows_nu_dtype_is_left_out():
   assert state.nonfinite_count == 1
 
 
-def test_complex_curvature_and_clipping_are_apart():
+def test_real_and_imaginary_parts_are_separate():
   # Curvature 2 along the real axis, 200 along the imaginary one.
   loss = lambda z: jnp.sum(z.real**2 + 100 * z.imag**2)
   z = jnp.array([0.25 + 0.5j, -3.0 + 0.001j])
@@ -524,7 +524,7 @@ def test_negative_curvature_takes_the_full_step():
 
 
 def test_integer_parameters_do_not_decay():
-  # In float32 this integer would be another one.
+  # float32 can't represent this integer.
   params = {'w': jnp.ones(2), 'steps': jnp.array(2**24 + 1)}
   for mask in (
     None,

@@ -74,7 +74,7 @@ def test_plot(runs):
     assert curves(ax) == {name: [value, value] for name in losses}
 
 
-def test_a_benchmark_that_was_stopped_goes_on(tmp_path, monkeypatch):
+def test_a_benchmark_that_was_stopped_continues(tmp_path, monkeypatch):
   results = iter([{'val_loss': 2.0}] * 8)
   monkeypatch.setattr(stability, 'run', lambda *args: next(results))
   path = tmp_path / 'runs.json'

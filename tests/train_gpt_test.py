@@ -203,13 +203,13 @@ def test_head_chunks_train(optimizer):
   whole, chunked = states
   if optimizer == 'sophia_h':
     chex.assert_trees_all_close(chunked, whole, rtol=2e-3, atol=1e-6)
-  else:  # The labels are others.
+  else:  # The labels differ.
     nu = [optax.tree.get(state.opt_state, 'nu') for state in states]
     np.testing.assert_allclose(*map(optax.tree.norm, nu), rtol=0.5)
 
 
 @pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
-def test_steps_that_are_told_whether_to_refresh_have_the_same_bits(optimizer):
+def test_steps_with_a_bool_refresh_have_the_same_bits(optimizer):
   config = _config(optimizer=optimizer, update_interval=3, num_steps=10)
   init, step = _setup(config)
   step = jax.jit(step, static_argnames='refresh')
@@ -325,7 +325,7 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
       batch_size=32,
       micro_batch_size=16,
       curvature_batch_size=16,
-      max_update_rms=0.0,  # Which sends one number for each array.
+      max_update_rms=0.0,  # It sends one number for each array.
     )
     mesh = sharding.make_mesh(config.mesh)
     program = train_gpt.make_program(config, mesh)
@@ -596,7 +596,7 @@ def test_demo_has_the_settings_of_the_documentation():
     carry = params, optimizer.init(params)
     return jax.lax.scan(step, carry, batches)[0][0]
 
-  with jax.numpy_dtype_promotion('standard'):  # For optax's clipping.
+  with jax.numpy_dtype_promotion('standard'):  # optax's clipping needs it.
     chex.assert_trees_all_close(
       train(ours, lambda batch: batch[None]),
       train(theirs, lambda batch: batch[:4]),

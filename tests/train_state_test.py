@@ -1,4 +1,4 @@
-"""SophiaTrainState: Flax's TrainState, with extra arguments."""
+"""SophiaTrainState, Flax's TrainState with extra arguments."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ import sophia_optax
 
 pytestmark = pytest.mark.usefixtures('compile_fast')
 
-# Where Flax's 8-bit layers keep scales, whose gradient is their new value.
+# Flax's 8-bit layers keep scales here. The gradient is their new value.
 OVERWRITTEN = '_overwrite_with_gradient'
 
 
@@ -32,7 +32,7 @@ def loss_fn(params, x=1.0):
   return jnp.mean(jnp.cosh(x * params['w'])) + jnp.sum(params['b'] ** 4)
 
 
-def init_params():  # Made anew for each test, as some donate them.
+def init_params():  # New for each test, because some donate them.
   return {'w': jnp.array([0.5, -1.0, 2.0]), 'b': jnp.array([1.0, -2.0])}
 
 
@@ -77,7 +77,7 @@ def recorder():
   return optax.GradientTransformationExtraArgs(lambda params: (), update_fn)
 
 
-def test_is_the_loop_written_out():
+def test_is_the_same_as_an_explicit_loop():
   tx = make_optimizer()
   params = init_params()
   opt_state = tx.init(params)
@@ -152,7 +152,7 @@ def test_optimizers_without_extra_arguments(tx):
   chex.assert_trees_all_equal(vars(state), vars(expected))
 
 
-def test_what_sophia_needs_is_named():
+def test_error_names_the_missing_argument():
   state = create(make_optimizer())
   with pytest.raises(ValueError, match='needs obj_fn, got only objfn'):
     state.apply_gradients(grads=init_params(), objfn=loss_fn)
@@ -180,7 +180,7 @@ def test_collections_that_are_overwritten():
   chex.assert_trees_all_equal(state.params[OVERWRITTEN], new_scales)
 
 
-def test_goes_on_from_bytes():
+def test_continues_from_bytes():
   class Stored(sophia_optax.SophiaTrainState):  # Flax stores raw keys only.
     dropout_key: jax.Array
 
@@ -221,7 +221,7 @@ def test_replicas():
     devices=devices,
     donate_argnums=0,
   )
-  # The Hessian is diagonal, so that every probe finds it.
+  # The Hessian is diagonal, so every estimate is exact.
   mean_loss = lambda params, x: loss_fn(params, x[0]) + loss_fn(params, x[1])
   whole = create(make_optimizer()).replace(
     apply_fn=lambda params, x: mean_loss(params, x) / 2
@@ -269,9 +269,9 @@ except ImportError as error:
 
 @pytest.mark.parametrize('multi_steps', [sophia_optax.MultiSteps,
                                          optax.MultiSteps])  # fmt: skip
-def test_extra_arguments_reach_what_multi_steps_wraps(multi_steps):
-  # Regression: they were dropped, as MultiSteps is no transformation that
-  # says that it takes them; moments were loss_scale times too large.
+def test_extra_arguments_reach_an_optimizer_in_multi_steps(multi_steps):
+  # Regression: they were dropped, because MultiSteps is not a
+  # GradientTransformationExtraArgs; moments were loss_scale times too large.
   scale, params = 1024.0, {'w': jnp.array([1.0, 2.0]), 'b': jnp.ones(2)}
   tx = multi_steps(make_optimizer(), 2)
   scaled = lambda params: scale * loss_fn(params)

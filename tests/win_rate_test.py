@@ -1,4 +1,4 @@
-"""γ that is steered to a win rate."""
+"""γ that is adjusted to a win rate."""
 
 import functools
 
@@ -17,7 +17,7 @@ TARGET = 0.3
 
 
 def history(tx, params, loss_fn, num_steps, predict_fn=None):
-  """Trains on batches of their own; returns what every step leaves."""
+  """Trains with a new batch for each step; returns the history of all steps."""
 
   def step(carry, key):
     params, state = carry
@@ -45,7 +45,7 @@ def history(tx, params, loss_fn, num_steps, predict_fn=None):
 
 
 class Quadratic:
-  """Curvatures over four orders of magnitude, and noise in the gradient."""
+  """Curvatures over four orders of magnitude, with noisy gradients."""
 
   curvatures = 10 ** jnp.linspace(-2, 2, 200)
   params = 3 * jax.random.normal(jax.random.PRNGKey(0), (200,))
@@ -58,7 +58,7 @@ class Quadratic:
 
 
 class LanguageModel:
-  """Predicts a character from the three before it; `scale` is the loss's."""
+  """Predicts a character from the last three; `scale` multiplies the loss."""
 
   text = np.frombuffer((_gamma.__doc__ * 2).encode(), np.uint8) % 64
   tokens = jnp.asarray(text.astype(np.int32))
@@ -140,7 +140,7 @@ def test_law():
   assert steer(0.02, 0.3, 1000, 300, 0) == pytest.approx(0.02)
   assert steer(0.02, 0.3, 1000, 0, 0) == pytest.approx(0.08)
   assert steer(0.02, 0.3, 1000, 1000, 0) == pytest.approx(0.005)
-  # Of a logistic distribution with scale 1/2 the target is the next value.
+  # For a logistic distribution with scale 1/2, one step reaches the target.
   win_rate = lambda gamma: 1 / (1 + (gamma / 0.05) ** -2)
   gamma = steer(0.03, 0.4, 1e6, 1e6 * win_rate(0.03), 0)
   assert win_rate(gamma) == pytest.approx(0.4, rel=1e-5)
@@ -191,10 +191,10 @@ def test_gamma_is_used_with_the_curvature_that_it_was_found_for(
   newton = jnp.clip(x / 0.125, -1, 1)
   expected = newton if refresh_before_update else jnp.sign(x)
   np.testing.assert_allclose(first, expected, rtol=1e-6)
-  assert state.win_rate == 0  # Measured with that γ too: all are clipped.
+  assert state.win_rate == 0  # Also measured with that γ: all are clipped.
   second, state = tx.update(grads, state, x, obj_fn=loss_fn)
   np.testing.assert_allclose(second, newton, rtol=1e-6)
-  assert state.gamma_factor == 0.25  # Not a step that refreshes.
+  assert state.gamma_factor == 0.25  # This step does not refresh.
 
 
 @pytest.mark.parametrize('check_vma', [True, False])
@@ -280,7 +280,7 @@ def test_errors(kwargs, error, match):
 
 
 class RareRows:
-  """An embedding of which most rows are not in the data for a while."""
+  """An embedding whose rows are mostly absent from the data for some steps."""
 
   targets = jax.random.normal(jax.random.PRNGKey(2), (50, 4))
   curvatures = 10 ** jnp.linspace(-1, 1, 200).reshape(50, 4)
@@ -307,7 +307,7 @@ class RareRows:
 
 
 def test_recovers_from_rows_without_a_gradient():
-  # Regression: rows whose m fades win at any γ, so that γ fell to exactly 0.
+  # Regression: rows whose m decays win at any γ, so γ fell to exactly 0.
   problem = RareRows()
   tx = sophia_optax.scale_by_sophia(b1=0.9, gamma=1.0, target_win_rate=TARGET)
   params = jnp.zeros((50, 4))
@@ -348,12 +348,12 @@ def test_coordinates_below_eps_do_not_count(c):
   state = tx.init(grads)
   for _ in range(100):
     state = step(state)
-  # Half win by eps. Of the others as few win as γ is made to let win.
+  # Half win because of eps. γ is adjusted for the others alone.
   assert 0.001 < c * 0.01 * state.gamma_factor < 0.02
 
 
 def test_coordinates_of_negative_curvature_do_not_count():
-  # They lose at any γ, so the target is out of reach.
+  # They lose at any γ, so the target can't be reached.
   x = jnp.linspace(0.1, 1.0, 10)
   curvature = jnp.where(jnp.arange(10) < 8, -1.0, 1.0)
   tx = sophia_optax.scale_by_sophia(
@@ -390,7 +390,7 @@ def test_infinite_gradient_of_one_step():
   )(tx.init(x))
   assert jnp.all(jnp.isfinite(factors))
   assert factors[2] > 0
-  # Since then m is infinite, which no γ changes.
+  # From then on m is infinite, for any γ.
   np.testing.assert_array_equal(factors[3:], factors[2])
   assert jnp.all(jnp.isfinite(updates))
 
