@@ -70,8 +70,9 @@ def sophia(
       structure of the parameters or a prefix of it, or a function that returns
       such a tree for the parameters. None means all. Integer parameters never
       decay.
-    gamma: Scale γ of the curvature, at least 0, or a schedule. Tune it for a
-      win rate of 0.1 to 0.5.
+    gamma: Scale γ of the curvature, at least 0, or a schedule. Tune it so that
+      the win rate, the fraction of coordinates that are not clipped, is 0.1 to
+      0.5.
     clip_threshold: Threshold c, greater than 0. Updates are clipped to [-c, c]
       before the learning rate. None means no clipping.
     update_interval: Interval between refreshes of h, in steps.

@@ -96,12 +96,11 @@ def scale_by_sophia(
     h_t &= \beta_2 h_{t-1} + (1 - \beta_2) \hat h_t
     \text{ if } (t - 1) \bmod k = 0, \text{ else } h_{t-1}
 
-  It applies neither learning rate nor weight decay;
-  :func:`sophia_optax.sophia` adds them.
+  For learning rate and weight decay, see :func:`sophia_optax.sophia`.
 
   Every k steps, a *refresh* adds an estimate ĥ of the Hessian diagonal to h.
   As in :func:`optax.contrib.sophia`, the refresh comes after the update of its
-  step. So the first update has h = 0 and depends on signs alone. Pass
+  step. The first update therefore uses h = 0 and is a sign update. Pass
   ``refresh_before_update=True`` for the order of the paper. NaN and infinite
   entries of an estimate are ignored: h keeps its value there.
 
@@ -111,25 +110,25 @@ def scale_by_sophia(
   for a win rate between 0.1 and 0.5. A larger ``gamma`` raises it.
 
   With ``target_win_rate``, γ is ``gamma`` times a factor that starts at 1. Each
-  refresh multiplies the factor by 1/4 to 4, to bring the win rate to the
-  target. Two kinds of coordinates are special. Those whose gradient is zero,
-  such as embedding rows that are not in the batch, win at any γ; they are not
-  counted. γ has no effect on those whose h is not positive or whose m̂ is below
-  ``clip_threshold * eps``. They are counted, and the other coordinates make up
-  for them, within a win rate of their own of 0.1 to 0.9. The factor stays
-  between 1e-10 and 1e10; read it with
-  ``optax.tree.get(state, 'gamma_factor')``.
+  refresh multiplies the factor by a number between 1/4 and 4, to bring the win
+  rate to the target. Coordinates whose gradient is zero, such as embedding rows
+  that are not in the batch, win at any γ and are not counted. γ also has no
+  effect on coordinates whose h is not positive, or whose m̂ has a magnitude
+  below ``clip_threshold * eps``. These are counted. The other coordinates
+  compensate for them, with a target that stays between 0.1 and 0.9. Read
+  the factor with ``optax.tree.get(state, 'gamma_factor')``. It stays between
+  1e-10 and 1e10.
 
   If gradients and ``obj_fn`` are those of s times the loss, which prevents
   underflow in half precision, pass ``loss_scale=s`` to ``update``. It divides
   the gradients and the estimate by s in float32.
 
-  By default the count of steps decides in a :func:`jax.lax.cond` whether to
-  refresh h. To decide it yourself, pass ``refresh`` to ``update``;
+  By default the number of steps decides whether to refresh h, in a
+  :func:`jax.lax.cond`. To decide it yourself, pass ``refresh`` to ``update``;
   ``update_interval`` then has no effect. With a Python bool there is no
   conditional: ``refresh=True`` compiles a step that refreshes, and
-  ``refresh=False`` one that does not call the estimator or need its arguments.
-  An array is the condition of a :func:`jax.lax.cond`. With
+  ``refresh=False`` one that neither calls the estimator nor needs its
+  arguments. An array is the condition of a :func:`jax.lax.cond`. With
   ``may_refresh=False`` the step never refreshes h, see
   :class:`sophia_optax.MultiSteps`.
 
