@@ -52,9 +52,8 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   reduce it, average ``num_samples`` draws, each for one more backward pass, or
   use :func:`sophia_optax.microbatched` at no extra cost.
 
-  Labels of the data in place of sampled ones would give the empirical Fisher,
-  a different quantity: see
-  :func:`sophia_optax.squared_gradient_estimator_diag_hessian`.
+  With labels of the data in place of sampled ones the estimate would be biased,
+  see :func:`sophia_optax.squared_gradient_estimator_diag_hessian`.
 
   ``update(grads, state, params, predict_fn=...)`` returns the estimate in place
   of the gradients. It has the structure of ``params`` and leaves like those of

@@ -1,4 +1,4 @@
-"""Tests of what is counted in optimized HLO, on programs that are known."""
+"""Tests of the counts in optimized HLO, on programs with known counts."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_bytes_of_a_ring(fn, expected, sent):
   assert hlo.sent(ordinary) == sent
 
 
-def test_a_loop_sends_as_often_as_it_runs():
+def test_collectives_in_a_loop_count_once_per_iteration():
   def repeat(x):
     def body(x, _):
       return x + jax.lax.psum(jnp.tanh(x), 'y'), None
@@ -91,7 +91,7 @@ def test_a_loop_of_unknown_length_that_sends_is_an_error():
     count(repeat, ROWS)
 
 
-def test_branches_are_told_apart_by_what_they_send():
+def test_branches_are_distinguished_by_their_collectives():
   def step(x, flag):
     x = x + jax.lax.psum(x, 'x')
     return jax.lax.cond(
@@ -157,7 +157,7 @@ ARRAY = 4 * 8 * 16
     ('%z = bf16[8,16]{1,0} convert(%x)', 1.5, 1.5),
     ('%z = f32[128]{0} bitcast(%x)', 0, 0),
     ('%z = f32[1,16]{1,0} dynamic-slice(%x, %i, %i)', 2 / 8, 2 / 8),
-    # A row of x is not read, that of y is in VMEM.
+    # A row of x is not read, and the row of y is in VMEM.
     (
       '%z = (f32[1,16]{1,0}, f32[8,16]{1,0}) fusion(%x, %y, %i), calls=%fused',
       2 / 8,
@@ -213,7 +213,7 @@ def test_a_loop_of_unknown_length_that_moves_is_an_error():
     hlo.traffic(text.replace('BODY', 'something'))
 
 
-def test_a_loop_says_by_its_counter_how_often_it_runs():
+def test_the_counter_of_a_loop_gives_its_length():
   loop = """
 %body (c: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %c = (s32[], f32[8,16]{1,0}) parameter(0)
@@ -265,7 +265,7 @@ def test_an_asynchronous_collective_in_several_fusions_counts_once():
   assert hlo.traffic(text) == (3 * ARRAY, 3 * ARRAY)
 
 
-def test_a_reduce_scatter_of_a_tpu_is_told_from_an_all_reduce():
+def test_a_reduce_scatter_of_a_tpu_is_not_taken_for_an_all_reduce():
   fused = """
 %all-reduce-scatter (a: f32[8,16]) -> f32[2,16] {
   %a = f32[8,16]{1,0} parameter(0)

@@ -1,4 +1,4 @@
-"""Runs pytest on the files given, for Bazel, whose tests are programs."""
+"""Runs pytest on the given files. Bazel needs a program for each test."""
 
 import sys
 

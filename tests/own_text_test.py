@@ -1,4 +1,4 @@
-"""From one's own files to text sampled from a model: the README's commands."""
+"""The README's commands from a user's files to text sampled from a model."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ def _compile_fast():
 
 
 def read_commands():
-  """The commands of the README, that of make as its recipe."""
+  """Returns the commands of the README; that of make as its recipe."""
   page = (ROOT / 'README.md').read_text()
   block = re.search(r'## Your own text\n.*?```shell\n(.*?)```', page, re.DOTALL)
   commands = [shlex.split(line) for line in block[1].splitlines()]
@@ -93,11 +93,11 @@ def run(script, args):
 
 @pytest.fixture(scope='module')
 def commands(tmp_path_factory):
-  """A folder in which the four commands ran, and what they printed."""
+  """Runs the four commands; returns their folder and what they printed."""
   folder = tmp_path_factory.mktemp('commands')
   (folder / 'my_files').mkdir()
   (folder / 'my_files' / 'prose.txt').write_bytes(PROSE.encode() * 10)
-  # The settings stand for those of the demo, with one optimizer of three.
+  # Small settings replace those of the demo, with one optimizer.
   configs = {
     name: dataclasses.replace(config, **TINY)
     for name, config in gpt_configs.CONFIGS['demo'].items()
@@ -143,7 +143,7 @@ def decode_bin(folder, name):
 
 
 @pytest.mark.parametrize('piece_size', [5, 1 << 16])
-def test_tokens_are_all_of_the_text_once(tmp_path, monkeypatch, piece_size):
+def test_tokens_contain_all_of_the_text_once(tmp_path, monkeypatch, piece_size):
   monkeypatch.setattr(prepare_text, '_PIECE_SIZE', piece_size)
   names = [str(tmp_path / 'a.txt'), str(tmp_path / 'b.txt')]
   for name, string in zip(names, (PROSE, PROSE[::-1]), strict=True):
@@ -177,7 +177,7 @@ def test_tokens_are_all_of_the_text_once(tmp_path, monkeypatch, piece_size):
   ]
 
 
-def test_text_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
+def test_text_is_read_one_piece_at_a_time(tmp_path, monkeypatch):
   monkeypatch.setattr(prepare_text, '_PIECE_SIZE', 5)
   path = tmp_path / 'a.txt'
   path.write_bytes('–日é🚢.'.encode())
@@ -187,7 +187,7 @@ def test_text_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
     middles.add(train.stop)
     pieces = [*prepare_text.read(train), *prepare_text.read(val)]
     assert ''.join(pieces) == '–日é🚢.'
-    # A character that was cut is kept for the next piece.
+    # An incomplete character is kept for the next piece.
     assert all(len(piece.encode()) < 5 + 4 for piece in pieces)
   assert middles == {0, 3, 6, 8, 12}
 
@@ -201,7 +201,7 @@ def test_tokenizer_does_not_learn_from_what_is_held_out(tmp_path):
   assert len(tokenizer.encode(' late').ids) > 1
 
 
-def test_names_stand_for_files(tmp_path, monkeypatch):
+def test_names_match_files(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   os.makedirs('folder/inner')
   for name in (
@@ -258,7 +258,7 @@ def test_bad_text_is_a_clear_error(
     pathlib.Path(name).write_bytes(content)
   with pytest.raises(error, match=message):
     prepare_text.prepare(names, 'out', **({'vocab_size': 300} | settings))
-  # The folder is as it was, and so free for the next try.
+  # The folder is unchanged, so it can be used again.
   assert not os.path.exists('out') or not os.listdir('out')
 
 
@@ -327,7 +327,7 @@ def test_temperature_0_is_the_likeliest():
 
 
 def test_window_is_the_last_tokens():
-  """Against the model called on those tokens alone, without padding."""
+  """Compares with the model on the tokens alone, without padding."""
   config = gpt_configs.Config(vocab_size=64, **TINY)
   model = train_gpt.make_model(config)
   tokens = [7, 1, 9, 4, 2, 5]  # two fewer than the window has
@@ -375,7 +375,7 @@ def test_demo_is_sampled_in_bytes(commands):
   assert draw().startswith('é')
 
 
-def test_sampling_leaves_a_run_that_still_trains_alone(commands):
+def test_sampling_does_not_change_a_run_that_still_trains(commands):
   folder, _ = commands
   run_dir = folder / 'runs' / 'mine'
   half_written = run_dir / '3.orbax-checkpoint-tmp'

@@ -1,4 +1,4 @@
-"""The language model example in two processes, which share a training.
+"""The language model example in two processes.
 
 Run as a script, this file is one of these processes: train_gpt.py, which in the
 end also writes what its devices hold.
@@ -42,11 +42,11 @@ _SETTINGS = {
   'update_interval': 2,
   'learning_rate': 1e-3,
 }
-_TIMEOUT = 240  # seconds, for processes that a few are enough for
+_TIMEOUT = 240  # seconds; processes need only a few
 
 
 def _process():
-  """Trains, then writes shards, history and the steps that were taken."""
+  """Trains, then writes shards, history and the number of steps."""
   out = os.environ['TEST_OUT']
   killed_at = int(os.environ.get('TEST_KILLED_AT', -1))
   train, sample = train_gpt.train, text.sample
@@ -76,7 +76,7 @@ def _process():
 
 
 class _Processes:
-  """Two processes with four devices each; killed when the block is left."""
+  """Two processes with four devices each. They are killed at the end."""
 
   def __init__(self, tmp_path, config, killed_at=-1):
     with socket.socket() as free:
@@ -120,7 +120,7 @@ class _Processes:
       process.wait()
 
   def wait(self, which):
-    """Returns the exit statuses, once all of these have one or one failed."""
+    """Returns the exit statuses when all processes have ended or one failed."""
     deadline = time.monotonic() + _TIMEOUT
     while True:
       statuses = [self._all[i].poll() for i in which]
@@ -137,12 +137,12 @@ class _Processes:
 
 
 def _run(tmp_path, config):
-  """Returns (leaf -> shards) of both processes, losses, steps."""
+  """Returns (leaf -> shards) of both processes, the losses and the steps."""
   for _ in range(3):
     with _Processes(tmp_path, config) as processes:
       statuses = processes.wait([0, 1])
     output = f'{processes.output(0)}\n{processes.output(1)}'
-    # Someone else may have taken the port since it was found to be free.
+    # Another program may have taken the port in the meantime.
     if not any(statuses) or 'address already in use' not in output.lower():
       break
   assert statuses == [0, 0], output
@@ -158,7 +158,7 @@ def _run(tmp_path, config):
 
 
 def _whole(shards):
-  """Puts shards together; devices that hold the same part hold its bits."""
+  """Joins shards, and checks that replicas of a shard have the same bits."""
   parts = collections.defaultdict(list)
   for index, part in shards:
     parts[str(index)].append((index, part))

@@ -1,4 +1,4 @@
-"""Each row of docs/reliability.md: a fault in step n of a training.
+"""Tests each row of docs/reliability.md: a fault in step n of a training.
 
 A row's test is named after its first cell. Run as a script, this file is a
 training whose disk is full in the end.
@@ -30,7 +30,7 @@ import sophia_optax
 
 TESTS = pathlib.Path(__file__).parent
 PAGE = TESTS.parent / 'docs' / 'reliability.md'
-# Rows that are tested with what they are about.
+# Rows that are tested in other files.
 ELSEWHERE = {
   'ctrl_c_in_train_gpt_py': (
     'train_gpt_test::test_interrupt_leaves_checkpoint_table_and_plot'
@@ -80,7 +80,7 @@ def _compile_fast():
 
 
 class Faults(NamedTuple):
-  """What is done to each step, each of shape (NUM_STEPS,)."""
+  """Faults of each step. All arrays have shape (NUM_STEPS,)."""
 
   entry: np.ndarray  # added to one entry of the estimate
   curvature: np.ndarray  # factor of what the estimator differentiates
@@ -149,7 +149,7 @@ def make_optimizer(name, axis_name=None):
 
 
 class Steps(NamedTuple):
-  """What a training leaves after each step: (NUM_STEPS, ...)."""
+  """Results of a training after each step: (NUM_STEPS, ...)."""
 
   params: chex.ArrayTree
   state: optax.OptState
@@ -223,7 +223,7 @@ both = pytest.mark.parametrize('name', ['sophia_h', 'sophia_g'])
 def test_an_entry_of_an_estimate_is_nan_or_infinite(name, value):
   steps, usual = train(name, faults(entry=value)), undisturbed(name)
   chex.assert_trees_all_equal(at(steps, slice(FAULT)), at(usual, slice(FAULT)))
-  # This entry keeps its value, and the others get theirs.
+  # This entry keeps its value, and the others are updated.
   nu, usual_nu = get(steps, 'nu')['hidden'], get(usual, 'nu')['hidden']
   kept = nu[FAULT] == nu[FAULT - 1]
   assert kept[0, 0]
@@ -254,7 +254,7 @@ def test_a_whole_estimate_is_nan_or_infinite(name, value):
 def test_a_gradient_is_nan_or_infinite_in_apply_if_finite(name, value):
   steps = train(name, faults(gradient=value), guarded=True)
   usual = undisturbed(name, guarded=True)
-  # The step is as if it had not been: count, mu, nu, the key of the probes.
+  # The step changes nothing: count, mu, nu, the key of the probes.
   kept = lambda steps: (steps.params, steps.state.inner_state)
   chex.assert_trees_all_equal(
     at(kept(steps), slice(FAULT)), at(kept(usual), slice(FAULT))
@@ -270,7 +270,7 @@ def test_a_gradient_is_nan_or_infinite_in_apply_if_finite(name, value):
 
 @both
 def test_more_such_gradients_in_a_row_than_apply_if_finite_skips(name):
-  bad = slice(FAULT, FAULT + 4)  # And it skips three.
+  bad = slice(FAULT, FAULT + 4)  # It skips three.
   steps = train(name, faults(bad, gradient=np.nan), guarded=True)
   chex.assert_tree_all_finite(at(steps.params, bad.stop - 2))
   assert np.isnan(get(steps, 'mu')['hidden'][bad.stop - 1, 0, 0])
@@ -341,11 +341,11 @@ def test_the_gradient_of_one_replica_is_nan_in_apply_if_finite(name):
   assert_trains_on(steps, name)
 
 
-# A Python loop, interrupted.
+# Interruptions of a Python loop.
 
 
 class UsersError(Exception):
-  """What is raised in obj_fn."""
+  """The exception that obj_fn raises."""
 
 
 @functools.cache
@@ -408,7 +408,7 @@ def test_obj_fn_raises_while_it_is_traced(donate):
 @donating
 def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
   def fault(step, carry):
-    # JAX's error has the user's text.
+    # JAX's error contains the user's text.
     with pytest.raises(
       (RuntimeError, ValueError), match='UsersError: raised in a callback'
     ):
@@ -423,7 +423,7 @@ def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
 
 @pytest.fixture
 def heed_interrupts():
-  """A shell's background job would ignore them."""
+  """Handles interrupts, which a shell's background job would ignore."""
   previous = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, previous)
@@ -485,7 +485,7 @@ def trained_at_once():
 
 
 def assert_continues(out_dir, runs=2):
-  """Trains to step 4, as if nothing had been."""
+  """Trains to step 4, and compares with an uninterrupted training."""
   state, record = train_with_checkpoints(out_dir, 4)
   chex.assert_trees_all_equal(state, trained_at_once()[0])
   assert record == trained_at_once()[1] | {'run': runs}
@@ -505,7 +505,7 @@ def files(checkpoint):
 
 
 def check_each_file(three_steps, out_dir, damage):
-  """Damages one file after the other: the state is whole, or there is none."""
+  """Damages each file in turn: restoring gives the whole state or an error."""
   begin, _ = python_step(donate=True)
   _, whole, _ = restore(three_steps, abstract(begin))
   errors = []
@@ -547,7 +547,7 @@ def test_a_killed_save_left_its_temporary_folder(three_steps, tmp_path):
 
 
 def _process():
-  """Trains until files may have no more than that many bytes."""
+  """Trains with a limit on the size of files, in bytes."""
   out_dir, num_bytes = sys.argv[1:]
 
   def fault(step, state):
@@ -562,8 +562,8 @@ def _process():
 
 @pytest.mark.parametrize('num_bytes', [0, 1500])
 def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
-  # A limit of the size of files is a full disk that needs no privileges. At 0
-  # no record can be written, at 1500 no parameters.
+  # A limit on the size of files simulates a full disk without privileges. With
+  # 0 no record can be written, with 1500 no parameters.
   out_dir = tmp_path / 'out'
   process = subprocess.run(
     [sys.executable, __file__, str(out_dir), str(num_bytes)],

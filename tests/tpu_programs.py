@@ -38,7 +38,7 @@ def chips():
 
 
 def known():
-  """Words that programs move for each entry of a matrix."""
+  """Returns the words that programs move for each entry of a matrix."""
   size = 2048
   chip = jax.sharding.SingleDeviceSharding(chips()[0])
   x = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=chip)
@@ -103,7 +103,7 @@ def make_step(tx, axis_name=None):
 
 
 def steps():
-  """What small train steps send and move, by way of using four chips."""
+  """Returns what small train steps send and move, by use of four chips."""
   shapes = {
     'a': jax.ShapeDtypeStruct((128, 256), jnp.float32),
     'b': jax.ShapeDtypeStruct((256, 128), jnp.float32),
@@ -157,7 +157,7 @@ def steps():
 
 
 def update():
-  """Words that the update alone moves for each parameter."""
+  """Returns the words that the update alone moves for each parameter."""
   size = 1024
   chip = jax.sharding.SingleDeviceSharding(chips()[0])
   params = {

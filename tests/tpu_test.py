@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs that are not there, by their own compiler."""
+"""Programs compiled for TPUs by the TPU compiler, without a TPU."""
 
 import functools
 import importlib.util
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @functools.cache
 def figures():
-  """Compiles all programs in a process that looks for no TPU."""
+  """Compiles all programs in a process that does not look for a TPU."""
   run = subprocess.run(
     [sys.executable, 'tests/tpu_programs.py'],
     cwd=ROOT,
@@ -50,7 +50,7 @@ def figures():
     ('three steps of a loop', 6),
   ],
 )
-def test_traffic_of_programs_that_are_known(name, words):
+def test_traffic_of_known_programs(name, words):
   assert figures()['known'][name] == pytest.approx(words, abs=0.05)
 
 
@@ -58,12 +58,12 @@ def test_traffic_of_programs_that_are_known(name, words):
 @pytest.mark.parametrize('way', ['jit', 'fsdp', 'explicit', 'shard_map'])
 def test_a_step_compiles(way, optimizer):
   steps = figures()['steps'][f'{way}, {optimizer}']
-  # XLA leaves one conditional, and none where a bool decides.
+  # XLA keeps one conditional, and with a bool none.
   assert steps['one']['conditionals'] == 1
   assert steps['ordinary']['conditionals'] == 0
   assert steps['refresh']['conditionals'] == 0
   assert steps['ordinary']['moved'] < steps['refresh']['moved']
-  # Nothing is sent on an ordinary step that AdamW does not send.
+  # An ordinary step sends only what AdamW sends.
   adamw = figures()['steps'][f'{way}, adamw']['one']
   assert steps['ordinary']['sent'] == adamw['sent']
 

@@ -286,7 +286,7 @@ _COLLECTIVE = re.compile(
 
 
 def _collectives(hlo):
-  """Counts the collectives of an ordinary step, and those of a refresh only."""
+  """Counts collectives of an ordinary step, and those only in a refresh."""
   bodies = dict(
     re.findall(
       r'^(?:ENTRY )?(%\S+) .*?\{$(.*?)^\}', hlo, re.MULTILINE | re.DOTALL
@@ -340,7 +340,7 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
     assert counters[optimizer][0] == ordinary
     assert counters[optimizer][1]
 
-  # Neither tokens nor activations, and of parameters one layer at a time.
+  # No tokens or activations, and parameters of one layer at a time.
   sizes = {1}
   for path, x in jax.tree_util.tree_leaves_with_path(program.state.params):
     size = x.size // 3 if path[0].key == 'layers' else x.size
