@@ -17,9 +17,9 @@ The protocol is the same for all optimizers:
    not use. A seed determines parameters, batches and probes.
 
 Three settings need no search (UNTUNED). 'copied_g' and 'copied_h' are the
-settings to copy in docs/choosing.md for Sophia-G and Sophia-H, which follow from
-AdamW's best learning rate and weight decay in the task. 'steered' is the first
-of them with γ adjusted to a win rate of 0.3. Each variant changes one of the
+settings to copy in docs/choosing.md, for Sophia-G and Sophia-H. They follow
+from AdamW's best learning rate and weight decay in the task. 'steered' is
+'copied_g' with γ adjusted to a win rate of 0.3. Each variant changes one of the
 best settings.
 
 Every run completes its schedule, linear warm-up and then a cosine to 5 %.
