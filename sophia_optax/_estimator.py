@@ -50,7 +50,7 @@ def sampled_estimator(
     \hat h = \frac{1}{n D} \sum_{d=1}^D \sum_{i=1}^n \text{draw}(k_{d,i})
 
   with n draws on each of D replicas, all with different keys. The estimators of
-  this library use this function, too. The result accepts ``num_samples``,
+  this library use this function, too. The result supports ``num_samples``,
   ``axis_name``, ``batch=``, ``full_params=`` and ``loss_scale=`` like
   :func:`hutchinson_estimator_diag_hessian`, and works in :func:`microbatched`.
 

@@ -87,7 +87,7 @@ def microbatched(
 
     if _estimator.is_sampled(state):
       # A sampled estimator averages over the parts itself, and over replicas
-      # only once. This fails if a wrapper does not forward the request.
+      # only once. If a wrapper does not forward the request, this continues.
       mask = {} if label_mask is None else {'label_mask': label_mask}
       result = estimate(state, batch=batch, **mask)
       if asked.is_granted:
