@@ -39,7 +39,7 @@ def read_page(app, docname, source):
   """Makes pages of the READMEs of two folders, and links lead to them."""
   if docname in ('benchmarks', 'examples'):
     text = (ROOT / docname / 'README.md').read_text(encoding='utf-8')
-    source[0] = re.sub(r'\]\((?!\w+:)', f'](../{docname}/', text)
+    source[0] = re.sub(r'\]\((?!\w+:|#)', f'](../{docname}/', text)
   source[0] = re.sub(
     r'\]\(\.\./(benchmarks|examples)/README\.md', r'](\1.md', source[0]
   )

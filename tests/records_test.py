@@ -30,9 +30,9 @@ def test_record_is_read_back(tmp_path):
   ('name', 'page'),
   [
     ('estimators', 'benchmarks/README.md'),
-    ('gamma', 'docs/choosing.md'),
+    ('gamma', 'docs/mathematics.md'),
     ('scaling', 'benchmarks/README.md'),
-    ('stability', 'docs/choosing.md'),
+    ('stability', 'benchmarks/README.md'),
     ('step_cost', 'benchmarks/README.md'),
     ('tpu', 'docs/cost.md'),
   ],
