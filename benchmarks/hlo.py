@@ -20,9 +20,9 @@ whole array, summed over the arrays of one collective, a device sends
   collective-permute                           S   (if it is to send at all)
 
 For a TPU a reduce-scatter may be a fusion of an all-reduce and the slice that
-the device keeps; it counts as a reduce-scatter. A collective in several
-fusions, which begin it, compute beside it and end it, counts once, and so does
-what the first of them moves.
+the device keeps; it counts as a reduce-scatter. An asynchronous collective is
+in several fusions, which begin it, compute beside it and end it. It counts
+where it begins. In the others only the computation counts.
 """
 
 import collections
@@ -279,19 +279,11 @@ def _within(computations, instruction):
   return None
 
 
-def _channel(instruction: Instruction) -> str:
-  return re.search(r'channel_id=\d+|$', instruction.attributes)[0]
-
-
-def _is_repeated(computations, name, fusion, collective) -> bool:
-  """Whether an earlier fusion began the collective, which is asynchronous."""
-  channel = _channel(collective)
-  first = next(
-    other
-    for other in computations[name].values()
-    if (found := _within(computations, other)) and _channel(found[0]) == channel
+def _continues(siblings, collective) -> bool:
+  """Whether a collective in a fusion began in another one."""
+  return 'async_collective_fusion' in collective.attributes and not any(
+    'AsyncCollectiveStart' in x.attributes for x in siblings.values()
   )
-  return bool(channel) and first is not fusion
 
 
 def _collective_of(computations, name, instruction):
@@ -299,9 +291,8 @@ def _collective_of(computations, name, instruction):
   siblings = computations[name]
   is_sliced = False
   if found := _within(computations, instruction):
-    fusion = instruction
     instruction, siblings = found
-    if _is_repeated(computations, name, fusion, instruction):
+    if _continues(siblings, instruction):
       return Cost()
     opcodes = [x.opcode for x in siblings.values()]
     is_sliced = 'dynamic-slice' in opcodes[opcodes.index(instruction.opcode) :]
@@ -341,7 +332,7 @@ def _moved(computations, name, instruction):
   if (
     opcode in _FREE
     or opcode.endswith('-done')
-    or '"ConcatBitcast"' in instruction.attributes
+    or re.search('"(ConcatBitcast|AllocateBuffer)"', instruction.attributes)
   ):
     return Cost()
   # A set: an operand that is named twice is read once.
@@ -356,10 +347,6 @@ def _moved(computations, name, instruction):
     written = _in_hbm(target)
   elif opcode.endswith('-start'):  # (source, target, ...) of a collective.
     written -= read if shape.startswith('(') and written > read else 0.0
-  elif found := _within(computations, instruction):
-    if _is_repeated(computations, name, instruction, found[0]):
-      return Cost()
-    written = _whole(found[0])
   elif opcode == 'fusion':
     called = _called(computations, instruction)
     uses = collections.Counter()
@@ -371,6 +358,15 @@ def _moved(computations, name, instruction):
       min(_in_hbm(result), n)
       for result, n in zip(_layouts(shape), sizes, strict=True)
     )
+    found = _within(computations, instruction)
+    if found and not _continues(found[1], found[0]):
+      collective, siblings = found
+      read += sum(
+        _in_hbm(siblings[x].shape)
+        for x in _names(collective.operands)
+        if siblings[x].opcode == 'parameter'
+      )
+      written += _in_hbm(collective.shape)
   elif opcode in ('dynamic-slice', 'gather', 'slice'):
     read = min(read, size_in_bytes(arrays(shape)[0]))
   elif opcode == 'dynamic-update-slice':
@@ -419,6 +415,8 @@ def _read(computations, called, name) -> float:
       read += _whole(inner)
     elif inner.opcode == 'dynamic-update-slice' and name == operands[0]:
       continue
+    elif inner.opcode == 'tuple' or _is_sent(called, inner):
+      continue  # Passed on, or counted with the collective.
     elif inner.opcode == 'fusion':
       within = _called(computations, inner)
       read += sum(
@@ -431,10 +429,19 @@ def _read(computations, called, name) -> float:
   return min(read, _whole(called[name]))
 
 
+def _is_sent(called, inner) -> bool:
+  """Whether an instruction of a fusion is a collective or a part of one."""
+  if inner.opcode in ('bitcast', 'dynamic-slice'):
+    return _is_sent(called, called[_names(inner.operands)[0]])
+  return inner.opcode in KINDS or 'AsyncCollective' in inner.attributes
+
+
 def _written(computations, called, name) -> list[float]:
   """Returns the bytes that a fusion writes of each of its results."""
   inner = called[name]
   operands = _names(inner.operands)
+  if inner.opcode == 'parameter' or _is_sent(called, inner):
+    return [0.0] * len(arrays(inner.shape))
   if inner.opcode == 'tuple':
     return [
       n for operand in operands for n in _written(computations, called, operand)
