@@ -31,7 +31,6 @@ def test_record_is_read_back(tmp_path):
   [
     ('estimators', 'benchmarks/README.md'),
     ('gamma', 'docs/choosing.md'),
-    ('scaling', 'benchmarks/README.md'),
     ('stability', 'docs/choosing.md'),
     ('step_cost', 'benchmarks/README.md'),
     ('tpu', 'docs/cost.md'),
