@@ -267,7 +267,7 @@ def _called(computations: Computations, instruction: Instruction):
 
 
 def _within(computations, instruction):
-  """Returns the collective in a fusion, and the computation that it is in."""
+  """Returns the collective in a fusion and the instructions beside it."""
   if instruction.opcode != 'fusion':
     return None
   called = _called(computations, instruction)
@@ -279,7 +279,7 @@ def _within(computations, instruction):
   return None
 
 
-def _continues(siblings, collective) -> bool:
+def _continues(collective, siblings) -> bool:
   """Whether a collective in a fusion began in another one."""
   return 'async_collective_fusion' in collective.attributes and not any(
     'AsyncCollectiveStart' in x.attributes for x in siblings.values()
@@ -292,7 +292,7 @@ def _collective_of(computations, name, instruction):
   is_sliced = False
   if found := _within(computations, instruction):
     instruction, siblings = found
-    if _continues(siblings, instruction):
+    if _continues(instruction, siblings):
       return Cost()
     opcodes = [x.opcode for x in siblings.values()]
     is_sliced = 'dynamic-slice' in opcodes[opcodes.index(instruction.opcode) :]
@@ -348,31 +348,32 @@ def _moved(computations, name, instruction):
   elif opcode.endswith('-start'):  # (source, target, ...) of a collective.
     written -= read if shape.startswith('(') and written > read else 0.0
   elif opcode == 'fusion':
-    called = _called(computations, instruction)
-    uses = collections.Counter()
-    for i, operand in enumerate(_names(operands)):
-      uses[operand] += _read(computations, called, _parameter(called, i))
-    read = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
-    sizes = _written(computations, called, list(called)[-1])
-    written = sum(
-      min(_in_hbm(result), n)
-      for result, n in zip(_layouts(shape), sizes, strict=True)
-    )
-    found = _within(computations, instruction)
-    if found and not _continues(found[1], found[0]):
-      collective, siblings = found
-      read += sum(
-        _in_hbm(siblings[x].shape)
-        for x in _names(collective.operands)
-        if siblings[x].opcode == 'parameter'
-      )
-      written += _in_hbm(collective.shape)
+    return Cost({'HBM': _moved_by_fusion(computations, shapes, instruction)})
   elif opcode in ('dynamic-slice', 'gather', 'slice'):
     read = min(read, size_in_bytes(arrays(shape)[0]))
   elif opcode == 'dynamic-update-slice':
     update = shapes[_names(operands)[1]]
     read, written = _in_hbm(update), size_in_bytes(arrays(update)[0])
   return Cost({'HBM': read + written})
+
+
+def _moved_by_fusion(computations, shapes, fusion) -> float:
+  """Returns the bytes that a fusion moves, whose operands have these shapes."""
+  called = _called(computations, fusion)
+  uses = collections.Counter()
+  for i, operand in enumerate(_names(fusion.operands)):
+    uses[operand] += _read(computations, called, _parameter(called, i))
+  moved = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
+  sizes = _written(computations, called, list(called)[-1])
+  for result, n in zip(_layouts(fusion.shape), sizes, strict=True):
+    moved += min(_in_hbm(result), n)
+  found = _within(computations, fusion)
+  if found and not _continues(*found):
+    collective, siblings = found
+    sources = (siblings[x] for x in _names(collective.operands))
+    moved += _in_hbm(collective.shape)
+    moved += sum(_in_hbm(x.shape) for x in sources if x.opcode == 'parameter')
+  return moved
 
 
 def _layouts(shape: str) -> list[str]:
