@@ -20,9 +20,9 @@ whole array, summed over the arrays of one collective, a device sends
   collective-permute                           S   (if it is to send at all)
 
 For a TPU a reduce-scatter may be a fusion of an all-reduce and the slice that
-the device keeps; it counts as a reduce-scatter. A collective in several
-fusions, which begin it, compute beside it and end it, counts once, and so does
-what the first of them moves.
+the device keeps; it counts as a reduce-scatter. An asynchronous collective is
+in several fusions, which begin it, compute beside it and end it. It counts
+where it begins. In the others only the computation counts.
 """
 
 import collections
@@ -267,7 +267,7 @@ def _called(computations: Computations, instruction: Instruction):
 
 
 def _within(computations, instruction):
-  """Returns the collective in a fusion, and the computation that it is in."""
+  """Returns the collective in a fusion and the instructions beside it."""
   if instruction.opcode != 'fusion':
     return None
   called = _called(computations, instruction)
@@ -279,19 +279,11 @@ def _within(computations, instruction):
   return None
 
 
-def _channel(instruction: Instruction) -> str:
-  return re.search(r'channel_id=\d+|$', instruction.attributes)[0]
-
-
-def _is_repeated(computations, name, fusion, collective) -> bool:
-  """Whether an earlier fusion began the collective, which is asynchronous."""
-  channel = _channel(collective)
-  first = next(
-    other
-    for other in computations[name].values()
-    if (found := _within(computations, other)) and _channel(found[0]) == channel
+def _continues(collective, siblings) -> bool:
+  """Whether a collective in a fusion began in another one."""
+  return 'async_collective_fusion' in collective.attributes and not any(
+    'AsyncCollectiveStart' in x.attributes for x in siblings.values()
   )
-  return bool(channel) and first is not fusion
 
 
 def _collective_of(computations, name, instruction):
@@ -299,9 +291,8 @@ def _collective_of(computations, name, instruction):
   siblings = computations[name]
   is_sliced = False
   if found := _within(computations, instruction):
-    fusion = instruction
     instruction, siblings = found
-    if _is_repeated(computations, name, fusion, instruction):
+    if _continues(instruction, siblings):
       return Cost()
     opcodes = [x.opcode for x in siblings.values()]
     is_sliced = 'dynamic-slice' in opcodes[opcodes.index(instruction.opcode) :]
@@ -341,7 +332,7 @@ def _moved(computations, name, instruction):
   if (
     opcode in _FREE
     or opcode.endswith('-done')
-    or '"ConcatBitcast"' in instruction.attributes
+    or re.search('"(ConcatBitcast|AllocateBuffer)"', instruction.attributes)
   ):
     return Cost()
   # A set: an operand that is named twice is read once.
@@ -356,27 +347,33 @@ def _moved(computations, name, instruction):
     written = _in_hbm(target)
   elif opcode.endswith('-start'):  # (source, target, ...) of a collective.
     written -= read if shape.startswith('(') and written > read else 0.0
-  elif found := _within(computations, instruction):
-    if _is_repeated(computations, name, instruction, found[0]):
-      return Cost()
-    written = _whole(found[0])
   elif opcode == 'fusion':
-    called = _called(computations, instruction)
-    uses = collections.Counter()
-    for i, operand in enumerate(_names(operands)):
-      uses[operand] += _read(computations, called, _parameter(called, i))
-    read = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
-    sizes = _written(computations, called, list(called)[-1])
-    written = sum(
-      min(_in_hbm(result), n)
-      for result, n in zip(_layouts(shape), sizes, strict=True)
-    )
+    return Cost({'HBM': _moved_by_fusion(computations, shapes, instruction)})
   elif opcode in ('dynamic-slice', 'gather', 'slice'):
     read = min(read, size_in_bytes(arrays(shape)[0]))
   elif opcode == 'dynamic-update-slice':
     update = shapes[_names(operands)[1]]
     read, written = _in_hbm(update), size_in_bytes(arrays(update)[0])
   return Cost({'HBM': read + written})
+
+
+def _moved_by_fusion(computations, shapes, fusion) -> float:
+  """Returns the bytes that a fusion moves, whose operands have these shapes."""
+  called = _called(computations, fusion)
+  uses = collections.Counter()
+  for i, operand in enumerate(_names(fusion.operands)):
+    uses[operand] += _read(computations, called, _parameter(called, i))
+  moved = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
+  sizes = _written(computations, called, list(called)[-1])
+  for result, n in zip(_layouts(fusion.shape), sizes, strict=True):
+    moved += min(_in_hbm(result), n)
+  found = _within(computations, fusion)
+  if found and not _continues(*found):
+    collective, siblings = found
+    sources = (siblings[x] for x in _names(collective.operands))
+    moved += _in_hbm(collective.shape)
+    moved += sum(_in_hbm(x.shape) for x in sources if x.opcode == 'parameter')
+  return moved
 
 
 def _layouts(shape: str) -> list[str]:
@@ -419,6 +416,8 @@ def _read(computations, called, name) -> float:
       read += _whole(inner)
     elif inner.opcode == 'dynamic-update-slice' and name == operands[0]:
       continue
+    elif inner.opcode == 'tuple' or _is_sent(called, inner):
+      continue  # Passed on, or counted with the collective.
     elif inner.opcode == 'fusion':
       within = _called(computations, inner)
       read += sum(
@@ -431,10 +430,19 @@ def _read(computations, called, name) -> float:
   return min(read, _whole(called[name]))
 
 
+def _is_sent(called, inner) -> bool:
+  """Whether an instruction of a fusion is a collective or a part of one."""
+  if inner.opcode in ('bitcast', 'dynamic-slice'):
+    return _is_sent(called, called[_names(inner.operands)[0]])
+  return inner.opcode in KINDS or 'AsyncCollective' in inner.attributes
+
+
 def _written(computations, called, name) -> list[float]:
   """Returns the bytes that a fusion writes of each of its results."""
   inner = called[name]
   operands = _names(inner.operands)
+  if inner.opcode == 'parameter' or _is_sent(called, inner):
+    return [0.0] * len(arrays(inner.shape))
   if inner.opcode == 'tuple':
     return [
       n for operand in operands for n in _written(computations, called, operand)

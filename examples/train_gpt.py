@@ -255,6 +255,11 @@ def make_step(fns, optimizer):
     total, _ = jax.lax.scan(add_micro_batch, zero, batch)
     loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
+    if refresh:
+      # Without a conditional, XLA may compute the estimate and the gradient at
+      # the same time and hold the activations of both. The barrier makes the
+      # estimate wait for the gradient.
+      batch, _ = jax.lax.optimization_barrier((batch, grads))
     # On a refresh, Sophia-H calls obj_fn, and Sophia-G calls predict_fn and
     # head_fn, on parts of this batch. Other optimizers ignore them.
     updates, opt_state = optimizer.update(
@@ -289,9 +294,10 @@ class Program(NamedTuple):
   evaluate: Callable  # (params, batches) -> loss
 
 
-def make_program(config, mesh) -> Program:
+def make_program(config, mesh, optimizer=None) -> Program:
+  """Returns what runs on a mesh; the optimizer is the config's by default."""
   model = make_model(config)
-  optimizer = make_optimizer(config)
+  optimizer = optimizer or make_optimizer(config)
   fns = make_fns(config, model)
   init = make_init(config, model, optimizer)
   step = make_step(fns, optimizer)

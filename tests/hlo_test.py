@@ -244,25 +244,60 @@ def test_the_counter_of_a_loop_gives_its_length():
     hlo.traffic(text.replace('direction=LT', 'direction=NE'))
 
 
-def test_an_asynchronous_collective_in_several_fusions_counts_once():
-  fused = """
-%begin (a: f32[8,16]) -> f32[16,16] {
+ASYNCHRONOUS = """
+%begin (a: f32[8,16]) -> (f32[8,16], f32[16,16]) {
   %a = f32[8,16]{1,0} parameter(0)
-  ROOT %g = f32[16,16] all-gather(%a), channel_id=7, replica_groups=[4,2]<=[8]
+  %g = f32[16,16]{1,0} all-gather(%a), GATHER
+  ROOT %s = (f32[8,16]{1,0}, f32[16,16]{1,0}) custom-call(%g),\
+ custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (a.1: f32[8,16], w: f32[16,16], b: f32[8,16])\
+ -> (f32[8,16], f32[8,16], f32[16,16]) {
+  %b = f32[8,16]{1,0} parameter(2)
+  %e = f32[8,16]{1,0} exponential(%b)
+  %a.1 = f32[8,16]{1,0} parameter(0)
+  %w = f32[16,16]{1,0} parameter(1)
+  %g.1 = f32[16,16]{1,0} all-gather(%a.1), GATHER
+  ROOT %t = (f32[8,16]{1,0}, f32[8,16]{1,0}, f32[16,16]{1,0})\
+ tuple(%e, %a.1, %g.1)
+}
+
+%end (a.2: f32[8,16], w.1: f32[16,16]) -> f32[16,16] {
+  %a.2 = f32[8,16]{1,0} parameter(0)
+  %w.1 = f32[16,16]{1,0} parameter(1)
+  %g.2 = f32[16,16]{1,0} all-gather(%a.2), GATHER
+  ROOT %d = f32[16,16]{1,0} custom-call(%a.2, %w.1, %g.2),\
+ custom_call_target="AsyncCollectiveDone"
+}
+
+%body (n: f32[8,16]) -> f32[8,16] {
+  %n = f32[8,16]{1,0} parameter(0)
+  %w.2 = f32[16,16]{1,0} constant(0)
+  %r = (f32[8,16]{1,0}, f32[8,16]{1,0}, f32[16,16]{1,0})\
+ fusion(%n, %w.2, %n), calls=%beside
 }
 """
-  text = (
-    fused
-    + fused.replace('begin', 'end')
-    + HLO.replace(
-      'INSTRUCTION',
-      '%s = f32[16,16]{1,0} fusion(%x), calls=%begin\n'
-      '  %z = f32[16,16]{1,0} fusion(%x), calls=%end',
-    )
+
+
+def test_an_asynchronous_collective_in_several_fusions_counts_once():
+  fused = ASYNCHRONOUS.replace(
+    'GATHER',
+    'channel_id=7, replica_groups=[4,2]<=[8],'
+    ' backend_config={"async_collective_fusion_config":{}}',
+  )
+  text = fused + HLO.replace(
+    'INSTRUCTION',
+    '%s = (f32[8,16]{1,0}, f32[16,16]{1,0}) fusion(%x), calls=%begin\n'
+    '  %c = f32[8,16]{1,0} while(%x), condition=%nothing, body=%body,'
+    ' backend_config={"known_trip_count":{"n":"3"}}\n'
+    '  %v = f32[16,16]{1,0} get-tuple-element(%s), index=1\n'
+    '  %z = f32[16,16]{1,0} fusion(%x, %v), calls=%end',
   )
   expected = {hlo.Collective('all-gather', ('f32[8,16]',), 2): 1}
   assert hlo.count_collectives(text) == (expected, expected)
-  assert hlo.traffic(text) == (3 * ARRAY, 3 * ARRAY)
+  # One array read and two written, and beside that 3 times exp.
+  assert hlo.traffic(text) == (9 * ARRAY, 9 * ARRAY)
 
 
 def test_a_reduce_scatter_of_a_tpu_is_not_taken_for_an_all_reduce():

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import records
+import tpu_cases
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,7 +32,6 @@ def test_record_is_read_back(tmp_path):
   [
     ('estimators', 'benchmarks/README.md'),
     ('gamma', 'docs/mathematics.md'),
-    ('scaling', 'benchmarks/README.md'),
     ('stability', 'benchmarks/README.md'),
     ('step_cost', 'benchmarks/README.md'),
     ('tpu', 'docs/cost.md'),
@@ -52,3 +52,12 @@ def test_pages_have_what_the_files_show(name, page):
   for line in shown.splitlines():
     # The page may use another name for a row of a Markdown table.
     assert line.split('|', 2)[-1] in text
+
+
+def test_programs_for_tpus_can_be_compiled_again():
+  names = [case.name for case in tpu_cases.cases()]
+  assert len(set(names)) == len(names)
+  found = records.read(ROOT / 'benchmarks/tpu.json')['cases']
+  assert {
+    ', '.join((x['table'], x['row'], x['program'])) for x in found
+  } <= set(names)

@@ -1,0 +1,324 @@
+"""The programs of tpu.py, and how each is lowered.
+
+A case is named by its table, its row there, and the program: `one` for all
+steps, whose conditional decides, or `ordinary` and `refresh`, which is what
+`update(..., refresh=...)` gives. Nothing here is compiled.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import sys
+from typing import Any, NamedTuple
+
+# Before JAX: it is not to look for a TPU here.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import optax
+
+import records
+import sophia_optax
+
+sys.path.append(records.EXAMPLES)
+import gpt_configs
+import sharding
+import train_gpt
+
+SIZE = 4096  # rows and columns of a matrix of the update alone
+LABELS = (8 * 1024, 768, 50304)  # predictions, width, classes
+# A program: what it passes to the optimizer.
+_DECISIONS = {
+  'one': {},
+  'ordinary': {'refresh': False},
+  'refresh': {'refresh': True},
+}
+# What the compiler calls the chips, and how many there are.
+TOPOLOGIES = {
+  'v5e-8': ('v5e:2x4', 8),
+  'v5e-64': ('v5e:8x8', 64),
+  'v5e-256': ('v5e:16x16', 256),
+  'v5p-64': ('v5:4x4x4', 64),
+  'v6e-256': ('v6e:16x16', 256),
+}
+_MODELS = {
+  '124M': {},
+  '124M, 8 head chunks': {'head_chunks': 8},
+  '1.5B': {'num_layers': 48, 'width': 1600, 'num_heads': 25},
+}
+_BATCH_SIZE = 512
+# By optimizer: whose settings it has, sequences for the curvature, and how many
+# of them a part has at least.
+_OPTIMIZERS = {
+  'adamw': ('adamw', 1, 1),
+  'optax.contrib.sophia': ('sophia_h', 64, 64),
+  'sophia_h': ('sophia_h', 64, 64),
+  'sophia_h, rbg': ('sophia_h', 64, 64),
+  'sophia_g': ('sophia_g', 256, 64),
+  'sophia_g, Gumbel': ('sophia_g', 256, 64),
+}
+GUMBEL = sophia_optax.likelihoods.Likelihood(
+  jax.random.categorical, sophia_optax.likelihoods.categorical.score, 1
+)
+_PROBES = {
+  'threefry, 1 chip': {'impl': 'threefry2x32'},
+  'threefry, not partitionable, 1 chip': {
+    'impl': 'threefry2x32',
+    'partitionable': False,
+  },
+  'rbg, 1 chip': {'impl': 'rbg'},
+  'threefry, 4 chips': {'impl': 'threefry2x32', 'chips': 4},
+  'threefry, not partitionable, 4 chips': {
+    'impl': 'threefry2x32',
+    'partitionable': False,
+    'chips': 4,
+  },
+  'rbg, 4 chips': {'impl': 'rbg', 'chips': 4},
+}
+_SAMPLERS = {
+  'the most probable class': {
+    'sample': lambda key, logits: jnp.argmax(logits, axis=-1)
+  },
+  'sophia_optax, threefry': {
+    'sample': sophia_optax.likelihoods.categorical.sample
+  },
+  'sophia_optax, rbg': {
+    'sample': sophia_optax.likelihoods.categorical.sample,
+    'impl': 'rbg',
+  },
+  'jax.random.categorical, threefry': {'sample': GUMBEL.sample},
+  'jax.random.categorical, rbg': {'sample': GUMBEL.sample, 'impl': 'rbg'},
+}
+
+
+class Case(NamedTuple):
+  """A program to compile: its names, and what lowers it."""
+
+  table: str
+  row: str
+  program: str  # one, ordinary, refresh, alone
+  lower: Callable[[], Any]
+
+  @property
+  def name(self) -> str:
+    """All three names."""
+    return f'{self.table}, {self.row}, {self.program}'
+
+
+def devices(topology_name: str):
+  """Returns the chips of a topology such as 'v5e:2x4'."""
+  return topologies.get_topology_desc(
+    platform='tpu', topology_name=topology_name
+  ).devices
+
+
+def placed(tree: Any, sharding: Any):
+  """Returns shapes and dtypes with a sharding."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+  """The rows of the update alone."""
+  h = sophia_optax.hutchinson_estimator_diag_hessian()
+  g = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()
+  squares = sophia_optax.squared_gradient_estimator_diag_hessian(1)
+  sophia = sophia_optax.sophia
+  return {
+    'optax.adamw': optax.adamw(1e-3),
+    'optax.contrib.sophia, H': optax.contrib.sophia(1e-3),
+    'sophia, g²': sophia(1e-3, hessian_diagonal_fn=squares),
+    'sophia, H': sophia(1e-3, hessian_diagonal_fn=h),
+    'sophia, G': sophia(1e-3, hessian_diagonal_fn=g),
+    'sophia, H, refresh first': sophia(
+      1e-3, hessian_diagonal_fn=h, refresh_before_update=True
+    ),
+    'H alone': h,
+    'G alone': g,
+  }
+
+
+def lower_update(tx: optax.GradientTransformation, **decision: Any):
+  """Lowers an update, or, if it has no moments, an estimate."""
+  tx = optax.with_extra_args_support(tx)
+  inputs = jnp.ones((8, SIZE))
+  params = [jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)] * 4
+  state = jax.eval_shape(tx.init, params)
+
+  def predict(params):
+    return sum(jnp.tanh(inputs @ w) for w in params)
+
+  def extra_args():
+    return {
+      'obj_fn': lambda params: jnp.mean(jax.nn.logsumexp(predict(params), -1)),
+      'predict_fn': predict,
+    }
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params, **extra_args(), **decision)
+    return optax.apply_updates(params, updates), state
+
+  def estimate(params, state):
+    return tx.update(None, state, params, **extra_args())
+
+  chip = jax.sharding.SingleDeviceSharding(devices('v5e:2x2')[0])
+  if isinstance(state, sophia_optax.HutchinsonState):
+    return jax.jit(estimate).lower(*placed((params, state), chip))
+  return jax.jit(step, donate_argnums=(0, 1)).lower(
+    *placed((params, state, params), chip)
+  )
+
+
+def lower_probe(impl: str, chips: int = 1, partitionable: bool = True):
+  """Lowers the drawing of a probe, divided over chips by its last axis."""
+  mesh = make_mesh(f'fsdp:{chips}', 'v5e:2x2')
+  key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+  divided = jax.sharding.NamedSharding(mesh, P(None, 'fsdp'))
+  with jax.threefry_partitionable(partitionable):
+    return jax.jit(
+      lambda key: jax.random.rademacher(key, (4 * SIZE, SIZE), jnp.float32),
+      out_shardings=divided,
+    ).lower(placed(key, sharding.replicated(mesh)))
+
+
+def lower_labels(sample: Callable[..., jax.Array], impl: str = 'threefry2x32'):
+  """Lowers a language model's head: logits, labels, and the gradients."""
+  rows, width, classes = LABELS
+  chip = jax.sharding.SingleDeviceSharding(devices('v5e:2x2')[0])
+
+  def predict(hidden, table):
+    return (hidden @ table.astype(hidden.dtype).T).astype(jnp.float32)
+
+  def estimate(key, hidden, table):
+    logits, pull_back = jax.vjp(predict, hidden, table)
+    labels = sample(key, logits)
+    return pull_back(sophia_optax.likelihoods.categorical.score(logits, labels))
+
+  return jax.jit(estimate).lower(
+    *placed(
+      (
+        jax.eval_shape(lambda: jax.random.key(0, impl=impl)),
+        jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((classes, width), jnp.float32),
+      ),
+      chip,
+    )
+  )
+
+
+def make_config(model: str, optimizer: str, mesh: str) -> gpt_configs.Config:
+  """Returns GPT-2's settings, with batches that the chips divide."""
+  count = math.prod(sharding.parse(mesh).values())
+  settings, total, part = _OPTIMIZERS[optimizer]
+  total, part = max(total, count), max(part, count)
+  return gpt_configs.get_config(
+    'gpt2_124m',
+    settings,
+    mesh=mesh,
+    batch_size=_BATCH_SIZE,
+    micro_batch_size=min(8 * count, _BATCH_SIZE),
+    curvature_batch_size=total,
+    curvature_parts=total // part,
+    **_MODELS[model],
+  )
+
+
+def make_optimizer(optimizer: str, config: gpt_configs.Config):
+  """Returns one that train_gpt.py does not have, or None."""
+  if optimizer == 'optax.contrib.sophia':
+    inner = optax.contrib.hutchinson_estimator_diag_hessian()
+
+    def estimate(updates, state, params=None, *, batch, obj_fn, **extra_args):
+      del extra_args
+      tokens = batch.reshape(-1, batch.shape[-1])[: config.curvature_batch_size]
+      tokens = sharding.divide(tokens)
+      return inner.update(
+        updates, state, params, obj_fn=lambda params: obj_fn(params, tokens)
+      )
+
+    tx = optax.contrib.sophia(
+      1e-3,
+      hessian_diagonal_fn=optax.GradientTransformationExtraArgs(
+        inner.init, estimate
+      ),
+    )
+  elif optimizer == 'sophia_g, Gumbel':
+    tx = sophia_optax.sophia_g(
+      1e-3,
+      hessian_diagonal_fn=train_gpt.on_first_sequences(
+        config.curvature_batch_size,
+        config.curvature_parts,
+        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+          likelihood=GUMBEL
+        ),
+      ),
+    )
+  elif optimizer == 'sophia_h, rbg':
+    key = jax.random.key(config.seed, impl='rbg')
+    return train_gpt.make_optimizer(dataclasses.replace(config, seed=key))
+  else:
+    return None
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+
+
+def make_mesh(spec: str, topology: str) -> jax.sharding.Mesh:
+  """Returns a mesh such as 'data:2,fsdp:4' of a topology's first chips."""
+  axes = sharding.parse(spec)
+  return jax.make_mesh(
+    tuple(axes.values()),
+    tuple(axes),
+    devices=devices(topology)[: math.prod(axes.values())],
+    axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
+  )
+
+
+def lower_step(
+  model: str, optimizer: str, mesh: str, topology: str, **decision: Any
+):
+  """Lowers the train step of a GPT on a mesh of a topology's chips."""
+  config = make_config(model, optimizer, mesh)
+  chips = make_mesh(mesh, topology)
+  program = train_gpt.make_program(
+    config, chips, make_optimizer(optimizer, config)
+  )
+  with jax.set_mesh(chips):
+    return program.step.lower(program.state, program.batch, **decision)
+
+
+def cases() -> list[Case]:
+  """Returns all cases, the small programs first."""
+  found = []
+
+  def add(table, row, lower, programs=('one',)):
+    for program in programs:
+      run = functools.partial(lower, **_DECISIONS[program])
+      found.append(Case(table, row, program, run))
+
+  def programs(row):
+    return _DECISIONS if row.startswith('sophia') else ('one',)
+
+  for row, tx in optimizers().items():
+    lower = functools.partial(lower_update, tx)
+    add('update', row, lower, programs(row))
+  for row, options in _PROBES.items():
+    add('probes', row, functools.partial(lower_probe, **options))
+  for row, options in _SAMPLERS.items():
+    add('labels', row, functools.partial(lower_labels, **options))
+  for chips, (topology, count) in TOPOLOGIES.items():
+    meshes = [f'data:{count}', f'fsdp:{count}', f'data:{count // 4},fsdp:4']
+    for model, mesh, optimizer in itertools.product(
+      _MODELS, meshes, _OPTIMIZERS
+    ):
+      lower = functools.partial(lower_step, model, optimizer, mesh, topology)
+      row = f'{mesh} {optimizer}'
+      add(f'{model}, {chips}', row, lower, programs(optimizer))
+  return found
