@@ -320,7 +320,7 @@ def test_wrong_cadence_is_found_by_itself(mistake, k):
   problem = conformance.Problem(jnp.ones(2), {}, jnp.ones(2), jnp.ones(2))
   with pytest.raises(AssertionError, match='Cadence'):
     conformance.check_cadence(
-      lambda key: optax.identity(), problem, k, scaling_with(mistake)
+      lambda key: optax.identity(), problem, scaling_with(mistake), [k]
     )
 
 
@@ -330,7 +330,7 @@ def test_all_outcomes_are_seen():
   keys = jax.random.split(jax.random.PRNGKey(0), 256)
   estimates = jax.vmap(
     lambda key: jax.flatten_util.ravel_pytree(
-      conformance.estimate_once(hutchinson, HESSIAN, key)[0]
+      conformance.estimate_once(hutchinson, HESSIAN, key)
     )[0]
   )(keys)
   assert len(np.unique(np.array(estimates).round(4), axis=0)) == 4

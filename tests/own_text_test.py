@@ -25,6 +25,9 @@ import sample
 import text
 import train_gpt
 
+# For the whole module, as `commands` is.
+pytestmark = pytest.mark.usefixtures('compile_module_fast')
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = {
   'demo.py': demo,
@@ -48,14 +51,6 @@ TINY = {
 }
 # Characters of one to four bytes.
 PROSE = 'Ærlig talt, sa «kapteinen» – 日本 🚢 <|endoftext|>\r\n' * 20
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compile_fast():
-  # For the whole module, as `commands` is.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 # The four commands.

@@ -28,6 +28,9 @@ import gpt_configs
 import sharding
 import sophia_optax
 
+# For the whole module, as three_steps below is compared bit for bit.
+pytestmark = pytest.mark.usefixtures('compile_module_fast')
+
 TESTS = pathlib.Path(__file__).parent
 PAGE = TESTS.parent / 'docs' / 'reliability.md'
 # Rows that are tested with what they are about.
@@ -66,14 +69,6 @@ def test_every_row_has_a_test_and_every_test_a_row():
   for test in ELSEWHERE.values():
     module, name = test.split('::')
     assert f'\ndef {name}(' in (TESTS / f'{module}.py').read_text()
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compile_fast():
-  # For the whole module, as three_steps below is compared bit for bit.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 # Training.
