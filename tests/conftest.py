@@ -21,6 +21,13 @@ def pytest_configure(config):
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """Frees what was compiled for a module: for all it would be some GB."""
+  yield
+  jax.clear_caches()
+
+
 @contextlib.contextmanager
 def optimizations(disabled):
   name = 'jax_disable_most_optimizations'

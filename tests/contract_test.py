@@ -112,7 +112,15 @@ def loss_fn(params):
   return jnp.sum(jnp.cosh(params['w'])) + jnp.sum((params['b'] - 1) ** 4)
 
 
-@pytest.fixture(name='row', params=ROWS)
+@pytest.fixture(
+  name='row',
+  params=[
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ('sophia_normal_probes', 'sophia_typed_key')
+    else name
+    for name in ROWS
+  ],
+)
 def _row(request):
   return ROWS[request.param]
 

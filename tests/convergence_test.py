@@ -116,6 +116,7 @@ def complete(num_trials=4):
   return results
 
 
+@pytest.mark.slow
 def test_every_optimizer_has_the_same_search():
   results = complete()
   losses = convergence_plots.losses_of(results)
@@ -189,6 +190,7 @@ def _in_threads(monkeypatch):
     monkeypatch.delitem(convergence.TASKS, name)  # The others are enough.
 
 
+@pytest.mark.slow
 def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
   del in_threads
   path, runs = tmp_path / 'record.json', []
@@ -246,6 +248,7 @@ def test_width_of_the_learning_rates():
   assert convergence_plots.width({1.0: 0.0, 2.0: 0.02}) == 2
 
 
+@pytest.mark.slow
 def test_summary():
   rows = convergence_plots.summary(complete(), 'language_4800')
   assert set(rows) == set(convergence.TASKS['language_4800'].peers)
@@ -261,6 +264,7 @@ def test_summary():
   assert set(variants) == set(convergence.VARIANTS)
 
 
+@pytest.mark.slow
 def test_tables():
   text = convergence_plots.render(complete())
   table = text[text.index('4,800 steps') :]
@@ -273,6 +277,7 @@ def test_tables():
   assert rows['Sophia-G'][1:5] == ['-0.050 ± 0.000', '0.95', '25', '1.19']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [0, 1, 40])
 def test_what_is_not_complete_is_shown_too(count):
   results = complete()[:count]
@@ -289,6 +294,7 @@ def lines_of(ax):
   return {line.get_label(): line.get_xydata() for line in ax.get_lines()}
 
 
+@pytest.mark.slow
 def test_plots(tmp_path):
   results = complete()
   fig = convergence_plots.plot_lengths(results)
@@ -345,6 +351,7 @@ def regression(task, optimizer):
   return convergence.run(Case(task, optimizer, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', [*convergence.SPACES, 'untuned'])
 def test_every_optimizer_runs(optimizer):
   result = regression('axes', optimizer)
@@ -357,6 +364,7 @@ def test_every_optimizer_runs(optimizer):
   json.dumps(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ['adamw', 'sophia_g'])
 def test_a_diagonal_helps_along_the_axes_alone(optimizer):
   along, rotated = (regression(t, optimizer) for t in ('axes', 'rotated'))
@@ -364,6 +372,7 @@ def test_a_diagonal_helps_along_the_axes_alone(optimizer):
   assert along['loss'] < 1e-3 * rotated['loss']
 
 
+@pytest.mark.slow
 def test_language_runs(monkeypatch, compile_fast):
   del compile_fast
   problem = convergence_problems.language(8, 1, 1, 32)

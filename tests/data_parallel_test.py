@@ -10,6 +10,7 @@ import data_parallel
 pytestmark = pytest.mark.usefixtures('compile_fast')
 
 
+@pytest.mark.slow
 def test_pmap_and_shard_map_are_the_same_training():
   # Few steps: round-off is all that they may differ by.
   results = {name: data_parallel.train(name, 12) for name in data_parallel.MAPS}

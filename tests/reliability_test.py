@@ -555,6 +555,7 @@ def _process():
   train_with_checkpoints(out_dir, 4, fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_bytes', [0, 1500])
 def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
   # A limit of the size of files is a full disk that needs no privileges. At 0

@@ -1,11 +1,13 @@
 """Tests of benchmarks/scaling.py."""
 
 import jax
+import pytest
 
 import hlo
 import scaling
 
 
+@pytest.mark.slow
 def test_an_ordinary_step_sends_what_adamws_sends():
   counts, figures = {}, {}
   for row in 'adamw', 'sophia_h':
