@@ -1,5 +1,6 @@
 # make demo    trains a small language model with AdamW and with Sophia
-# make test    runs every test and every example in the documentation
+# make test    runs the fast tests and the examples in the documentation
+# make test-all    runs every test, compiled as users compile
 # make docs    builds the documentation site into site/
 # make notebook  writes and runs examples/getting_started.ipynb
 # make tpu     compiles small steps for TPUs, without one; Linux on x86 only
@@ -14,17 +15,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ACCELERATED = sophia sophia_g hutchinson gauss_newton_bartlett microbatched \
   win_rate low_precision conformance
+PYTEST = $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 \
+  --dist=worksteal
 BUILDIFIER ?= npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test tpu accelerator docs notebook format lint buildifier types completeness package clean
+.PHONY: demo test test-all tpu accelerator docs notebook format lint buildifier types completeness package clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/demo.py
 
+# Compiling takes most of the time, and less of it without optimizations.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 \
-	  --dist=worksteal
+	JAX_DISABLE_MOST_OPTIMIZATIONS=true $(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/installed-test
+	$(PYTEST)
 
 # Their compiler, libtpu, takes 0.7 GB.
 tpu: $(VENV)/installed-test,tpu
@@ -87,4 +93,4 @@ $(VENV)/installed-%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) site dist
+	rm -rf $(VENV) .pytest_cache site dist

@@ -3,6 +3,7 @@
 import chex
 from devices import INPUTS
 from devices import MAPS
+from devices import maps
 from devices import PARAMS
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def own(params):
   return jax.lax.pcast(params, 'data', to='varying')
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 def test_average_over_replicas(map_name):
   def update(params, shard):
     estimator = optax.chain(

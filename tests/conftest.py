@@ -1,5 +1,6 @@
 """Eight CPU devices and strict dtypes for all tests and doctests; fixtures."""
 
+import contextlib
 import os
 
 import jax
@@ -12,12 +13,49 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 
+def pytest_configure(config):
+  """Shares compiled programs between workers, and with later runs."""
+  if cache := getattr(config, 'cache', None):  # Under Bazel there is none.
+    jax.config.update('jax_compilation_cache_dir', str(cache.mkdir('jax')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """Frees what was compiled for a module: for all it would be some GB."""
+  yield
+  jax.clear_caches()
+
+
+@contextlib.contextmanager
+def optimizations(disabled):
+  name = 'jax_disable_most_optimizations'
+  before = jax.config.read(name)
+  jax.config.update(name, disabled)
+  yield
+  jax.config.update(name, before)
+
+
 @pytest.fixture
 def compile_fast():
   """For programs that run for milliseconds and take seconds to compile."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  with optimizations(disabled=True):
+    yield
+
+
+@pytest.fixture(scope='module')
+def compile_module_fast():
+  """The same for a whole module, with fixtures of that scope."""
+  with optimizations(disabled=True):
+    yield
+
+
+@pytest.fixture
+def optimized():
+  """For what is measured of a program, such as its memory."""
+  with optimizations(disabled=False):
+    yield
 
 
 @pytest.fixture

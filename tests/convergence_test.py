@@ -143,6 +143,7 @@ def complete(num_trials=4):
   return results
 
 
+@pytest.mark.slow
 def test_every_optimizer_has_the_same_search():
   results = complete()
   losses = convergence_plots.losses_of(results)
@@ -216,6 +217,7 @@ def _in_threads(monkeypatch):
     monkeypatch.delitem(convergence.TASKS, name)  # The others are enough.
 
 
+@pytest.mark.slow
 def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
   del in_threads
   path, runs = tmp_path / 'record.json', []
@@ -273,6 +275,7 @@ def test_width_of_the_learning_rates():
   assert convergence_plots.width({1.0: 0.0, 2.0: 0.02}) == 2
 
 
+@pytest.mark.slow
 def test_summary():
   rows = convergence_plots.summary(complete(), 'language_4800')
   assert set(rows) == set(convergence.TASKS['language_4800'].peers)
@@ -288,6 +291,7 @@ def test_summary():
   assert set(variants) == set(convergence.VARIANTS)
 
 
+@pytest.mark.slow
 def test_tables():
   text = convergence_plots.render(complete())
   table = text[text.index('4,800 steps') :]
@@ -300,6 +304,7 @@ def test_tables():
   assert rows['Sophia-G'][1:5] == ['-0.050 ± 0.000', '0.95', '25', '1.19']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [0, 1, 40])
 def test_incomplete_results_are_shown(count):
   results = complete()[:count]
@@ -316,6 +321,7 @@ def lines_of(ax):
   return {line.get_label(): line.get_xydata() for line in ax.get_lines()}
 
 
+@pytest.mark.slow
 def test_plots(tmp_path):
   results = complete()
   fig = convergence_plots.plot_lengths(results)
@@ -372,6 +378,7 @@ def regression(task, optimizer):
   return convergence.run(Case(task, optimizer, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'optimizer', [*convergence.SPACES, *convergence.UNTUNED]
 )
@@ -386,6 +393,7 @@ def test_every_optimizer_runs(optimizer):
   json.dumps(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ['adamw', 'sophia_g'])
 def test_a_diagonal_helps_only_along_the_axes(optimizer):
   along, rotated = (regression(t, optimizer) for t in ('axes', 'rotated'))
@@ -393,6 +401,7 @@ def test_a_diagonal_helps_only_along_the_axes(optimizer):
   assert along['loss'] < 1e-3 * rotated['loss']
 
 
+@pytest.mark.slow
 def test_language_runs(monkeypatch, compile_fast):
   del compile_fast
   problem = convergence_problems.language(8, 1, 1, 32)

@@ -10,6 +10,7 @@ import data_parallel
 pytestmark = pytest.mark.usefixtures('compile_fast')
 
 
+@pytest.mark.slow
 def test_pmap_and_shard_map_are_the_same_training():
   # Few steps, so that the results may differ only by round-off.
   results = {name: data_parallel.train(name, 12) for name in data_parallel.MAPS}

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import pytest
 
 import sophia_optax
 
-INPUTS = jax.random.normal(jax.random.PRNGKey(0), (8, 4, 3))
+INPUTS = jnp.float32(np.random.default_rng(0).normal(size=(8, 4, 3)))
 PARAMS = {'w': jnp.array([0.5, -1.0, 0.3]), 'b': jnp.array(0.2)}
 ESTIMATORS = {
   'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
@@ -66,6 +67,15 @@ MAPS = {
   'shard_map': functools.partial(shard_mapped, check_vma=True),
   'shard_map_unchecked': functools.partial(shard_mapped, check_vma=False),
 }
+
+maps = pytest.mark.parametrize(
+  'map_name',
+  [
+    'pmap',
+    'shard_map',
+    pytest.param('shard_map_unchecked', marks=pytest.mark.slow),
+  ],
+)
 
 
 def map_grid(fn, *args, specs, out_specs, check_vma=True):

@@ -23,6 +23,7 @@ def test_images_are_split_without_overlap():
   assert sum(image.tobytes() in seen for image in held_out.images) == 0
 
 
+@pytest.mark.slow
 def test_sophia_g_learns_and_the_plot_shows_it():
   histories = {
     name: digits.train(make(40), 40)[1]

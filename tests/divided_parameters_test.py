@@ -17,9 +17,10 @@ import pytest
 
 import sophia_optax
 
+RNG = np.random.default_rng(1)
 TP_PARAMS = {
-  'w1': jax.random.normal(jax.random.PRNGKey(1), (3, 4)),
-  'w2': jax.random.normal(jax.random.PRNGKey(2), (4,)),
+  'w1': jnp.float32(RNG.normal(size=(3, 4))),
+  'w2': jnp.float32(RNG.normal(size=4)),
   'b': jnp.array(0.2),
 }
 TP_SPECS = {'w1': P(None, 'model'), 'w2': P('model'), 'b': P()}

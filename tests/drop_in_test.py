@@ -68,7 +68,15 @@ def train(sophia, learning_rate=1e-5, **kwargs):
     return jax.jit(lambda c: jax.lax.scan(step, c, length=100)[1])(carry)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ('key', 'mask_fn', 'mask_prefix', 'not_clipped', 'schedule')
+    else name
+    for name in CASES
+  ],
+)
 def test_same_numbers(name):
   kwargs = dict(CASES[name])
   ours, theirs = {}, {}

@@ -17,6 +17,7 @@ def _promote_as_flax_does():
     yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pmap', [False, True])
 def test_learns(pmap):
   state, accuracy = flax_train_state.train(60, pmap=pmap)
@@ -25,6 +26,7 @@ def test_learns(pmap):
   assert 0 < optax.tree.get(state.opt_state, 'win_rate') < 1
 
 
+@pytest.mark.slow
 def test_replicas_stay_equal_and_statistics_move_once():
   training, _ = digits.load()
   images, labels = (x[:16].reshape(2, 8, *x.shape[1:]) for x in training)

@@ -97,8 +97,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('name', ['categorical', 'bernoulli', 'gaussian'])
+@pytest.mark.parametrize(
+  ('name', 'case'),
+  [
+    ('categorical', 'no_axis'),
+    ('categorical', 'ranks'),
+    ('categorical', 'masked_broadcast'),
+    ('categorical', 'all_masked'),
+    ('bernoulli', 'three'),
+    ('gaussian', 'masked'),
+    pytest.param('categorical', 'one', marks=pytest.mark.slow),
+    pytest.param('categorical', 'three', marks=pytest.mark.slow),
+    pytest.param('categorical', 'masked', marks=pytest.mark.slow),
+    *(
+      pytest.param(name, case, marks=pytest.mark.slow)
+      for name, fast in (('bernoulli', 'three'), ('gaussian', 'masked'))
+      for case in CASES
+      if case != fast
+    ),
+  ],
+)
 def test_mean_over_all_labels_is_the_gauss_newton_diagonal(name, case):
   with jax.enable_x64(True):
     shape, mask = CASES[case]
@@ -328,6 +346,7 @@ def test_low_precision_outputs_reach_the_likelihood_in_float32():
   assert set(seen) == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.usefixtures('optimized')
 def test_memory_is_two_arrays_of_the_shape_of_the_logits():
   batch, classes = 64, 4096
   logits_bytes = 4 * batch * classes

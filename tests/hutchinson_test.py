@@ -99,6 +99,7 @@ def test_samples_are_averaged_and_lower_the_variance(params):
   )
 
 
+@pytest.mark.usefixtures('optimized')
 def test_memory_does_not_grow_with_the_samples():
   params = jnp.ones(10_000)
 

@@ -6,6 +6,7 @@ import itertools
 import chex
 from devices import map_grid
 from devices import MAPS
+from devices import maps
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -145,8 +146,8 @@ def test_float64():
     )
 
 
-@pytest.mark.parametrize('name', MAPS)
-def test_replicas(name):
+@maps
+def test_replicas(map_name):
   params = {'w': jnp.array([0.5, -1.0, 0.3]), 'b': jnp.array(0.2)}
 
   def run(hvp):
@@ -158,7 +159,7 @@ def test_replicas(name):
         None, estimator.init(params), params, obj_fn=obj_fn
       )[0]
 
-    return MAPS[name](update)(params)
+    return MAPS[map_name](update)(params)
 
   assert_like_forward_over_reverse(run)
 
@@ -259,6 +260,7 @@ def test_a_parameter_too_large_for_the_step_has_zero_curvature():
   np.testing.assert_allclose(got[1:], 1.0, rtol=1e-4)
 
 
+@pytest.mark.usefixtures('optimized')
 def test_memory_is_that_of_a_gradient():
   inputs = jnp.ones((1024, 16))
   params = jnp.ones((4, 16, 16))

@@ -49,11 +49,12 @@ def assert_dense(got, obj_fn, params):
 # Attention.
 
 SIZE = 128  # The smallest that the kernel takes.
-INPUTS = jax.random.normal(jax.random.PRNGKey(0), (SIZE, SIZE))
+RNG = np.random.default_rng(0)
+INPUTS = jnp.float32(RNG.normal(size=(SIZE, SIZE)))
 LABELS = (INPUTS[:, 0] > 0).astype(int)
 PARAMS = {
-  'qkv': jax.random.normal(jax.random.PRNGKey(1), (3, SIZE)) / 4 + 1,
-  'out': jax.random.normal(jax.random.PRNGKey(2), (SIZE, 2)) / 10,
+  'qkv': jnp.float32(RNG.normal(1, 1 / 4, (3, SIZE))),
+  'out': jnp.float32(RNG.normal(0, 1 / 10, (SIZE, 2))),
 }
 
 
@@ -119,9 +120,9 @@ def test_flash_attention_has_no_second_derivative(hvp):
   assert 'Higher-order AD' in str(caught.value.__cause__)
 
 
-TOKENS = jax.random.normal(jax.random.PRNGKey(3), (1, 5, 1, 4))
+TOKENS = jnp.float32(RNG.normal(size=(1, 5, 1, 4)))
 SMALL = {
-  'qkv': jax.random.normal(jax.random.PRNGKey(4), (3, 4)) / 2 + 1,
+  'qkv': jnp.float32(RNG.normal(1, 1 / 2, (3, 4))),
   'out': jnp.array([0.5, -1.0, 0.7, 1.1, 0.3])[:, None],
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 import sophia_optax
 
-INPUTS = jax.random.normal(jax.random.PRNGKey(0), (64, 4))
+INPUTS = jnp.float32(np.random.default_rng(0).normal(size=(64, 4)))
 TARGETS = jnp.tanh(INPUTS @ jnp.array([1.0, -2.0, 0.5, 0.0]))
 PARAMS = {'w': jnp.array([0.3, -0.4, 0.2, 0.1]), 'b': jnp.array(0.1)}
 SCALE = 2.0**12
@@ -194,6 +194,7 @@ def train(
   return float(cross_entropy(logits(optax.tree.cast(params, jnp.float32))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'estimator',
   [

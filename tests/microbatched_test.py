@@ -173,6 +173,7 @@ def test_estimator_that_a_user_wrote_gets_the_mask_of_its_part():
     np.testing.assert_array_equal(mask, part > 1)
 
 
+@pytest.mark.usefixtures('optimized')
 def test_memory_falls_with_the_number_of_parts():
   inputs, width = jnp.ones((512, 256)), 256
   params = jnp.ones((256, width))

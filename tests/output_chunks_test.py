@@ -6,6 +6,7 @@ import itertools
 import chex
 from devices import map_grid
 from devices import MAPS
+from devices import maps
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -235,7 +236,7 @@ def test_chunks_draw_independently():
   assert np.unique(drawn).size == drawn.size
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 def test_keys_of_replicas_and_chunks(map_name):
   params = jnp.ones((4, 3))
   estimator = estimator_of(likelihood=noise, num_chunks=2, axis_name='data')
@@ -324,7 +325,7 @@ def test_vocabulary_divided_over_another_axis():
   chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 def test_replicas(map_name):
   def update(num_chunks, params, shard):
     tokens = jnp.argmax(shard, axis=-1)  # (4,)
@@ -339,8 +340,8 @@ def test_replicas(map_name):
   chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-7)
 
 
-def lowered(num_chunks, num_classes, num_samples=1):
-  """Returns temporary bytes and FLOPs of an estimate on 16 × 32 tokens."""
+def program(num_chunks, num_classes, num_samples=1):
+  """Returns an estimate on 16 × 32 tokens and the shapes of its arguments."""
   estimator = estimator_of(num_chunks=num_chunks, num_samples=num_samples)
   params = {
     'table': jax.ShapeDtypeStruct((num_classes, 4), jnp.float32),
@@ -355,15 +356,19 @@ def lowered(num_chunks, num_classes, num_samples=1):
       fns = {'predict_fn': lambda p: hidden_fn(p, tokens), 'head_fn': head_fn}
     return estimator.update(None, estimator.init(params), params, **fns)[0]
 
-  memory = jax.jit(update).lower(params, tokens).compile().memory_analysis()
-  flops = dry_run.matmul_flops(update, params, tokens)[1]
-  return memory.temp_size_in_bytes, flops
+  return update, params, tokens
 
 
+def temp_bytes(update, *args):
+  memory = jax.jit(update).lower(*args).compile().memory_analysis()
+  return memory.temp_size_in_bytes
+
+
+@pytest.mark.usefixtures('optimized')
 def test_memory_that_grows_with_classes_is_divided_by_the_chunks():
   growth = {}
   for num_chunks in (None, 8):
-    sizes = [lowered(num_chunks, classes)[0] for classes in (2048, 4096)]
+    sizes = [temp_bytes(*program(num_chunks, c)) for c in (2048, 4096)]
     growth[num_chunks] = sizes[1] - sizes[0]
   assert growth[None] >= 2 * 4 * 16 * 32 * 2048  # Logits and scores.
   assert growth[8] <= 1.05 * growth[None] / 8
@@ -371,7 +376,8 @@ def test_memory_that_grows_with_classes_is_divided_by_the_chunks():
 
 def test_flops_are_those_of_outputs_at_once():
   whole, chunked, three = (
-    lowered(*args)[1] for args in ((None, 64), (8, 64), (8, 64, 3))
+    dry_run.matmul_flops(*program(*args))[1]
+    for args in ((None, 64), (8, 64), (8, 64, 3))
   )
   assert chunked == whole
   # A second draw computes the head again, but not the layer.

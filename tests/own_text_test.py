@@ -25,6 +25,9 @@ import sample
 import text
 import train_gpt
 
+# For the whole module, as `commands` is.
+pytestmark = pytest.mark.usefixtures('compile_module_fast')
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = {
   'demo.py': demo,
@@ -48,14 +51,6 @@ TINY = {
 }
 # Characters of one to four bytes.
 PROSE = 'Ærlig talt, sa «kapteinen» – 日本 🚢 <|endoftext|>\r\n' * 20
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compile_fast():
-  # For the whole module, as `commands` is.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 # The four commands.
@@ -114,6 +109,7 @@ def commands(tmp_path_factory):
   return folder, printed
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run(commands):
   folder, printed = commands
   assert list(printed) == list(SCRIPTS)
@@ -262,6 +258,7 @@ def test_bad_text_is_a_clear_error(
   assert not os.path.exists('out') or not os.listdir('out')
 
 
+@pytest.mark.slow
 def test_corpus_is_not_overwritten(commands):
   folder, _ = commands
   with (
@@ -291,6 +288,7 @@ def test_vocabulary_of_a_folder(tmp_path, monkeypatch):
       text.vocab_size(folder)
 
 
+@pytest.mark.slow
 def test_flag_below_the_vocabulary_is_a_clear_error(commands):
   folder, _ = commands
   with pytest.raises(app.UsageError, match=r'at least \d+, .*; got 64'):
@@ -366,6 +364,7 @@ def test_bytes_are_the_codec_of_the_standard_library():
   assert (codec.vocab_size, codec.start) == (256, 10)
 
 
+@pytest.mark.slow
 def test_demo_is_sampled_in_bytes(commands):
   folder, _ = commands
   (out_dir,) = folder.glob('runs/demo-*/adamw')
@@ -375,6 +374,7 @@ def test_demo_is_sampled_in_bytes(commands):
   assert draw().startswith('é')
 
 
+@pytest.mark.slow
 def test_sampling_does_not_change_a_run_that_still_trains(commands):
   folder, _ = commands
   run_dir = folder / 'runs' / 'mine'
@@ -387,6 +387,7 @@ def test_sampling_does_not_change_a_run_that_still_trains(commands):
   half_written.rmdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('settings', 'error', 'message'),
   [

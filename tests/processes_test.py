@@ -175,15 +175,13 @@ def _whole(shards):
 
 
 def _train_in_one_process(config):
-  jax.config.update('jax_disable_most_optimizations', True)
-  try:
-    # Not strict: optax's schedules promote.
-    with jax.numpy_dtype_promotion('standard'):
-      return train_gpt.train(gpt_configs.get_config('demo', **config))
-  finally:
-    jax.config.update('jax_disable_most_optimizations', False)
+  # Not strict: optax's schedules promote.
+  with jax.numpy_dtype_promotion('standard'):
+    return train_gpt.train(gpt_configs.get_config('demo', **config))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('compile_fast')
 @pytest.mark.parametrize(
   ('optimizer', 'mesh'), [('sophia_h', 'data:8'), ('sophia_g', 'data:2,fsdp:4')]
 )

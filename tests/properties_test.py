@@ -21,7 +21,6 @@ SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]
 DTYPES = ['float32', 'bfloat16', 'float16', 'complex64', 'int32', 'bool']
 LARGE = 1e4  # It and the square of 0.01 times it are in the range of float16.
 SETTINGS = hypothesis.settings(
-  max_examples=200,
   deadline=None,
   derandomize=True,
   suppress_health_check=list(hypothesis.HealthCheck),
@@ -168,9 +167,7 @@ def types(tree):
   return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@SETTINGS
-@hypothesis.given(cases())
-def test_any_tree_and_any_hyperparameters(case):
+def check(case):
   with jax.disable_jit():
     history, again = run(case), run(case)
 
@@ -199,3 +196,16 @@ def test_any_tree_and_any_hyperparameters(case):
         assert jnp.all(jnp.abs(real(u)) <= bound * (1 + 4 * ulp))
         if not jnp.issubdtype(p.dtype, jnp.inexact):
           assert not jnp.any(u)
+
+
+@hypothesis.settings(SETTINGS, max_examples=20)
+@hypothesis.given(cases())
+def test_trees_and_hyperparameters(case):
+  check(case)
+
+
+@pytest.mark.slow
+@hypothesis.settings(SETTINGS, max_examples=200)
+@hypothesis.given(cases())
+def test_any_tree_and_any_hyperparameters(case):
+  check(case)

@@ -27,6 +27,7 @@ def test_record_is_read_back(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'page'),
   [

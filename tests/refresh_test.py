@@ -14,18 +14,23 @@ import pytest
 import sophia_optax
 
 K = 10
-KEYS = jax.random.split(jax.random.PRNGKey(0), 3)
+RNG = np.random.default_rng(0)
 PARAMS = {
-  'a': jax.random.normal(KEYS[0], (6, 8)) / 2,
-  'b': jax.random.normal(KEYS[1], (8, 4)) / 3,
+  'a': jnp.float32(RNG.normal(0, 1 / 2, (6, 8))),
+  'b': jnp.float32(RNG.normal(0, 1 / 3, (8, 4))),
 }
-BATCHES = jax.random.normal(KEYS[2], (25, 16, 6))
+BATCHES = jnp.float32(RNG.normal(size=(25, 16, 6)))
 ESTIMATORS = {
   'H': sophia_optax.hutchinson_estimator_diag_hessian,
   'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
 }
 estimators = pytest.mark.parametrize(
-  'estimator', ESTIMATORS.values(), ids=ESTIMATORS
+  'estimator',
+  [
+    # Second derivatives take longer to compile.
+    pytest.param(make, id=name, marks=[pytest.mark.slow] * (name == 'H'))
+    for name, make in ESTIMATORS.items()
+  ],
 )
 
 
@@ -77,8 +82,13 @@ def check_same(carry, by_count, by_bool, batches=BATCHES, is_due=is_due):
   [
     {},
     {'target_win_rate': 0.3, 'diagnostics': True},
-    {'refresh_before_update': True, 'target_win_rate': 0.3},
-    {'nu_bias_correction': True, 'nesterov': True},
+    pytest.param(
+      {'refresh_before_update': True, 'target_win_rate': 0.3},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {'nu_bias_correction': True, 'nesterov': True}, marks=pytest.mark.slow
+    ),
   ],
   ids=str,
 )

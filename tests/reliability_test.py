@@ -28,6 +28,9 @@ import gpt_configs
 import sharding
 import sophia_optax
 
+# For the whole module, as three_steps below is compared bit for bit.
+pytestmark = pytest.mark.usefixtures('compile_module_fast')
+
 TESTS = pathlib.Path(__file__).parent
 PAGE = TESTS.parent / 'docs' / 'reliability.md'
 # Rows that are tested in other files.
@@ -66,14 +69,6 @@ def test_every_row_has_a_test_and_every_test_a_row():
   for test in ELSEWHERE.values():
     module, name = test.split('::')
     assert f'\ndef {name}(' in (TESTS / f'{module}.py').read_text()
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compile_fast():
-  # For the whole module, as three_steps below is compared bit for bit.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 # Training.
@@ -560,6 +555,7 @@ def _process():
   train_with_checkpoints(out_dir, 4, fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_bytes', [0, 1500])
 def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
   # A limit on the size of files simulates a full disk without privileges. With

@@ -8,6 +8,7 @@ from devices import INPUTS
 from devices import loss_fn
 from devices import map_grid
 from devices import MAPS
+from devices import maps
 from devices import mesh
 from devices import PARAMS
 from devices import predict
@@ -41,8 +42,10 @@ def one_draw(name, key, params, shard):
   return jax.tree.map(lambda g: len(means) * g**2, grads)
 
 
-@pytest.mark.parametrize('num_samples', [1, 3])
-@pytest.mark.parametrize('map_name', MAPS)
+@pytest.mark.parametrize(
+  'num_samples', [1, pytest.param(3, marks=pytest.mark.slow)]
+)
+@maps
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_is_the_mean_of_the_replicas_estimates(name, map_name, num_samples):
   estimator = ESTIMATORS[name](axis_name='data', num_samples=num_samples)
@@ -97,7 +100,7 @@ def test_several_axes(name, check_vma):
   chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 def test_mean_is_the_dense_diagonal(map_name):
   # The diagonal Hessian of this loss makes each Rademacher estimate exact, so a
   # factor of the number of devices could not hide in the noise.
@@ -120,7 +123,7 @@ def test_mean_is_the_dense_diagonal(map_name):
     )
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_microbatches_of_replicas(name, map_name):
   num_microbatches = 2
@@ -160,7 +163,7 @@ def test_microbatches_of_replicas(name, map_name):
     np.testing.assert_array_equal(state.key[device], key)
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 def test_masked_microbatches_of_replicas(map_name):
   # Parts are weighted by predictions that count on their replica. Replicas have
   # equal weights.
@@ -253,7 +256,7 @@ def train(estimator, params, grad_fn, **extra):
   }
 
 
-@pytest.mark.parametrize('map_name', MAPS)
+@maps
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_replicas_stay_equal(name, map_name):
   estimator = ESTIMATORS[name](jax.random.PRNGKey(3), axis_name='data')

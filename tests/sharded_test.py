@@ -6,6 +6,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -45,13 +46,14 @@ LAYOUTS = {
 }
 NUM_CLASSES = 12
 KEYS = {'typed': jax.random.key, 'raw': jax.random.PRNGKey}
+RNG = np.random.default_rng(0)
 PARAMS = {
-  'w1': jax.random.normal(jax.random.PRNGKey(0), (16, 32)) / 4,
-  'w2': jax.random.normal(jax.random.PRNGKey(1), (32, NUM_CLASSES)) / 6,
+  'w1': jnp.float32(RNG.normal(0, 1 / 4, (16, 32))),
+  'w2': jnp.float32(RNG.normal(0, 1 / 6, (32, NUM_CLASSES))),
 }
 BATCH = {
-  'x': jax.random.normal(jax.random.PRNGKey(2), (64, 16)),
-  'y': jax.random.randint(jax.random.PRNGKey(3), (64,), 0, NUM_CLASSES),
+  'x': jnp.float32(RNG.normal(size=(64, 16))),
+  'y': jnp.int32(RNG.integers(0, NUM_CLASSES, 64)),
 }
 ESTIMATORS = {
   'hutchinson': sophia_optax.hutchinson_estimator_diag_hessian,
@@ -133,13 +135,18 @@ def comparable(tree):
 @pytest.mark.parametrize(
   ('layout', 'estimator'),
   [
-    ('data', ('hutchinson', 'raw', 1)),
     ('data', ('gauss_newton', 'typed', 2)),
-    ('fsdp', ('hutchinson', 'typed', 2)),
     ('fsdp', ('gauss_newton', 'raw', 1)),
     ('tensor', ('hutchinson', 'typed', 2)),
-    ('tensor', ('gauss_newton', 'typed', 2)),
     ('vocabulary', ('gauss_newton', 'raw', 1)),
+    *(
+      pytest.param(*combination, marks=pytest.mark.slow)
+      for combination in [
+        ('data', ('hutchinson', 'raw', 1)),
+        ('fsdp', ('hutchinson', 'typed', 2)),
+        ('tensor', ('gauss_newton', 'typed', 2)),
+      ]
+    ),
   ],
 )
 def test_equals_one_device(layout, estimator, axis_types):
@@ -176,7 +183,9 @@ def test_equals_one_device(layout, estimator, axis_types):
 @pytest.mark.usefixtures('compile_fast')
 @pytest.mark.parametrize('axis_types', AXIS_TYPES)
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', [(64, 16), (8, 8, 16)])
+@pytest.mark.parametrize(
+  'shape', [(64, 16), pytest.param((8, 8, 16), marks=pytest.mark.slow)]
+)
 def test_outputs_in_chunks_equal_one_device(shape, layout, axis_types):
   w1, w2, rows, hidden, outputs = LAYOUTS[layout]
   estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
@@ -221,8 +230,12 @@ SHAPE = (48, 80)
 
 
 @pytest.mark.parametrize('axis_types', AXIS_TYPES)
-@pytest.mark.parametrize('num_samples', [1, 2])
-@pytest.mark.parametrize('distribution', ['rademacher', 'normal'])
+@pytest.mark.parametrize(
+  'num_samples', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+  'distribution', ['rademacher', pytest.param('normal', marks=pytest.mark.slow)]
+)
 def test_no_probe_of_full_size(distribution, num_samples, axis_types):
   """A loss that needs no array of full size finds none in the program."""
   estimator = sophia_optax.hutchinson_estimator_diag_hessian(

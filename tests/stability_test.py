@@ -86,6 +86,7 @@ def test_a_benchmark_that_was_stopped_continues(tmp_path, monkeypatch):
   assert losses == [2.0] * 8 + [3.0] * (num_cases - 8)
 
 
+@pytest.mark.slow
 def test_runs(data_dir, monkeypatch, compile_fast):
   del compile_fast
   monkeypatch.setattr(

@@ -159,6 +159,7 @@ def test_model_is_causal():
   assert (logits[:, 5:] != changed[:, 5:]).any()
 
 
+@pytest.mark.slow
 def test_micro_batches_and_layer_scan_do_not_change_the_step():
   results = []
   for overrides in (
@@ -173,6 +174,7 @@ def test_micro_batches_and_layer_scan_do_not_change_the_step():
   chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_head_chunks_do_not_change_the_loss_and_its_derivatives():
   tokens = np.random.default_rng(0).integers(0, 64, (4, 9), np.int32)
   results = []
@@ -192,7 +194,9 @@ def test_head_chunks_do_not_change_the_loss_and_its_derivatives():
   chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
+@pytest.mark.parametrize(
+  'optimizer', [pytest.param('sophia_h', marks=pytest.mark.slow), 'sophia_g']
+)
 def test_head_chunks_train(optimizer):
   states = []
   for head_chunks in (1, 2):
@@ -208,7 +212,9 @@ def test_head_chunks_train(optimizer):
     np.testing.assert_allclose(*map(optax.tree.norm, nu), rtol=0.5)
 
 
-@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
+@pytest.mark.parametrize(
+  'optimizer', [pytest.param('sophia_h', marks=pytest.mark.slow), 'sophia_g']
+)
 def test_steps_with_a_bool_refresh_have_the_same_bits(optimizer):
   config = _config(optimizer=optimizer, update_interval=3, num_steps=10)
   init, step = _setup(config)
@@ -221,6 +227,7 @@ def test_steps_with_a_bool_refresh_have_the_same_bits(optimizer):
     one, two = one[0], two[0]
 
 
+@pytest.mark.slow
 def test_gpt2_124m_trains_on_bin_files(data_dir):
   result = train_gpt.train(
     _config(
@@ -313,6 +320,7 @@ def _collectives(hlo):
   return ordinary, refresh
 
 
+@pytest.mark.slow
 def test_ordinary_step_communicates_parameters_as_adamw_does():
   counters = {}
   for optimizer in gpt_configs.CONFIGS['demo']:
@@ -354,6 +362,7 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
   assert sent <= {('f32', size) for size in sizes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
 def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
   config = _config(
@@ -388,6 +397,7 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
 
 
+@pytest.mark.slow
 def test_run_is_resumed_on_another_mesh(tmp_path, data_dir):
   config = _config(
     optimizer='adamw',
@@ -474,6 +484,7 @@ def test_dry_run_counts_what_each_device_of_a_mesh_holds():
 # Interruption and resume.
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
   config = _config(
     data_dir=data_dir,
@@ -528,6 +539,7 @@ def curves(ax):
   }
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   sample = text.sample
   settings = _TINY | {'vocab_size': 256, 'num_steps': 8, 'eval_interval': 2}
@@ -559,6 +571,7 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert win_rates['Sophia-G'][0] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_demo_has_the_settings_of_the_documentation():
   page = pathlib.Path(__file__).parents[1] / 'docs' / 'choosing.md'
   names = {}
