@@ -102,7 +102,7 @@ def _plot_losses(axes, results):
   if losses:
     margin = 0.05 * (max(losses) - min(losses)) + 1e-3
     axes[0].set_ylim(min(losses) - margin, max(losses) + margin)
-  axes[0].set_ylabel('Validation loss (nats per byte)')
+  axes[0].set_ylabel('Validation loss (nats)')
   axes[0].legend(frameon=False)
 
 
@@ -137,26 +137,27 @@ def _plot_win_rates(ax, results):
     )
   ax.axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
   ax.text(
-    0.99,
-    0.49,
+    0.02,
+    0.11,
     'tune γ for this range',
     fontsize='small',
-    ha='right',
-    va='top',
+    va='bottom',
     transform=ax.get_yaxis_transform(),
   )
-  ax.set(xlabel='Steps', ylabel='Win rate (not clipped)', ylim=(0, 1))
+  ax.set(xlabel='Steps', ylabel='Win rate', ylim=(0, 1))
 
 
 def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
   """Draws losses, their differences from the baseline's, and win rates."""
-  fig = figure.Figure(figsize=(10, 7), layout='constrained')
+  # Small, so that the labels can be read on a phone.
+  fig = figure.Figure(figsize=(7, 6), layout='constrained')
   axes = fig.subplots(2, 2, height_ratios=(3, 2))
   axes[0, 0].sharey(axes[0, 1])
   _plot_losses(axes[0], results)
   _plot_differences(axes[1, 0], results)
   _plot_win_rates(axes[1, 1], results)
   for ax in axes.flat:
+    ax.locator_params(axis='x', nbins=5)
     ax.grid(alpha=0.25)
     ax.set_xlim(left=0)
     ax.spines[['top', 'right']].set_visible(False)
@@ -188,7 +189,7 @@ def main(argv):
   results = train_all(out_dir)
   print(table(results))
   path = os.path.abspath(os.path.join(out_dir, 'validation_loss.png'))
-  plot(results).savefig(path, dpi=150)
+  plot(results).savefig(path, dpi=200)
   print(f'Plot: {path}')
   if not all(result.finished for result in results.values()):
     print(
