@@ -98,24 +98,22 @@ CASES = {
 }
 
 
+FAST = (
+  ('categorical', 'ranks'),
+  ('categorical', 'masked_broadcast'),
+  ('categorical', 'all_masked'),
+  ('bernoulli', 'three'),
+  ('gaussian', 'masked'),
+)
+
+
 @pytest.mark.parametrize(
   ('name', 'case'),
   [
-    ('categorical', 'ranks'),
-    ('categorical', 'masked_broadcast'),
-    ('categorical', 'all_masked'),
-    ('bernoulli', 'three'),
-    ('gaussian', 'masked'),
-    pytest.param('categorical', 'no_axis', marks=pytest.mark.slow),
-    pytest.param('categorical', 'one', marks=pytest.mark.slow),
-    pytest.param('categorical', 'three', marks=pytest.mark.slow),
-    pytest.param('categorical', 'masked', marks=pytest.mark.slow),
-    *(
-      pytest.param(name, case, marks=pytest.mark.slow)
-      for name, fast in (('bernoulli', 'three'), ('gaussian', 'masked'))
-      for case in CASES
-      if case != fast
-    ),
+    pytest.param(*both, marks=[] if both in FAST else pytest.mark.slow)
+    for both in itertools.product(
+      ('categorical', 'bernoulli', 'gaussian'), CASES
+    )
   ],
 )
 def test_mean_over_all_labels_is_the_gauss_newton_diagonal(name, case):
