@@ -234,7 +234,7 @@ def test_outputs_in_chunks_equal_one_device(shape, layout, axis_types):
 SHAPE = (48, 80)
 
 
-@mostly_auto
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
 @pytest.mark.parametrize(
   'num_samples', [1, pytest.param(2, marks=pytest.mark.slow)]
 )
