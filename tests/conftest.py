@@ -21,6 +21,12 @@ def pytest_configure(config):
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.name == 'integrations.md':  # Networks of four libraries.
+      item.add_marker('slow')
+
+
 @pytest.fixture(autouse=True, scope='module')
 def _forget_programs():
   """Frees what was compiled for a module: for all it would be some GB."""

@@ -95,8 +95,15 @@ def test_state_counts_refreshes_and_measures_when_asked():
   assert optax.tree.get(state, 'refresh_count') == 0
 
 
-@pytest.mark.parametrize('refresh_before_update', [True, False])
-@pytest.mark.parametrize('target', [0.4, None])
+@pytest.mark.parametrize(
+  ('target', 'refresh_before_update'),
+  [
+    (0.4, True),
+    (None, False),
+    pytest.param(0.4, False, marks=pytest.mark.slow),
+    pytest.param(None, True, marks=pytest.mark.slow),
+  ],
+)
 def test_modules_against_numpy(target, refresh_before_update):
   b1, b2, eps, gamma, clip = 0.8, 0.5, 1e-3, 0.3, 0.7
   tx = sophia_optax.scale_by_sophia(
@@ -180,6 +187,7 @@ def test_state_is_sharded_like_the_parameters():
   assert state[0].by_leaf.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_state_of_nnx():
   model = nnx.Sequential(
     nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1))

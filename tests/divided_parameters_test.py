@@ -35,7 +35,9 @@ def tp_predict(params, inputs):  # Each device has some of the hidden units.
   return jax.lax.psum(hidden @ params['w2'], 'model') + params['b']
 
 
-@pytest.mark.parametrize('name', ESTIMATORS)
+@pytest.mark.parametrize(
+  'name', [pytest.param('hutchinson', marks=pytest.mark.slow), 'gauss_newton']
+)
 def test_divided_parameters_have_an_unbiased_estimate(name):
   estimator = ESTIMATORS[name](num_samples=4000, axis_name='data')
   inputs = INPUTS.reshape(-1, 3)
@@ -55,9 +57,10 @@ def test_divided_parameters_have_an_unbiased_estimate(name):
   flat, unravel = jax.flatten_util.ravel_pytree(TP_PARAMS)
   if name == 'hutchinson':
     loss = lambda x: jnp.mean(dense_predict(unravel(x), inputs) ** 2) / 2
-    exact = jnp.diag(jax.hessian(loss)(flat))
+    exact = jnp.diag(jax.jit(jax.hessian(loss))(flat))
   else:
-    jacobian = jax.jacobian(lambda x: dense_predict(unravel(x), inputs))(flat)
+    outputs = lambda x: dense_predict(unravel(x), inputs)
+    jacobian = jax.jit(jax.jacobian(outputs))(flat)
     exact = jnp.mean(jacobian**2, axis=0)
   chex.assert_trees_all_close(
     jax.flatten_util.ravel_pytree(got)[0], exact, rtol=0.1, atol=0.02
@@ -82,6 +85,7 @@ def test_parts_of_one_array_have_independent_probes():
   np.testing.assert_allclose(got, 1.0, atol=5 * (7 / 4000) ** 0.5)
 
 
+@pytest.mark.slow
 def test_batch_divided_over_the_axis_of_the_parameters():
   # FSDP: weights are gathered, and the loss is averaged over their axis.
   def gather(params):
@@ -114,10 +118,11 @@ def test_batch_divided_over_the_axis_of_the_parameters():
   )
   flat, unravel = jax.flatten_util.ravel_pytree(params)
   model = lambda x: predict(unravel(x), inputs)
-  hessian = jax.hessian(lambda x: jnp.mean(model(x) ** 2) / 2)(flat)
+  loss = lambda x: jnp.mean(model(x) ** 2) / 2
+  hessian = jax.jit(jax.hessian(loss))(flat)
   exact = {
     'hutchinson': jnp.diag(hessian),
-    'gauss_newton': jnp.mean(jax.jacobian(model)(flat) ** 2, axis=0),
+    'gauss_newton': jnp.mean(jax.jit(jax.jacobian(model))(flat) ** 2, axis=0),
   }
   got = {
     'hutchinson': jax.flatten_util.ravel_pytree(hutchinson)[0],
@@ -243,7 +248,9 @@ def test_training_divided_parameters_equals_one_device(poisoned):
   assert 0 < got[2] < 1
 
 
-@pytest.mark.parametrize('target', [None, 0.3])
+@pytest.mark.parametrize(
+  'target', [pytest.param(None, marks=pytest.mark.slow), 0.3]
+)
 def test_parameters_divided_over_two_axes(target):
   # Sums over shards must be over both.
   axes = ('data', 'model')

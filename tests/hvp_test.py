@@ -73,7 +73,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize('name', OPTIONS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ('typed_key', 'normal', 'samples', 'batch')
+    else name
+    for name in OPTIONS
+  ],
+)
 def test_options(name):
   options = {'obj_fn': cubic} | OPTIONS[name]
   assert_like_forward_over_reverse(
@@ -193,7 +201,10 @@ def test_divided_parameters():
   assert_like_forward_over_reverse(run, rtol=5e-3)
 
 
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  'axis_type',
+  [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+)
 def test_sharded(axis_type):
   mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(axis_type,) * 2)
   place = lambda x, *spec: jax.device_put(
@@ -209,9 +220,9 @@ def test_sharded(axis_type):
 
   with jax.set_mesh(mesh):
     placed = {'w': place(params['w'], 'model')}, place(inputs, 'data')
-    assert_like_forward_over_reverse(lambda hvp: run(hvp, *placed))
-    got = [run(hvp, *placed) for hvp in MODES]
-  for hvp, sharded in zip(MODES, got, strict=True):
+    got = {hvp: run(hvp, *placed) for hvp in MODES}
+    assert_like_forward_over_reverse(got.get)
+  for hvp, sharded in got.items():
     assert sharded['w'].sharding.spec[0] == 'model'
     chex.assert_trees_all_close(
       jax.device_get(sharded), run(hvp, params, inputs), rtol=1e-3, atol=1e-4
@@ -260,7 +271,7 @@ def test_a_parameter_too_large_for_the_step_has_zero_curvature():
   np.testing.assert_allclose(got[1:], 1.0, rtol=1e-4)
 
 
-@pytest.mark.usefixtures('optimized')
+@pytest.mark.slow
 def test_memory_is_that_of_a_gradient():
   inputs = jnp.ones((1024, 16))
   params = jnp.ones((4, 16, 16))
@@ -331,9 +342,8 @@ def moments(hvp, dtype):
 
   estimates = np.array(jax.jit(jax.vmap(one))(all_signs()), np.float64)
   flat, unravel = jax.flatten_util.ravel_pytree(NETWORK)
-  hessian = np.array(
-    jax.hessian(lambda x: network_loss(unravel(x), jnp.float32))(flat)
-  )
+  loss = lambda x: network_loss(unravel(x), jnp.float32)
+  hessian = np.array(jax.jit(jax.hessian(loss))(flat))
   diagonal = np.diag(hessian)
   spread = np.sum(hessian**2) - np.sum(diagonal**2)
   bias = np.linalg.norm(estimates.mean(0) - diagonal)
@@ -347,8 +357,10 @@ def moments(hvp, dtype):
     ('forward_over_reverse', jnp.float32, 0.0, 1e-6),
     ('reverse_over_reverse', jnp.float32, 0.0, 1e-6),
     ('finite_difference', jnp.float32, 1e-5, 1e-3),
-    ('forward_over_reverse', jnp.bfloat16, 1e-4, 1e-2),
-    ('reverse_over_reverse', jnp.bfloat16, 1e-4, 1e-2),
+    *(
+      pytest.param(hvp, jnp.bfloat16, 1e-4, 1e-2, marks=pytest.mark.slow)
+      for hvp in MODES[:2]
+    ),
     ('finite_difference', jnp.bfloat16, 1e-3, 0.1),
   ],
 )

@@ -23,7 +23,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(name='tx', params=OPTIMIZERS)
+@pytest.fixture(
+  name='tx', params=[pytest.param('sophia', marks=pytest.mark.slow), 'sophia_g']
+)
 def _tx(request):
   return OPTIMIZERS[request.param]
 

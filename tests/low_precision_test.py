@@ -105,7 +105,9 @@ def test_float16_underflows_without_loss_scale_and_not_with_it(name):
   np.testing.assert_allclose(scaled, exact, rtol=4 * 2.0**-11)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+  'dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_float32_copies_of_half_precision_parameters(name, dtype):
   """The model computes in half precision, with float32 parameters."""

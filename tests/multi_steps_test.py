@@ -120,7 +120,7 @@ def test_curvature_of_all_micro_batches():
       obj_fn=loss_fn,
       batch=BATCHES[:3].reshape(12, 2),
     )
-  exact = jnp.diag(jax.hessian(loss_fn)(PARAMS, BATCHES[:3]))
+  exact = jnp.diag(jax.jit(jax.hessian(loss_fn))(PARAMS, BATCHES[:3]))
   chex.assert_trees_all_close(optax.tree.get(state, 'nu'), exact, rtol=1e-5)
 
 

@@ -89,7 +89,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  'case',
+  [
+    case
+    if case in ('batch', 'three', 'masked_chunk')
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in CASES
+  ],
+)
 def test_mean_over_all_labels_is_the_gauss_newton_diagonal(case):
   shape, num_chunks, mask = CASES[case]
   with jax.enable_x64(True):
@@ -160,7 +168,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize('option', OPTIONS)
-@pytest.mark.parametrize('num_chunks', [2, 4])
+@pytest.mark.parametrize(
+  'num_chunks', [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_chunks_change_nothing_but_the_labels(option, num_chunks):
   whole, chunked = (
     estimate(n, TOKENS, likelihood=likeliest, **OPTIONS[option])[0]
@@ -169,7 +179,9 @@ def test_chunks_change_nothing_but_the_labels(option, num_chunks):
   chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize(
+  'dtype', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)]
+)
 def test_half_precision(dtype):
   # A sum of 2,048 chunks would stall in half precision.
   narrow = make_params(jnp.dtype(dtype))
@@ -364,7 +376,7 @@ def temp_bytes(update, *args):
   return memory.temp_size_in_bytes
 
 
-@pytest.mark.usefixtures('optimized')
+@pytest.mark.slow
 def test_memory_that_grows_with_classes_is_divided_by_the_chunks():
   growth = {}
   for num_chunks in (None, 8):

@@ -198,7 +198,7 @@ def check(case):
           assert not jnp.any(u)
 
 
-@hypothesis.settings(SETTINGS, max_examples=20)
+@hypothesis.settings(SETTINGS, max_examples=10)
 @hypothesis.given(cases())
 def test_trees_and_hyperparameters(case):
   check(case)

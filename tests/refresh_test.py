@@ -81,7 +81,9 @@ def check_same(carry, by_count, by_bool, batches=BATCHES, is_due=is_due):
   'options',
   [
     {},
-    {'target_win_rate': 0.3, 'diagnostics': True},
+    pytest.param(
+      {'target_win_rate': 0.3, 'diagnostics': True}, marks=pytest.mark.slow
+    ),
     pytest.param(
       {'refresh_before_update': True, 'target_win_rate': 0.3},
       marks=pytest.mark.slow,
@@ -121,6 +123,7 @@ def test_two_programs_with_moments_in_bfloat16(estimator):
   assert optax.tree.get(two[1], 'refresh_count') == 3
 
 
+@pytest.mark.slow
 @estimators
 def test_two_programs_under_shard_map(estimator):
   tx = sophia_optax.sophia(
@@ -193,6 +196,7 @@ def test_flax_train_state(estimator):
   )
 
 
+@pytest.mark.slow  # Without optimizations, a last bit differs.
 @estimators
 def test_multi_steps(estimator):
   n, k = 3, 2

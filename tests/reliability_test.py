@@ -210,7 +210,9 @@ def assert_trains_on(steps, name):
   assert steps.loss[-1] < usual[-1] + usual[0] / 100
 
 
-both = pytest.mark.parametrize('name', ['sophia_h', 'sophia_g'])
+both = pytest.mark.parametrize(
+  'name', [pytest.param('sophia_h', marks=pytest.mark.slow), 'sophia_g']
+)
 
 
 @both
@@ -523,6 +525,7 @@ def check_each_file(three_steps, out_dir, damage):
   assert_continues(out_dir)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_truncated(three_steps, tmp_path):
   def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
@@ -530,6 +533,7 @@ def test_the_newest_checkpoint_is_truncated(three_steps, tmp_path):
   check_each_file(three_steps, tmp_path / 'out', truncate)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_newest_checkpoint_is_missing(three_steps, tmp_path):
   check_each_file(three_steps, tmp_path / 'out', pathlib.Path.unlink)
 

@@ -61,6 +61,11 @@ ESTIMATORS = {
 }
 
 
+mostly_auto = pytest.mark.parametrize(
+  'axis_types', ['auto', pytest.param('explicit', marks=pytest.mark.slow)]
+)
+
+
 def make_mesh(axis_types):
   return jax.make_mesh(
     (2, 4), ('data', 'model'), axis_types=AXIS_TYPES[axis_types]
@@ -135,7 +140,6 @@ def comparable(tree):
 @pytest.mark.parametrize(
   ('layout', 'estimator'),
   [
-    ('data', ('gauss_newton', 'typed', 2)),
     ('fsdp', ('gauss_newton', 'raw', 1)),
     ('tensor', ('hutchinson', 'typed', 2)),
     ('vocabulary', ('gauss_newton', 'raw', 1)),
@@ -143,6 +147,7 @@ def comparable(tree):
       pytest.param(*combination, marks=pytest.mark.slow)
       for combination in [
         ('data', ('hutchinson', 'raw', 1)),
+        ('data', ('gauss_newton', 'typed', 2)),
         ('fsdp', ('hutchinson', 'typed', 2)),
         ('tensor', ('gauss_newton', 'typed', 2)),
       ]
@@ -181,7 +186,7 @@ def test_equals_one_device(layout, estimator, axis_types):
 
 
 @pytest.mark.usefixtures('compile_fast')
-@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+@mostly_auto
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize(
   'shape', [(64, 16), pytest.param((8, 8, 16), marks=pytest.mark.slow)]
@@ -265,7 +270,7 @@ def test_no_probe_of_full_size(distribution, num_samples, axis_types):
   assert not full_size(program(P('data', 'model')))
 
 
-@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+@mostly_auto
 def test_no_logits_of_full_size(axis_types):
   """Labels are drawn without gathering logits that are divided by class."""
   estimator = make_estimator('gauss_newton', 'raw', 1)
@@ -287,7 +292,7 @@ def test_no_logits_of_full_size(axis_types):
   assert not re.findall(r'\[[36],4000\]|\[6,1000\]', text)
 
 
-@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+@mostly_auto
 @pytest.mark.parametrize(
   ('rows', 'classes', 'here'),
   [(P(('data', 'model')), P(), '2,4000'), (P('data'), P('model'), '8,1000')],

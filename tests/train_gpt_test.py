@@ -194,9 +194,8 @@ def test_head_chunks_do_not_change_the_loss_and_its_derivatives():
   chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'optimizer', [pytest.param('sophia_h', marks=pytest.mark.slow), 'sophia_g']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
 def test_head_chunks_train(optimizer):
   states = []
   for head_chunks in (1, 2):
@@ -212,9 +211,8 @@ def test_head_chunks_train(optimizer):
     np.testing.assert_allclose(*map(optax.tree.norm, nu), rtol=0.5)
 
 
-@pytest.mark.parametrize(
-  'optimizer', [pytest.param('sophia_h', marks=pytest.mark.slow), 'sophia_g']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
 def test_steps_with_a_bool_refresh_have_the_same_bits(optimizer):
   config = _config(optimizer=optimizer, update_interval=3, num_steps=10)
   init, step = _setup(config)
@@ -451,6 +449,7 @@ def test_flops_count_every_iteration_and_both_branches():
   assert dry_run.matmul_flops(fn, x, w) == (5 * product, 6 * product)
 
 
+@pytest.mark.slow
 def test_dry_run_counts_as_the_textbook_does():
   config = _config(width=32)
   described = train_gpt.describe(config)
@@ -470,6 +469,7 @@ def test_dry_run_counts_as_the_textbook_does():
   assert re.search(rf'parameters +{4 * parameters:,}\n', described)
 
 
+@pytest.mark.slow
 def test_dry_run_counts_what_each_device_of_a_mesh_holds():
   described = train_gpt.describe(
     _config(mesh='data:2,fsdp:4', unroll=1, **_DIVISIBLE)

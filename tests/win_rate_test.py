@@ -110,15 +110,26 @@ def test_quadratic_from_anywhere(gamma):
   np.testing.assert_allclose(got['win_rate'][300:], TARGET, atol=0.1)
 
 
-@pytest.mark.parametrize('gamma', [3e-7, 0.3, 3e5])
-@pytest.mark.parametrize('factory', [sophia, sophia_g])
+@pytest.mark.parametrize(
+  ('factory', 'gamma'),
+  [
+    (sophia, 3e-7),
+    (sophia_g, 3e5),
+    pytest.param(sophia, 0.3, marks=pytest.mark.slow),
+    pytest.param(sophia, 3e5, marks=pytest.mark.slow),
+    pytest.param(sophia_g, 3e-7, marks=pytest.mark.slow),
+    pytest.param(sophia_g, 0.3, marks=pytest.mark.slow),
+  ],
+)
 def test_language_model_from_anywhere(factory, gamma):
   problem = LanguageModel()
   got = history(factory(gamma), problem.params, problem, 400, problem.predict)
   np.testing.assert_allclose(got['win_rate'][300:], TARGET, atol=0.1)
 
 
-@pytest.mark.parametrize('factory', [sophia, sophia_g])
+@pytest.mark.parametrize(
+  'factory', [pytest.param(sophia, marks=pytest.mark.slow), sophia_g]
+)
 def test_scale_of_the_loss_makes_no_difference(factory):
   settled = []
   for scale in (1.0, 1000.0):
@@ -306,6 +317,7 @@ class RareRows:
     )(params, state)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_recovers_from_rows_without_a_gradient():
   # Regression: rows whose m decays win at any γ, so γ fell to exactly 0.
   problem = RareRows()
