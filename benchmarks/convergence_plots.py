@@ -9,6 +9,7 @@ Columns of the tables:
 * − AdamW: difference from AdamW with the same seed.
 * Steps to AdamW's: fraction of the steps after which the curve reaches AdamW's
   final loss with the same seed, averaged over seeds.
+* ms a step: processor time, the median over the same seeds.
 * Best of n: expected lowest loss of n trials drawn at random.
 * Rates: the largest learning rate whose loss is within 0.03 of the best,
   divided by the smallest one.
@@ -47,7 +48,7 @@ STYLES = {
     'markerfacecolor': 'white',
   },
   'steered': {
-    'label': 'Sophia-G, settings to copy, γ steered',
+    'label': 'Sophia-G, γ adapted',
     'color': '#999999',
     'linestyle': '-',
     'markerfacecolor': 'white',
@@ -190,7 +191,10 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
       'searched': min((r['loss'] for r in searched), default=None),
       'runs': runs,
       'variants': variants,
-      'ms': min(r['ms'] for r in of_name),
+      # Runs of the same seeds were made at about the same time.
+      'ms': statistics.median(
+        r['ms'] for r in (list(runs.values()) or of_name)
+      ),
       'rates': rates(results, best) if best else {},
     }
   first = rows.get('adamw', {'runs': {}})['runs']
@@ -442,19 +446,19 @@ def plot_tuning(results: list[dict]) -> figure.Figure:
   """Draws best of n, and loss over learning rate, for the shortest task."""
   task = convergence.LENGTHS[0]
   rows = summary(results, task)
-  fig = figure.Figure(figsize=(11, 4.4), layout='constrained')
-  left, right = fig.subplots(1, 2, sharey=True)
+  fig = figure.Figure(figsize=(6.5, 8), layout='constrained')
+  top, bottom = fig.subplots(2, 1, sharey=True)
   lowest = [row['searched'] for row in rows.values() if row['searched']]
   for name, row in rows.items():
     tried = row['tried']
     if tried:
       n = range(1, len(tried) + 1)
-      left.plot(n, [best_of(tried, i) for i in n], linewidth=2, **STYLES[name])
+      top.plot(n, [best_of(tried, i) for i in n], linewidth=2, **STYLES[name])
     elif row['runs']:
       loss = statistics.mean(r['loss'] for r in row['runs'].values())
-      left.axhline(loss, linewidth=2, **STYLES[name])
+      top.axhline(loss, linewidth=2, **STYLES[name])
     if row['rates']:
-      right.plot(
+      bottom.plot(
         row['rates'].keys(),
         row['rates'].values(),
         marker='o',
@@ -462,18 +466,22 @@ def plot_tuning(results: list[dict]) -> figure.Figure:
         **STYLES[name],
       )
   if lowest:
-    left.set_ylim(min(lowest) - 0.01, min(lowest) + 0.3)
+    top.set_ylim(min(lowest) - 0.03, min(lowest) + 0.3)
+  top.set_xticks([1, 5, 10, 15, 20])
   _finish(
-    left,
-    xlabel='Number of trials',
+    top,
+    xlabel='Number n of trials; expected best of n',
     ylabel='Final validation loss',
-    title='Expected best of n trials',
   )
-  right.set_xscale('log')
-  _finish(right, xlabel='Learning rate', title='Best settings')
-  handles, labels = left.get_legend_handles_labels()
+  bottom.set_xscale('log')
+  _finish(
+    bottom,
+    xlabel='Learning rate, with the best other settings',
+    ylabel='Final validation loss',
+  )
+  handles, labels = top.get_legend_handles_labels()
   fig.legend(
-    handles, labels, frameon=False, loc='outside upper center', ncols=4
+    handles, labels, frameon=False, loc='outside upper center', ncols=2
   )
   return fig
 
@@ -492,7 +500,7 @@ def main(argv):
     folder.mkdir(parents=True, exist_ok=True)
     plot_lengths(results).savefig(folder / 'convergence.png', dpi=130)
     plot_curves(results).savefig(folder / 'curves.png', dpi=110)
-    plot_tuning(results).savefig(folder / 'tuning.png', dpi=110)
+    plot_tuning(results).savefig(folder / 'tuning.png', dpi=150)
 
 
 if __name__ == '__main__':
