@@ -201,10 +201,8 @@ def test_divided_parameters():
   assert_like_forward_over_reverse(run, rtol=5e-3)
 
 
-@pytest.mark.parametrize(
-  'axis_type',
-  [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
 def test_sharded(axis_type):
   mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(axis_type,) * 2)
   place = lambda x, *spec: jax.device_put(

@@ -72,20 +72,18 @@ def flash_loss(params):
   ).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'tx',
   [
-    pytest.param(
-      sophia_optax.sophia(
-        0.02,
-        update_interval=2,
-        hessian_diagonal_fn=hutchinson(hvp='finite_difference'),
-      ),
-      id='finite_difference',
-      marks=pytest.mark.slow,
+    sophia_optax.sophia(
+      0.02,
+      update_interval=2,
+      hessian_diagonal_fn=hutchinson(hvp='finite_difference'),
     ),
-    pytest.param(sophia_optax.sophia_g(0.02, update_interval=2), id='sophia_g'),
+    sophia_optax.sophia_g(0.02, update_interval=2),
   ],
+  ids=['finite_difference', 'sophia_g'],
 )
 def test_flash_attention_trains(tx):
   @jax.jit

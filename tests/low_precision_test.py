@@ -137,17 +137,24 @@ def test_float32_copies_of_half_precision_parameters(name, dtype):
   assert optax.tree.get(state, 'nonfinite_count') == 0
 
 
-IMAGES = jax.random.normal(jax.random.PRNGKey(1), (256, 8))
-LABELS = jax.random.categorical(
-  jax.random.PRNGKey(2),
-  2 * jnp.tanh(IMAGES @ jax.random.normal(jax.random.PRNGKey(3), (8, 4))),
-)
+@jax.jit
+def make_problem():
+  """Images, labels and a network, in one program."""
+  images = jax.random.normal(jax.random.PRNGKey(1), (256, 8))
+  teacher = jax.random.normal(jax.random.PRNGKey(3), (8, 4))
+  labels = jax.random.categorical(
+    jax.random.PRNGKey(2), 2 * jnp.tanh(images @ teacher)
+  )
+  network = {
+    'hidden': jax.random.normal(jax.random.PRNGKey(4), (8, 16)) / 3,
+    'w': jax.random.normal(jax.random.PRNGKey(5), (16, 4)) / 4,
+    'b': jnp.zeros(4),
+  }
+  return images, labels, network
+
+
+IMAGES, LABELS, NETWORK = make_problem()
 LINEAR = {'w': jnp.zeros((8, 4)), 'b': jnp.zeros(4)}
-NETWORK = {
-  'hidden': jax.random.normal(jax.random.PRNGKey(4), (8, 16)) / 3,
-  'w': jax.random.normal(jax.random.PRNGKey(5), (16, 4)) / 4,
-  'b': jnp.zeros(4),
-}
 
 
 def logits(params):

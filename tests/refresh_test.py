@@ -224,6 +224,7 @@ def test_multi_steps(estimator):
     )
 
 
+@pytest.mark.slow
 @estimators
 def test_hyperparameters_that_are_arrays(estimator):
   tx = optax.inject_hyperparams(sophia_optax.sophia)(

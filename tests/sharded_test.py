@@ -187,7 +187,15 @@ def test_equals_one_device(layout, estimator, axis_types):
 
 @pytest.mark.usefixtures('compile_fast')
 @mostly_auto
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(
+  'layout',
+  [
+    pytest.param('data', marks=pytest.mark.slow),
+    pytest.param('fsdp', marks=pytest.mark.slow),
+    'tensor',
+    'vocabulary',
+  ],
+)
 @pytest.mark.parametrize(
   'shape', [(64, 16), pytest.param((8, 8, 16), marks=pytest.mark.slow)]
 )

@@ -127,9 +127,8 @@ def test_language_model_from_anywhere(factory, gamma):
   np.testing.assert_allclose(got['win_rate'][300:], TARGET, atol=0.1)
 
 
-@pytest.mark.parametrize(
-  'factory', [pytest.param(sophia, marks=pytest.mark.slow), sophia_g]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('factory', [sophia, sophia_g])
 def test_scale_of_the_loss_makes_no_difference(factory):
   settled = []
   for scale in (1.0, 1000.0):
