@@ -255,10 +255,6 @@ def make_step(fns, optimizer):
     total, _ = jax.lax.scan(add_micro_batch, zero, batch)
     loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
-    if refresh:
-      # Without a conditional XLA may compute the estimate beside the gradient,
-      # and hold the activations of both. So the batch waits for the gradient.
-      batch, _ = jax.lax.optimization_barrier((batch, grads))
     # For the curvature: Sophia-H calls obj_fn, Sophia-G predict_fn (and then
     # head_fn), on a part of this batch at a time, when it refreshes; the others
     # call none.
