@@ -255,11 +255,6 @@ def make_step(fns, optimizer):
     total, _ = jax.lax.scan(add_micro_batch, zero, batch)
     loss, grads = jax.tree.map(lambda x: x / len(batch), total)
 
-    if refresh:
-      # Without a conditional, XLA may compute the estimate and the gradient at
-      # the same time and hold the activations of both. The barrier makes the
-      # estimate wait for the gradient.
-      batch, _ = jax.lax.optimization_barrier((batch, grads))
     # On a refresh, Sophia-H calls obj_fn, and Sophia-G calls predict_fn and
     # head_fn, on parts of this batch. Other optimizers ignore them.
     updates, opt_state = optimizer.update(
