@@ -344,7 +344,16 @@ def scale_by_sophia(
     request = _estimator.Request()
     if loss_scale is not None:
       extra_args |= {'loss_scale': loss_scale, 'sophia_request': request}
+    if refresh is None:
+      refresh = state.count % _as_int(update_interval) == 0
+    _checks.boolean('refresh', refresh)
+    _checks.boolean('may_refresh', may_refresh)
+    is_due = _all(refresh, may_refresh)
     updates = jax.tree.map(_gradient_of, params, updates)
+    if is_due is True:
+      # Makes the estimate wait for the gradient. Without a conditional, XLA may
+      # compute both at the same time, with the activations of both in memory.
+      updates, params = jax.lax.optimization_barrier((updates, params))
     raw = _coordinates.split(params, updates)
     grads = _coordinates.unscale(_coordinates.widen(raw), loss_scale)
     mu = _coordinates.split(params, state.mu)
@@ -378,11 +387,7 @@ def scale_by_sophia(
       used = new if refresh_before_update else old
       return measure(new, used, grads, params)
 
-    if refresh is None:
-      refresh = state.count % _as_int(update_interval) == 0
-    _checks.boolean('refresh', refresh)
-    _checks.boolean('may_refresh', may_refresh)
-    new = _cond(_all(refresh, may_refresh), refresh_state, old)
+    new = _cond(is_due, refresh_state, old)
     ratios = ratios_of(new if refresh_before_update else old, grads)
     if verbose:
       _print_every(_as_int(print_interval), old.count, wins, ratios)

@@ -66,13 +66,15 @@ def is_due(i, k=K):
   return i % k == 0
 
 
-def check_same(carry, by_count, by_bool, batches=BATCHES, is_due=is_due):
-  """Compares two programs with one program, bit by bit at each step."""
+def check_same(
+  carry, by_count, by_bool, batches=BATCHES, is_due=is_due, atol=0.0
+):
+  """Compares two programs with one program, by default bit by bit."""
   one = two = carry
   for i, x in enumerate(batches):
     one = by_count(*one, x)
     two = by_bool(*two, x, refresh=is_due(i))
-    chex.assert_trees_all_equal(one, two)
+    chex.assert_trees_all_close(one, two, rtol=0.0, atol=atol)
   return one
 
 
@@ -151,6 +153,8 @@ def test_two_programs_under_shard_map(estimator):
     jax.jit(mapped),
     jax.jit(mapped, static_argnames='refresh'),
     BATCHES[:12],
+    # XLA fuses the mean over replicas differently, which rounds differently.
+    atol=1e-7,
   )
 
 
@@ -274,6 +278,9 @@ def test_a_bool_leaves_no_conditional(decision, conditionals, estimates):
   names = [equation.primitive.name for equation in jaxpr.eqns]
   assert names.count('cond') == conditionals
   assert len(calls) == estimates
+  # Without a conditional, the estimate waits for the gradient.
+  waits = estimates and not conditionals
+  assert names.count('optimization_barrier') == waits
 
 
 def test_multi_steps_add_no_conditional():
