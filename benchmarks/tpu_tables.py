@@ -69,7 +69,7 @@ def update_words(cases: list[dict]) -> dict[str, dict[str, float]]:
 def render_update(cases: list[dict]) -> str:
   """Lays out the table of the update alone; a / b is ordinary / refresh."""
   found = update_words(cases)
-  names = list(found['optax.adamw'])
+  names = list(next(iter(found.values()), ()))
   number = lambda x: x if isinstance(x, str) else f'{x:.2f}' if x else ''
   return _table(
     [
@@ -128,13 +128,12 @@ def render_step(table: str, cases: list[dict]) -> str:
 def render_goals(tables: dict[str, list[dict]]) -> str:
   """Lays out the goals, the figures nearest to and farthest from them."""
   found: dict[tuple[str, float], list[float]] = collections.defaultdict(list)
-  words = update_words(tables['update'])
+  words = update_words(tables.get('update', []))
   for name, x in words.items():
     if name.endswith('two programs'):
       found['update: words of an ordinary step', 6].append(x['words'])
-      found['update: mean words / adamw', 1].append(
-        x['mean'] / words['optax.adamw']['mean']
-      )
+      if adamw := words.get('optax.adamw'):
+        found['update: mean words / adamw', 1].append(x['mean'] / adamw['mean'])
       found['update: words of a refresh beside the estimator', 4].append(
         x['refresh adds'] - x['alone']
       )

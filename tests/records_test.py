@@ -9,6 +9,7 @@ import pytest
 
 import records
 import tpu_cases
+import tpu_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -62,3 +63,12 @@ def test_programs_for_tpus_can_be_compiled_again():
   assert {
     ', '.join((x['table'], x['row'], x['program'])) for x in found
   } <= set(names)
+
+
+def test_tables_of_some_programs_for_tpus():
+  cases = records.read(ROOT / 'benchmarks/tpu.json')['cases']
+  for case in cases:
+    table = tpu_tables.render([case])
+    assert 'goal' in table
+    # Only both of two programs make a row of the update.
+    assert case['row'] in table or case['program'] != 'one'
