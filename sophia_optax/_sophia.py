@@ -344,16 +344,7 @@ def scale_by_sophia(
     request = _estimator.Request()
     if loss_scale is not None:
       extra_args |= {'loss_scale': loss_scale, 'sophia_request': request}
-    if refresh is None:
-      refresh = state.count % _as_int(update_interval) == 0
-    _checks.boolean('refresh', refresh)
-    _checks.boolean('may_refresh', may_refresh)
-    is_due = _all(refresh, may_refresh)
     updates = jax.tree.map(_gradient_of, params, updates)
-    if is_due is True:
-      # Makes the estimate wait for the gradient. Without a conditional, XLA may
-      # compute both at the same time, with the activations of both in memory.
-      updates, params = jax.lax.optimization_barrier((updates, params))
     raw = _coordinates.split(params, updates)
     grads = _coordinates.unscale(_coordinates.widen(raw), loss_scale)
     mu = _coordinates.split(params, state.mu)
@@ -367,13 +358,26 @@ def scale_by_sophia(
       nu=_coordinates.split(params, state.nu),
     )
 
+    if refresh is None:
+      refresh = state.count % _as_int(update_interval) == 0
+    _checks.boolean('refresh', refresh)
+    _checks.boolean('may_refresh', may_refresh)
+    is_due = _all(refresh, may_refresh)
+    estimator_args = updates, params
+    if is_due is True:
+      # Makes the estimate wait for the gradient. Without a conditional, XLA may
+      # compute both at the same time, with the activations of both in memory.
+      # The update itself does not wait: XLA for TPUs needs more memory if it does.
+      estimator_args = jax.lax.optimization_barrier(estimator_args)
+
     def refresh_state(old):
       if refresh_before_update:
         # Computes m again: the m from outside would be written to memory before
         # the conditional on every step, because the update comes after it.
         old = old._replace(mu=averaged_gradient())
+      grads_in, params_in = estimator_args
       estimate, hessian_fn_state = estimator.update(
-        updates, old.hessian_fn_state, params=params, **extra_args
+        grads_in, old.hessian_fn_state, params=params_in, **extra_args
       )
       if loss_scale is not None:
         _check_unscaled(hessian_diagonal_fn, request)
