@@ -367,7 +367,7 @@ def scale_by_sophia(
     if is_due is True:
       # Makes the estimate wait for the gradient. Without a conditional, XLA may
       # compute both at the same time, with the activations of both in memory.
-      # The update itself does not wait: XLA for TPUs needs more memory if it does.
+      # The update does not wait: XLA for TPUs would then need more memory.
       estimator_args = jax.lax.optimization_barrier(estimator_args)
 
     def refresh_state(old):
