@@ -527,7 +527,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
     entry['val_loss'] for entry in undisturbed.history
   ]
 
-  with pytest.raises(ValueError, match=r'width: 16 then, 32 now'):
+  with pytest.raises(ValueError, match=r'width: 16 saved, 32 now'):
     train_gpt.train(dataclasses.replace(config, width=32))
 
 
