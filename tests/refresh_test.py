@@ -217,6 +217,7 @@ def test_multi_steps(estimator):
       jax.jit(step),
       jax.jit(step, static_argnames='refresh'),
       is_due=lambda i: i % (n * k) == n - 1,
+      atol=1e-7,  # JAX 0.12 rounds the two programs differently.
     )
     assert optax.tree.get(state, 'refresh_count') == 4
     # `refresh` may be True on all micro-steps; only the last estimate is kept.
@@ -225,6 +226,7 @@ def test_multi_steps(estimator):
       jax.jit(step),
       jax.jit(step, static_argnames='refresh'),
       is_due=lambda i: i // n % k == 0,
+      atol=1e-7,
     )
 
 
