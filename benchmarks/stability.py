@@ -187,7 +187,7 @@ def render(runs: list[dict]) -> str:
 
 def plot(runs: list[dict]) -> figure.Figure:
   """Draws the diagnostics of one trouble, with each remedy."""
-  fig = figure.Figure(figsize=(10, 7), layout='constrained')
+  fig = figure.Figure(figsize=(7.5, 6), layout='constrained')
   for ax, name in zip(fig.subplots(2, 2).flat, _LABELS, strict=True):
     for trouble, remedy, label, color, style in _LINES:
       history = next(
