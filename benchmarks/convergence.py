@@ -134,7 +134,6 @@ TASKS = {  # in the order in which they are run
     rate=1,
     peers=(*_FEW, 'sophia_h'),
   ),
-  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
   'language_19200': Task(
     f'{_SMALL}, 19,200 steps',
     'language',
@@ -144,6 +143,7 @@ TASKS = {  # in the order in which they are run
     carried=1,
     peers=_FEW,
   ),
+  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
     'language_1m',
