@@ -8,7 +8,6 @@ steps, whose conditional decides, or `ordinary` and `refresh`, which is what
 from collections.abc import Callable
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import sys
@@ -41,20 +40,51 @@ _DECISIONS = {
   'ordinary': {'refresh': False},
   'refresh': {'refresh': True},
 }
-# What the compiler calls the chips, and the axes of a mesh with data and fsdp,
-# each of which has to be one or more axes of the chips.
-TOPOLOGIES = {
-  'v5e-8': ('v5e:2x4', 2, 4),
-  'v5e-64': ('v5e:8x8', 8, 8),
-  'v5e-256': ('v5e:16x16', 16, 16),
-  'v5p-64': ('v5:4x4x4', 16, 4),
-  'v6e-256': ('v6e:16x16', 16, 16),
+# What the compiler calls the chips.
+_TOPOLOGIES = {
+  'v5e-8': 'v5e:2x4',
+  'v5e-64': 'v5e:8x8',
+  'v5e-256': 'v5e:16x16',
+  'v5p-64': 'v5:4x4x4',
+  'v6e-256': 'v6e:16x16',
 }
 _MODELS = {
   '124M': {},
   '124M, 8 head chunks': {'head_chunks': 8},
   '1.5B': {'num_layers': 48, 'width': 1600, 'num_heads': 25},
 }
+# Train steps: model, chips, and mesh, whose axes are one or more of the chips'.
+_STEPS = (
+  ('124M', 'v5e-8', 'data:8'),
+  ('124M', 'v5e-8', 'fsdp:8'),
+  ('124M', 'v5e-8', 'data:2,fsdp:4'),
+  ('124M, 8 head chunks', 'v5e-8', 'fsdp:8'),
+  ('1.5B', 'v5e-8', 'fsdp:8'),
+  ('124M', 'v5e-64', 'fsdp:64'),
+  ('124M', 'v5e-64', 'data:8,fsdp:8'),
+  ('1.5B', 'v5e-64', 'fsdp:64'),
+  ('124M', 'v5e-256', 'data:16,fsdp:16'),
+  ('1.5B', 'v5e-256', 'data:16,fsdp:16'),
+  ('124M', 'v5p-64', 'data:64'),
+  ('1.5B', 'v5p-64', 'fsdp:64'),
+  ('124M', 'v6e-256', 'data:16,fsdp:16'),
+  ('1.5B', 'v6e-256', 'data:16,fsdp:16'),
+)
+# Their programs. An ordinary step is the same with every estimator.
+_PROGRAMS = (
+  ('adamw', 'one'),
+  ('optax.contrib.sophia', 'one'),
+  ('sophia_h', 'ordinary'),
+  ('sophia_h', 'refresh'),
+  ('sophia_g', 'refresh'),
+)
+# Programs of the first mesh with FSDP beside these.
+_MORE_PROGRAMS = (
+  ('sophia_h', 'one'),
+  ('sophia_h, rbg', 'refresh'),
+  ('sophia_g', 'one'),
+  ('sophia_g, Gumbel', 'refresh'),
+)
 _BATCH_SIZE = 512
 # By optimizer: whose settings it has, sequences for the curvature, and how many
 # of them a part has at least.
@@ -299,30 +329,21 @@ def cases() -> list[Case]:
   """Returns all cases, the small programs first."""
   found = []
 
-  def add(table, row, lower, programs=('one',)):
-    for program in programs:
-      run = functools.partial(lower, **_DECISIONS[program])
-      found.append(Case(table, row, program, run))
-
-  def programs(row):
-    return _DECISIONS if row.startswith('sophia') else ('one',)
+  def add(table, row, program, lower, *args, **kwargs):
+    run = functools.partial(lower, *args, **kwargs, **_DECISIONS[program])
+    found.append(Case(table, row, program, run))
 
   for row, tx in optimizers().items():
-    lower = functools.partial(lower_update, tx)
-    add('update', row, lower, programs(row))
+    for program in _DECISIONS if row.startswith('sophia') else ('one',):
+      add('update', row, program, lower_update, tx)
   for row, options in _PROBES.items():
-    add('probes', row, functools.partial(lower_probe, **options))
+    add('probes', row, 'one', lower_probe, **options)
   for row, options in _SAMPLERS.items():
-    add('labels', row, functools.partial(lower_labels, **options))
-  for chips, (topology, data, fsdp) in TOPOLOGIES.items():
-    count = data * fsdp
-    meshes = [f'data:{count}', f'fsdp:{count}', f'data:{data},fsdp:{fsdp}']
-    for model, mesh, optimizer in itertools.product(
-      _MODELS, meshes, _OPTIMIZERS
-    ):
-      if model == '1.5B' and mesh == 'fsdp:256':
-        continue  # 256 does not divide its width.
-      lower = functools.partial(lower_step, model, optimizer, mesh, topology)
+    add('labels', row, 'one', lower_labels, **options)
+  for model, chips, mesh in _STEPS:
+    is_first = (model, mesh) == ('124M', 'fsdp:8')
+    for optimizer, program in _PROGRAMS + _MORE_PROGRAMS * is_first:
       row = f'{mesh} {optimizer}'
-      add(f'{model}, {chips}', row, lower, programs(optimizer))
+      step = model, optimizer, mesh, _TOPOLOGIES[chips]
+      add(f'{model}, {chips}', row, program, lower_step, *step)
   return found
