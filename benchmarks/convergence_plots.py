@@ -25,7 +25,7 @@ from absl import flags
 from matplotlib import figure
 import numpy as np
 
-import convergence
+import convergence_protocol as protocol
 import records
 
 _WITHIN = 0.03
@@ -63,20 +63,18 @@ STYLES = {
 }
 
 
-def losses_of(results: list[dict]) -> dict[convergence.Case, float]:
+def losses_of(results: list[dict]) -> dict[protocol.Case, float]:
   """Returns the final loss of each case."""
-  return {convergence.case_of(r): r['loss'] for r in results}
+  return {protocol.case_of(r): r['loss'] for r in results}
 
 
 def num_trials(results: list[dict], task: str) -> int:
   """Returns how many trials all optimizers have finished in a task's search."""
-  while convergence.TASKS[task].parent:
-    task = convergence.TASKS[task].parent
+  while protocol.TASKS[task].parent:
+    task = protocol.TASKS[task].parent
   done = losses_of(results)
   count = 0
-  while all(
-    convergence.Case(task, o, count) in done for o in convergence.SPACES
-  ):
+  while all(protocol.Case(task, o, count) in done for o in protocol.SPACES):
     count += 1
   return count
 
@@ -109,16 +107,16 @@ def part_to(curve: list[float], target: float) -> float | None:
   return None
 
 
-def rates(results: list[dict], best: convergence.Case) -> dict[float, float]:
+def rates(results: list[dict], best: protocol.Case) -> dict[float, float]:
   """Returns losses by learning rate, with the other settings of the best."""
   losses = losses_of(results)
   return dict(
     sorted(
-      (r['settings']['learning_rate'], convergence.score(case, losses))
+      (r['settings']['learning_rate'], protocol.score(case, losses))
       for r in results
-      if dataclasses.replace(case := convergence.case_of(r), rate=best.rate)
+      if dataclasses.replace(case := protocol.case_of(r), rate=best.rate)
       == best
-      and convergence.score(case, losses) is not None
+      and protocol.score(case, losses) is not None
     )
   )
 
@@ -153,7 +151,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
 
   Args:
     results: all runs.
-    task: a key of `convergence.TASKS`.
+    task: a key of `protocol.TASKS`.
 
   Returns:
     For each optimizer with runs: `tried` (losses of the trials), `best` (the
@@ -164,7 +162,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
   """
   losses = losses_of(results)
   of_task = [r for r in results if r['task'] == task]
-  by_case = {convergence.case_of(r): r for r in of_task}
+  by_case = {protocol.case_of(r): r for r in of_task}
   count = num_trials(results, task)
   rows = {}
   for name in STYLES:
@@ -173,8 +171,8 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
     if not of_name:
       continue
     best = None
-    if count and name in convergence.TASKS[task].peers:
-      _, best = convergence.search(task, name, losses, count)
+    if count and name in protocol.TASKS[task].peers:
+      _, best = protocol.search(task, name, losses, count)
     runs, variants = {}, {}
     for case, result in by_case.items():
       same = best and (case.optimizer, case.trial, case.rate) == (
@@ -182,7 +180,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
         best.trial,
         best.rate,
       )
-      if same and case.seed in convergence.SEEDS:
+      if same and case.seed in protocol.SEEDS:
         into = variants.setdefault(case.variant, {}) if case.variant else runs
         into[case.seed] = result
     rows[name] = {
@@ -230,7 +228,7 @@ def _table(header, rows):
 
 
 def _form(task):
-  return '.3f' if convergence.TASKS[task].tokens else '.3g'
+  return '.3f' if protocol.TASKS[task].tokens else '.3g'
 
 
 def _row(name, row, first, task):
@@ -252,7 +250,7 @@ def _row(name, row, first, task):
       time = f'{part * row["ms"] / first["ms"]:.2f}'
   tried = row['tried']
   best = '–'
-  if len(tried) > 1 and convergence.TASKS[task].parent is None:
+  if len(tried) > 1 and protocol.TASKS[task].parent is None:
     best = ', '.join(
       f'{best_of(tried, n):{form}}'
       for n in (1, 5, len(tried))
@@ -268,7 +266,7 @@ def _row(name, row, first, task):
     '–' if row['searched'] is None else f'{row["searched"]:{form}}',
     best,
     f'{width(row["rates"]):.1f}'
-    if convergence.TASKS[task].margin == _WITHIN and row['rates']
+    if protocol.TASKS[task].margin == _WITHIN and row['rates']
     else '–',
   ]
 
@@ -278,11 +276,11 @@ def render(results: list[dict]) -> str:
   lines = []
   summaries = {
     task: summary(results, task)
-    for task in convergence.TASKS
+    for task in protocol.TASKS
     if any(r['task'] == task for r in results)
   }
   for task, rows in summaries.items():
-    lines += [f'### {convergence.TASKS[task].title}', '']
+    lines += [f'### {protocol.TASKS[task].title}', '']
     lines += _table(
       [
         '',
@@ -303,7 +301,7 @@ def render(results: list[dict]) -> str:
       for case in found:
         chosen = ', '.join(
           f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
-          for k, v in convergence.settings(case).items()
+          for k, v in protocol.settings(case).items()
         )
         lines.append(f'* {STYLES[case.optimizer]["label"]}: {chosen}')
       lines.append('')
@@ -350,10 +348,10 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
   """Draws the difference from AdamW over the length of the run."""
   fig = figure.Figure(figsize=(8, 4.8), layout='constrained')
   ax = fig.subplots()
-  summaries = {t: summary(results, t) for t in convergence.LENGTHS}
+  summaries = {t: summary(results, t) for t in protocol.LENGTHS}
   for name, style in STYLES.items():
     points = [
-      (convergence.TASKS[task].tokens, list(rows[name]['differences'].values()))
+      (protocol.TASKS[task].tokens, list(rows[name]['differences'].values()))
       for task, rows in summaries.items()
       if name in rows and rows[name]['differences']
     ]
@@ -373,7 +371,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
       color=style['color'],
       alpha=0.4,
     )
-  ticks = [convergence.TASKS[task].tokens for task in convergence.LENGTHS]
+  ticks = [protocol.TASKS[task].tokens for task in protocol.LENGTHS]
   ax.set_xscale('log')
   ax.set_xlim(0.85 * ticks[0], 1.2 * ticks[-1])
   ax.set_xticks(ticks, [f'{t:.0f}' for t in ticks])
@@ -394,7 +392,7 @@ def plot_curves(results: list[dict]) -> figure.Figure:
   """Draws mean and range over seeds of the losses, over steps and over time."""
   tasks = [
     task
-    for task in convergence.TASKS
+    for task in protocol.TASKS
     if any(row['runs'] for row in summary(results, task).values())
   ]
   fig = figure.Figure(
@@ -402,7 +400,7 @@ def plot_curves(results: list[dict]) -> figure.Figure:
   )
   grid = fig.subplots(max(len(tasks), 1), 2, squeeze=False, sharey='row')
   for axes, task in zip(grid, tasks, strict=False):
-    steps = convergence.TASKS[task].steps
+    steps = protocol.TASKS[task].steps
     shown = []
     for name, row in summary(results, task).items():
       if not row['runs']:
@@ -424,14 +422,12 @@ def plot_curves(results: list[dict]) -> figure.Figure:
     for ax, label in zip(axes, ('Steps', 'Seconds of one core'), strict=True):
       _finish(ax, xlabel=label)
       ax.set_xlim(left=0)
-    if convergence.TASKS[task].tokens:
+    if protocol.TASKS[task].tokens:
       axes[0].set_ylim(min(shown) - 0.02, np.quantile(shown, 0.95))
     else:
       axes[0].set_yscale('log')
     axes[0].set_ylabel('Validation loss')
-    axes[0].set_title(
-      convergence.TASKS[task].title, loc='left', fontsize='medium'
-    )
+    axes[0].set_title(protocol.TASKS[task].title, loc='left', fontsize='medium')
   if tasks:
     fig.legend(
       *grid[0, 0].get_legend_handles_labels(),
@@ -444,7 +440,7 @@ def plot_curves(results: list[dict]) -> figure.Figure:
 
 def plot_tuning(results: list[dict]) -> figure.Figure:
   """Draws best of n, and loss over learning rate, for the shortest task."""
-  task = convergence.LENGTHS[0]
+  task = protocol.LENGTHS[0]
   rows = summary(results, task)
   fig = figure.Figure(figsize=(6.5, 8), layout='constrained')
   top, bottom = fig.subplots(2, 1, sharey=True)

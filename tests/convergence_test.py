@@ -1,4 +1,4 @@
-"""Tests of the protocol of benchmarks/convergence.py and of its plots."""
+"""Tests of benchmarks/convergence.py, of its protocol and of its plots."""
 
 import collections
 import concurrent.futures
@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import convergence
-from convergence import Case
 import convergence_plots
 import convergence_problems
+import convergence_protocol as protocol
+from convergence_protocol import Case
 import gpt_configs
 
 RECORD = pathlib.Path(convergence.__file__).with_suffix('.json')
@@ -29,16 +30,16 @@ def _promote_as_optax_does():
 
 
 def test_trials_are_points_of_a_stated_space():
-  assert convergence.settings(Case('language_1200', 'adamw', 0)) == {
+  assert protocol.settings(Case('language_1200', 'adamw', 0)) == {
     'learning_rate': 0.00469,
     'warmup': 0.329,
     'b1': 0.84,
     'b2': 0.991,
     'weight_decay': 0.0641,
   }
-  for optimizer, space in convergence.SPACES.items():
+  for optimizer, space in protocol.SPACES.items():
     drawn = [
-      convergence.settings(Case('language_1200', optimizer, trial))
+      protocol.settings(Case('language_1200', optimizer, trial))
       for trial in range(20)
     ]
     assert len({json.dumps(s) for s in drawn}) == 20
@@ -56,15 +57,15 @@ def test_trials_are_points_of_a_stated_space():
 
 def test_a_variant_changes_one_setting_only():
   case = Case('language_1200', 'sophia_g', 1)
-  drawn = convergence.settings(case)
-  assert convergence.settings(dataclasses.replace(case, seed=2)) == drawn
-  faster = convergence.settings(dataclasses.replace(case, rate=2))
+  drawn = protocol.settings(case)
+  assert protocol.settings(dataclasses.replace(case, seed=2)) == drawn
+  faster = protocol.settings(dataclasses.replace(case, rate=2))
   assert faster.pop('learning_rate') == pytest.approx(
     2 * drawn['learning_rate'], rel=1e-2
   )
   assert faster.items() < drawn.items()
-  for variant in convergence.VARIANTS:
-    other = convergence.settings(dataclasses.replace(case, variant=variant))
+  for variant in protocol.VARIANTS:
+    other = protocol.settings(dataclasses.replace(case, variant=variant))
     changed = {name for name in drawn if other[name] != drawn[name]}
     assert changed - {'learning_rate'} <= {
       'nesterov',
@@ -78,8 +79,8 @@ def test_a_variant_changes_one_setting_only():
 
 @pytest.mark.parametrize('name', ['copied_g', 'copied_h'])
 def test_settings_to_copy_are_those_of_the_examples(name):
-  drawn = convergence.settings(Case('language_4800', name, 3, 1))
-  adamw = convergence.settings(Case('language_4800', 'adamw', 3, 1))
+  drawn = protocol.settings(Case('language_4800', name, 3, 1))
+  adamw = protocol.settings(Case('language_4800', 'adamw', 3, 1))
   expected = gpt_configs.sophia_like(
     gpt_configs.Config(
       num_steps=4800,
@@ -104,7 +105,7 @@ def test_settings_to_copy_are_those_of_the_examples(name):
 
 def test_steered_differs_from_the_settings_to_copy_only_in_the_target():
   copied, steered = (
-    convergence.settings(Case('language_4800', name, 3, 1))
+    protocol.settings(Case('language_4800', name, 3, 1))
     for name in ('copied_g', 'steered')
   )
   assert steered == copied | {'target_win_rate': 0.3}
@@ -112,18 +113,18 @@ def test_steered_differs_from_the_settings_to_copy_only_in_the_target():
 
 def fake_run(case):
   """Returns a run whose loss is a flat bowl around a learning rate."""
-  drawn = convergence.settings(case)
-  untuned = case.optimizer in convergence.UNTUNED
+  drawn = protocol.settings(case)
+  untuned = case.optimizer in protocol.UNTUNED
   name = 'adamw' if untuned else case.optimizer
-  low, high = (convergence.SPACES[name]['learning_rate'](u) for u in (0.0, 1.0))
-  best = math.sqrt(low * high) * convergence.RATES.get(case.task, 1)
+  low, high = (protocol.SPACES[name]['learning_rate'](u) for u in (0.0, 1.0))
+  best = math.sqrt(low * high) * protocol.RATES.get(case.task, 1)
   loss = 1.5 + 0.1 * max(abs(math.log(drawn['learning_rate'] / best)), 0.2)
-  loss -= 0.1 * list(convergence.TASKS).index(case.task)
+  loss -= 0.1 * list(protocol.TASKS).index(case.task)
   loss -= 0.05 * (case.optimizer == 'sophia_g') + 0.01 * case.seed
   curve = [loss + 1 - i / 20 for i in range(1, 21)]
   return dataclasses.asdict(case) | {
     'settings': drawn,
-    'steps': convergence.TASKS[case.task].steps,
+    'steps': protocol.TASKS[case.task].steps,
     'curve': curve,
     'loss': loss,
     'ms': 20.0 + 5 * (case.optimizer == 'sophia_g'),
@@ -136,7 +137,7 @@ def complete(num_trials=4):
   """Returns the results of the whole benchmark with losses of `fake_run`."""
   results, done = [], set()
   while case := next(
-    (c for c in convergence.plan(results, num_trials) if c not in done), None
+    (c for c in protocol.plan(results, num_trials) if c not in done), None
   ):
     results.append(fake_run(case))
     done.add(case)
@@ -148,14 +149,14 @@ def test_every_optimizer_has_the_same_search():
   results = complete()
   losses = convergence_plots.losses_of(results)
   assert len(losses) == len(results)
-  for task, spec in convergence.TASKS.items():
+  for task, spec in protocol.TASKS.items():
     for name in spec.peers:
       cases = [c for c in losses if (c.task, c.optimizer) == (task, name)]
-      _, best = convergence.search(task, name, losses, 4)
+      _, best = protocol.search(task, name, losses, 4)
       assert {dataclasses.replace(best, seed=s) for s in (1, 2, 3)} <= set(
         cases
       )
-      if name in convergence.UNTUNED:
+      if name in protocol.UNTUNED:
         assert sum(not c.variant for c in cases) == 3
         continue
       searched = [c for c in cases if c.seed == 0]
@@ -175,7 +176,7 @@ def test_a_setting_that_diverges_with_the_second_seed_does_not_win():
   def run_search(breaks_down):
     losses, best = {}, None
     while best is None:
-      cases, best = convergence.search('language_1200', 'nadamw', losses, 4)
+      cases, best = protocol.search('language_1200', 'nadamw', losses, 4)
       for case in cases:
         fails = case.trial == breaks_down and case.seed == 4
         losses[case] = 9.0 if fails else fake_run(case)['loss']
@@ -191,18 +192,16 @@ def test_a_setting_that_diverges_with_the_second_seed_does_not_win():
       swept[case.rate].add(case.seed)
   assert len(swept) >= 3
   assert set(map(frozenset, swept.values())) == {frozenset({0, 4})}
-  assert convergence.score(other, losses) == pytest.approx(
+  assert protocol.score(other, losses) == pytest.approx(
     (losses[other] + losses[dataclasses.replace(other, seed=4)]) / 2
   )
 
 
 def test_optimizers_take_turns():
   counts = collections.Counter()
-  for case in itertools.islice(convergence.plan([], 20), 7 * 20):
+  for case in itertools.islice(protocol.plan([], 20), 7 * 20):
     counts[case.optimizer] += 1
-    assert (
-      max(counts.values()) - min(counts[o] for o in convergence.SPACES) <= 1
-    )
+    assert max(counts.values()) - min(counts[o] for o in protocol.SPACES) <= 1
   assert set(counts.values()) == {20}
 
 
@@ -213,8 +212,8 @@ def _in_threads(monkeypatch):
     'ProcessPoolExecutor',
     lambda jobs, _: concurrent.futures.ThreadPoolExecutor(jobs),
   )
-  for name in list(convergence.TASKS)[3:]:
-    monkeypatch.delitem(convergence.TASKS, name)  # The others are enough.
+  for name in list(protocol.TASKS)[3:]:
+    monkeypatch.delitem(protocol.TASKS, name)  # The others are enough.
 
 
 @pytest.mark.slow
@@ -278,7 +277,7 @@ def test_width_of_the_learning_rates():
 @pytest.mark.slow
 def test_summary():
   rows = convergence_plots.summary(complete(), 'language_4800')
-  assert set(rows) == set(convergence.TASKS['language_4800'].peers)
+  assert set(rows) == set(protocol.TASKS['language_4800'].peers)
   sophia = rows['sophia_g']
   assert sorted(sophia['runs']) == [1, 2, 3]
   # The same bowl, and 0.05 lower; AdamW's last loss is there one point before.
@@ -288,7 +287,7 @@ def test_summary():
   variants = convergence_plots.summary(complete(), 'language_1200')['sophia_g'][
     'variants'
   ]
-  assert set(variants) == set(convergence.VARIANTS)
+  assert set(variants) == set(protocol.VARIANTS)
 
 
 @pytest.mark.slow
@@ -329,7 +328,7 @@ def test_plots(tmp_path):
   assert len(lines) == len(convergence_plots.STYLES)
   np.testing.assert_allclose(
     lines['Sophia-G'],
-    [(convergence.TASKS[t].tokens, -0.05) for t in convergence.LENGTHS],
+    [(protocol.TASKS[t].tokens, -0.05) for t in protocol.LENGTHS],
   )
   assert len(lines['Lion']) == 1  # Only in the shortest runs.
   np.testing.assert_allclose(lines['AdamW'][:, 1], 0)
@@ -350,7 +349,7 @@ def test_plots(tmp_path):
 
 def test_tokens_for_each_parameter():
   for task in 'language_1200', 'language_19200', 'large_batch', 'large_model':
-    spec = convergence.TASKS[task]
+    spec = protocol.TASKS[task]
     sequences = {'large_batch': 256, 'large_model': 64}.get(task, 32)
     params = convergence_problems.num_params(spec.problem)
     assert spec.tokens == pytest.approx(
@@ -363,11 +362,11 @@ def test_committed_record_is_of_this_protocol():
   assert {'command', 'machine', 'versions', 'text_sha256'} < record.keys()
   assert record['runs']
   for result in record['runs']:
-    case = convergence.case_of(result)
-    assert result['settings'] == convergence.settings(case)
-    assert result['steps'] == convergence.TASKS[case.task].steps
+    case = protocol.case_of(result)
+    assert result['settings'] == protocol.settings(case)
+    assert result['steps'] == protocol.TASKS[case.task].steps
     assert len(result['curve']) == 20
-  cases = [convergence.case_of(r) for r in record['runs']]
+  cases = [protocol.case_of(r) for r in record['runs']]
   assert len(set(cases)) == len(cases)
   table = convergence_plots.render(record['runs'])
   assert 'NAdamW' in table
@@ -379,15 +378,13 @@ def regression(task, optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'optimizer', [*convergence.SPACES, *convergence.UNTUNED]
-)
+@pytest.mark.parametrize('optimizer', [*protocol.SPACES, *protocol.UNTUNED])
 def test_every_optimizer_runs(optimizer):
   result = regression('axes', optimizer)
   assert result['loss'] < 0.1 < result['curve'][0]
   assert len(result['curve']) == 20
   assert result['curve'][-1] == pytest.approx(result['loss'])
-  sophia = ('sophia_g', 'sophia_h', *convergence.UNTUNED)
+  sophia = ('sophia_g', 'sophia_h', *protocol.UNTUNED)
   assert ('win_rate' in result) == (optimizer in sophia)
   assert ('gamma' in result) == (optimizer == 'steered')
   json.dumps(result)
@@ -408,7 +405,7 @@ def test_language_runs(monkeypatch, compile_fast):
   problem = problem._replace(validate_all=problem.validate)
   monkeypatch.setattr(convergence_problems, 'get', lambda name: problem)
   monkeypatch.setitem(
-    convergence.TASKS, 'tiny', convergence.Task('', 'tiny', 60, tokens=1)
+    protocol.TASKS, 'tiny', protocol.Task('', 'tiny', 60, tokens=1)
   )
   result = convergence.run(Case('tiny', 'sophia_g', 1))
   first, *_, last = result['curve']
