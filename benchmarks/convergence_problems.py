@@ -20,8 +20,8 @@ import records
 
 sys.path.append(records.EXAMPLES)
 import gpt
+import gpt_program
 import text
-import train_gpt
 
 
 class Problem(NamedTuple):
@@ -70,8 +70,8 @@ def language(width: int, num_layers: int, num_heads: int, batch_size: int):
   """
   length = 64
   model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
-  predict = train_gpt.make_predict(model)
-  loss = train_gpt.make_loss(predict)
+  predict = gpt_program.make_predict(model)
+  loss = gpt_program.make_loss(predict)
   tokens, held_out = map(jnp.asarray, text.load())
   windows = jnp.arange(length + 1)
   starts = np.arange(0, len(held_out) - length, length)

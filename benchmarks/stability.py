@@ -33,9 +33,9 @@ import records
 sys.path.append(records.EXAMPLES)
 import gpt
 import gpt_configs
+import gpt_program
 import sophia_optax
 import text
-import train_gpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,8 @@ def run(settings: Settings, seed: int) -> dict:
   config = dataclasses.replace(_CONFIG, unroll=1)
   sizes = config.block_size, config.vocab_size
   tokens, held_out = text.load(config.data_dir)
-  model = train_gpt.make_model(config)
-  loss_fn = train_gpt.make_loss(train_gpt.make_predict(model))
+  model = gpt_program.make_model(config)
+  loss_fn = gpt_program.make_loss(gpt_program.make_predict(model))
   optimizer = make_optimizer(settings, seed)
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -165,7 +165,7 @@ def run(settings: Settings, seed: int) -> dict:
   validation = text.validation(held_out, 16, 32, *sizes)
   return {
     'history': history,
-    'val_loss': float(train_gpt.make_evaluate(loss_fn)(carry[0], validation)),
+    'val_loss': float(gpt_program.make_evaluate(loss_fn)(carry[0], validation)),
   }
 
 

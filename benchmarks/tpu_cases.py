@@ -29,8 +29,8 @@ import sophia_optax
 
 sys.path.append(records.EXAMPLES)
 import gpt_configs
+import gpt_program
 import sharding
-import train_gpt
 
 SIZE = 4096  # rows and columns of a matrix of the update alone
 LABELS = (8 * 1024, 768, 50304)  # predictions, width, classes
@@ -285,7 +285,7 @@ def make_optimizer(optimizer: str, config: gpt_configs.Config):
   elif optimizer == 'sophia_g, Gumbel':
     tx = sophia_optax.sophia_g(
       1e-3,
-      hessian_diagonal_fn=train_gpt.on_first_sequences(
+      hessian_diagonal_fn=gpt_program.on_first_sequences(
         config.curvature_batch_size,
         config.curvature_parts,
         sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
@@ -295,7 +295,7 @@ def make_optimizer(optimizer: str, config: gpt_configs.Config):
     )
   elif optimizer == 'sophia_h, rbg':
     key = jax.random.key(config.seed, impl='rbg')
-    return train_gpt.make_optimizer(dataclasses.replace(config, seed=key))
+    return gpt_program.make_optimizer(dataclasses.replace(config, seed=key))
   else:
     return None
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
@@ -318,7 +318,7 @@ def lower_step(
   """Lowers the train step of a GPT on a mesh of a topology's chips."""
   config = make_config(model, optimizer, mesh)
   chips = make_mesh(mesh, topology)
-  program = train_gpt.make_program(
+  program = gpt_program.make_program(
     config, chips, make_optimizer(optimizer, config)
   )
   with jax.set_mesh(chips):

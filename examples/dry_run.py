@@ -72,7 +72,7 @@ def report(config, step, state, batch) -> str:
   Args:
     config: a `gpt_configs.Config`.
     step: the jitted function (state, batch) -> (state, metrics).
-    state: a `train_gpt.State` of `jax.ShapeDtypeStruct`s with shardings.
+    state: a `gpt_program.State` of `jax.ShapeDtypeStruct`s with shardings.
     batch: the batch, a `jax.ShapeDtypeStruct` with a sharding.
 
   Returns:

@@ -22,9 +22,9 @@ import tokenizers
 
 import checkpoints
 import gpt_configs
+import gpt_program
 import sharding
 import text
-import train_gpt
 
 
 class Codec(NamedTuple):
@@ -78,7 +78,7 @@ def load(out_dir: str):
 
   def make_abstract_state(settings):
     mesh = sharding.make_mesh('')
-    return train_gpt.make_program(make_config(settings), mesh).state
+    return gpt_program.make_program(make_config(settings), mesh).state
 
   settings, state = checkpoints.load(out_dir, make_abstract_state)
   return make_config(settings), state.params
@@ -176,7 +176,7 @@ def sample(
   window[: len(seen)] = seen
   generate = jax.jit(
     make_generate(
-      train_gpt.make_model(config),
+      gpt_program.make_model(config),
       num_tokens,
       temperature,
       top_k,

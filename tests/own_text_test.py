@@ -20,6 +20,7 @@ import tokenizers
 
 import demo
 import gpt_configs
+import gpt_program
 import prepare_text
 import sample
 import text
@@ -327,7 +328,7 @@ def test_temperature_0_is_the_likeliest():
 def test_window_is_the_last_tokens():
   """Compares with the model on the tokens alone, without padding."""
   config = gpt_configs.Config(vocab_size=64, **TINY)
-  model = train_gpt.make_model(config)
+  model = gpt_program.make_model(config)
   tokens = [7, 1, 9, 4, 2, 5]  # two fewer than the window has
   params = jax.jit(model.init)(jax.random.key(5), jnp.array([tokens]))['params']
   # Far from uniform, so that every token and its position matters.

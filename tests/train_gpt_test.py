@@ -24,6 +24,7 @@ import demo
 import dry_run
 import gpt
 import gpt_configs
+import gpt_program
 import sharding
 import text
 import train_gpt
@@ -56,7 +57,7 @@ _SCRIPT = pathlib.Path(train_gpt.__file__)
 def _optax_may_promote(monkeypatch):
   # optax's schedules and adamw raise float32 to the power of an int32 count,
   # which strict promotion forbids. The model and the step stay strict.
-  make_optimizer = train_gpt.make_optimizer
+  make_optimizer = gpt_program.make_optimizer
 
   def lenient(config):
     optimizer = make_optimizer(config)
@@ -67,7 +68,7 @@ def _optax_may_promote(monkeypatch):
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
-  monkeypatch.setattr(train_gpt, 'make_optimizer', lenient)
+  monkeypatch.setattr(gpt_program, 'make_optimizer', lenient)
 
 
 def _config(name='demo', optimizer='sophia_h', **overrides):
@@ -75,11 +76,11 @@ def _config(name='demo', optimizer='sophia_h', **overrides):
 
 
 def _setup(config):
-  model = train_gpt.make_model(config)
-  optimizer = train_gpt.make_optimizer(config)
+  model = gpt_program.make_model(config)
+  optimizer = gpt_program.make_optimizer(config)
   return (
-    train_gpt.make_init(config, model, optimizer),
-    train_gpt.make_step(train_gpt.make_fns(config, model), optimizer),
+    gpt_program.make_init(config, model, optimizer),
+    gpt_program.make_step(gpt_program.make_fns(config, model), optimizer),
   )
 
 
@@ -150,7 +151,7 @@ def test_decay_is_for_matrices_only():
 def test_model_is_causal():
   config = _config()
   init, _ = _setup(config)
-  model = jax.jit(train_gpt.make_model(config).apply)
+  model = jax.jit(gpt_program.make_model(config).apply)
   params = jax.jit(init)().params
   tokens = jnp.zeros((1, 8), jnp.int32)
   logits = model({'params': params}, tokens)
@@ -182,7 +183,7 @@ def test_head_chunks_do_not_change_the_loss_and_its_derivatives():
     config = _config(head_chunks=head_chunks)
     init, _ = _setup(config)
     params = jax.jit(init)().params
-    fns = train_gpt.make_fns(config, train_gpt.make_model(config))
+    fns = gpt_program.make_fns(config, gpt_program.make_model(config))
     loss_fn = lambda params, fns=fns: fns['obj_fn'](params, tokens)
     results.append(jax.jit(jax.value_and_grad(loss_fn))(params))
     _, (tangent,) = jax.jit(
@@ -334,7 +335,7 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
       max_update_rms=0.0,  # It sends one number for each array.
     )
     mesh = sharding.make_mesh(config.mesh)
-    program = train_gpt.make_program(config, mesh)
+    program = gpt_program.make_program(config, mesh)
     assert program.batch.shape == (2, 16, 6)
     with jax.set_mesh(mesh):
       step = program.step.lower(program.state, program.batch).compile()
@@ -385,7 +386,9 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
     several.state.params, one.state.params, rtol=1e-4, atol=1e-5
   )
 
-  begin = train_gpt.make_program(config, sharding.make_mesh(config.mesh)).init()
+  begin = gpt_program.make_program(
+    config, sharding.make_mesh(config.mesh)
+  ).init()
   jax.tree.map(
     lambda x, y: chex.assert_equal(x.sharding, y.sharding), begin, several.state
   )
@@ -581,14 +584,14 @@ def test_demo_has_the_settings_of_the_documentation():
   config = gpt_configs.sophia_like(
     _config(optimizer='adamw', batch_size=16, num_steps=8), 'sophia_g'
   )
-  ours = train_gpt.make_optimizer(config)
+  ours = gpt_program.make_optimizer(config)
   theirs = optax.chain(
     optax.clip_by_global_norm(1.0),
     names['sophia_like_adamw'](
       config.learning_rate, config.num_steps, decay_mask=gpt.decay_mask
     ),
   )
-  fns = train_gpt.make_fns(config, train_gpt.make_model(config))
+  fns = gpt_program.make_fns(config, gpt_program.make_model(config))
   init, _ = _setup(config)
   params = jax.jit(init)().params
   batches = np.random.default_rng(0).integers(0, 64, (8, 16, 9), np.int32)
