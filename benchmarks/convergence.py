@@ -73,9 +73,11 @@ def _scale_by_sophia(s, estimator):
     sophia_optax.scale_by_sophia(
       s['b1'],
       s['b2'],
+      s.get('eps', 1e-8),
       gamma=_gamma(s),
       hessian_diagonal_fn=estimator,
       target_win_rate=s.get('target_win_rate'),
+      bias_correction=s.get('bias_correction', True),
       nesterov=s['nesterov'],
       nu_bias_correction=s['nu_bias_correction'],
     ),
