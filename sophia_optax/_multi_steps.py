@@ -35,8 +35,7 @@ class MultiSteps(optax.MultiSteps):
     ...   return tx.update(
     ...       grads, state, x, obj_fn=lambda x: loss_fn(x, batch))
     >>> for batch in (jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])):
-    ...   with jax.numpy_dtype_promotion('standard'):  # JAX's default.
-    ...     updates, state = step(x, state, batch)
+    ...   updates, state = step(x, state, batch)
     ...   print(updates, tx.has_updated(state))
     0.0 False
     0.1 True

@@ -1,4 +1,4 @@
-"""Eight CPU devices and strict dtypes for all tests and doctests; fixtures."""
+"""Eight CPU devices for all tests and doctests, strict dtypes, fixtures."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ import pytest
 # Set JAX_PLATFORMS to run the tests on an accelerator.
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 jax.config.update('jax_num_cpu_devices', 8)
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 
 def pytest_configure(config):
@@ -25,6 +24,14 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.path.name == 'integrations.md':  # Networks of four libraries.
       item.add_marker('slow')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _strict_promotion():
+  """Tests are strict. Doctests run with JAX's default, as a reader does."""
+  jax.config.update('jax_numpy_dtype_promotion', 'strict')
+  yield
+  jax.config.update('jax_numpy_dtype_promotion', 'standard')
 
 
 @pytest.fixture(autouse=True, scope='module')
