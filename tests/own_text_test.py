@@ -54,22 +54,22 @@ TINY = {
 PROSE = 'Ærlig talt, sa «kapteinen» – 日本 🚢 <|endoftext|>\r\n' * 20
 
 
-# The four commands.
+# The commands.
 
 
 def read_commands():
-  """Returns the commands of the README; that of make as its recipe."""
+  """Returns what `make demo` runs, and the README's commands after pip."""
   page = (ROOT / 'README.md').read_text()
   block = re.search(r'## Your own text\n.*?```shell\n(.*?)```', page, re.DOTALL)
   commands = [shlex.split(line) for line in block[1].splitlines()]
-  assert commands[0] == ['make', 'demo']
+  assert commands[0] == ['pip', 'install', '.[examples]']
   recipe = re.search(
     r'^demo:.*\n\t\$\(BIN\)/(.*)', (ROOT / 'Makefile').read_text(), re.MULTILINE
   )
   commands[0] = shlex.split(recipe[1])
   for command in commands:
     python, script = command[:2]
-    assert python in ('python', '.venv/bin/python')
+    assert python == 'python'
     yield script.removeprefix('examples/'), command[2:]
 
 
@@ -89,7 +89,7 @@ def run(script, args):
 
 @pytest.fixture(scope='module')
 def commands(tmp_path_factory):
-  """Runs the four commands; returns their folder and what they printed."""
+  """Runs the commands; returns their folder and what they printed."""
   folder = tmp_path_factory.mktemp('commands')
   (folder / 'my_files').mkdir()
   (folder / 'my_files' / 'prose.txt').write_bytes(PROSE.encode() * 10)
