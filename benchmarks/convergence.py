@@ -226,60 +226,72 @@ def _number(loss):
 
 
 def run(case: protocol.Case) -> dict:
-  """Trains once and returns the case, its settings and its results.
+  """Returns the fields of a case, `settings`, `steps`, and what `train` does."""
+  settings = protocol.settings(case)
+  steps = protocol.TASKS[case.task].steps
+  return (
+    dataclasses.asdict(case)
+    | {'settings': settings, 'steps': steps}
+    | train(case.task, case.optimizer, settings, case.seed, steps)
+  )
+
+
+def train(
+  task: str, optimizer: str, settings: dict, seed: int, num_steps: int
+) -> dict:
+  """Trains once.
 
   Args:
-    case: The run.
+    task: A key of `protocol.TASKS`, whose length the schedules have.
+    optimizer: A key of `protocol.SPACES`, or one of `protocol.UNTUNED`.
+    settings: Its hyperparameters.
+    seed: Seed of parameters, batches and probes.
+    num_steps: Number of steps, the task's or fewer.
 
   Returns:
-    The case's fields and `settings`, `steps`, `curve` (validation losses on a
-    part of the held-out data, evenly spaced), `loss` (the final loss on all
-    held-out data), `ms` (processor time per step, in the fastest pair of
-    chunks) and `seconds` (for all steps). For this library's Sophia, also
-    `win_rate` and, with a target, `gamma`, at the same steps as the curve.
+    `curve` (validation losses on a part of the held-out data, evenly spaced),
+    `loss` (the final loss on all held-out data), `ms` (processor time per step,
+    in the fastest pair of chunks) and `seconds` (for all steps). For this
+    library's Sophia, also `win_rate` and, with a target, `gamma`, at the same
+    steps as the curve.
   """
-  task, drawn = protocol.TASKS[case.task], protocol.settings(case)
-  switches = tuple((k, v) for k, v in drawn.items() if isinstance(v, bool))
+  spec = protocol.TASKS[task]
+  switches = tuple((k, v) for k, v in settings.items() if isinstance(v, bool))
   numbers = {
     name: jnp.float32(np.inf if x is None else x)
-    for name, x in drawn.items()
+    for name, x in settings.items()
     if not isinstance(x, bool)
-  } | {'steps': jnp.float32(task.steps)}
+  } | {'steps': jnp.float32(spec.steps)}
   init_params, init, advance, validate, validate_all = _programs(
-    task.problem, case.optimizer, switches
+    spec.problem, optimizer, switches
   )
-  params = init_params(case.seed)
-  opt_state = init(params, numbers, case.seed)
+  params = init_params(seed)
+  opt_state = init(params, numbers, seed)
   history = {'curve': [], 'win_rate': [], 'gamma': []}
   seconds = []
-  for start in range(0, task.steps, _CHUNK):
+  for start in range(0, num_steps, _CHUNK):
     clock = time.process_time()
     params, opt_state = jax.block_until_ready(
-      advance(params, opt_state, numbers, case.seed, start)
+      advance(params, opt_state, numbers, seed, start)
     )
     seconds.append(time.process_time() - clock)
-    if (start + _CHUNK) % (task.steps // _CURVE) == 0:
+    if (start + _CHUNK) % (spec.steps // _CURVE) == 0:
       history['curve'].append(_number(validate(params)))
       win_rate = optax.tree.get(opt_state, 'win_rate')
-      if win_rate is not None and case.optimizer != 'signum':
+      if win_rate is not None and optimizer != 'signum':
         history['win_rate'].append(float(f'{win_rate:.3g}'))
       factor = optax.tree.get(opt_state, 'gamma_factor')
       if factor is not None:
-        history['gamma'].append(float(f'{factor * drawn["gamma"]:.3g}'))
+        gamma = factor * settings['gamma']
+        history['gamma'].append(float(f'{gamma:.3g}'))
   # Any two consecutive chunks, 30 steps, have three refreshes.
   pairs = [a + b for a, b in zip(seconds[2::2], seconds[3::2], strict=False)]
-  return (
-    dataclasses.asdict(case)
-    | {
-      'settings': drawn,
-      'steps': task.steps,
-      'loss': _number(validate_all(params)),
-      # Leaves out the first chunk, which may include compilation.
-      'ms': round(1e3 * min(pairs) / (2 * _CHUNK), 3),
-      'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
-    }
-    | {name: values for name, values in history.items() if values}
-  )
+  return {
+    'loss': _number(validate_all(params)),
+    # Leaves out the first chunk, which may include compilation.
+    'ms': round(1e3 * min(pairs) / (2 * _CHUNK), 3),
+    'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
+  } | {name: values for name, values in history.items() if values}
 
 
 def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):

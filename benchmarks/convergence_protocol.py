@@ -191,8 +191,13 @@ _COPIED = _SOPHIA_FIXED | {
   'cap': _CAP,
   'gamma_end': 0.1,
 }
-# What differs in `sophia_g`, as its PyTorch implementation has it.
-_COPIED_G = _COPIED | {'gamma': 0.1, 'eps': 1e-15, 'bias_correction': False}
+# `eps` and `bias_correction` are what `sophia_g` has, as in PyTorch.
+_COPIED_G = _COPIED | {
+  'b1': 0.8,
+  'gamma': 0.1,
+  'eps': 1e-15,
+  'bias_correction': False,
+}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,

@@ -163,7 +163,7 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
     adamw,
     optimizer=optimizer,
     warmup_steps=adamw.num_steps // 4,
-    b1=0.9,
+    b1=0.8 if is_g else 0.9,
     b2=0.95,
     gamma=0.1 if is_g else 0.05,
     final_gamma=0.1,

@@ -32,6 +32,7 @@ def test_record_is_read_back(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'page'),
   [
+    ('breakdown', 'benchmarks/README.md'),
     ('estimators', 'benchmarks/README.md'),
     ('gamma', 'docs/mathematics.md'),
     ('stability', 'benchmarks/README.md'),

@@ -1,0 +1,100 @@
+"""How often a training breaks down in its first steps.
+
+  python benchmarks/breakdown.py --output=benchmarks/breakdown.json
+  python benchmarks/breakdown.py --show=benchmarks/breakdown.json
+
+A run breaks down if its loss stops decreasing for some time. In runs of
+convergence.py's shortest language task this happens during warm-up, or not at
+all. So these runs stop after 180 of 1,200 steps, with the schedule of all. The
+validation loss of a good run is then 2.2 to 2.35, and that of a run that broke
+down above 2.4, from where it does not recover. There are twelve seeds, none of
+which convergence.py uses.
+
+AdamW and NAdamW have the best settings of convergence.json. Sophia has the
+settings to copy of docs/choosing.md. Each is also run with other learning
+rates.
+"""
+
+import pathlib
+import statistics
+
+from absl import app
+import tqdm
+
+import convergence
+import convergence_protocol as protocol
+import records
+
+_TASK = protocol.LENGTHS[0]
+_STEPS = 180
+_LIMIT = 2.4
+_SEEDS = range(5, 17)
+_FACTORS = (1.0, 1.41)  # of the learning rate
+# Name in the table, optimizer, and settings that differ.
+_ROWS = (
+  ('AdamW', 'adamw', {}),
+  ('NAdamW', 'nadamw', {}),
+  ('Sophia-H, settings to copy', 'copied_h', {}),
+  ('Sophia-G, settings to copy', 'copied_g', {}),
+  ('the same, `b1=0.9`', 'copied_g', {'b1': 0.9}),
+  ('the same, `b1=0.9`, warm-up 3/8', 'copied_g', {'b1': 0.9, 'warmup': 0.375}),
+)
+
+
+def best(optimizer: str) -> protocol.Case:
+  """Returns the best case of the search in convergence.json."""
+  record = pathlib.Path(__file__).with_name('convergence.json')
+  losses = {
+    protocol.case_of(r): r['loss'] for r in records.read(record)['runs']
+  }
+  _, case = protocol.search(_TASK, optimizer, losses, protocol.NUM_TRIALS)
+  return case
+
+
+def measure(row: str, optimizer: str, changed: dict, factor: float) -> dict:
+  """Trains with every seed; returns the losses in the order of the seeds."""
+  settings = protocol.settings(best(optimizer)) | changed
+  settings['learning_rate'] *= factor
+  losses = [
+    convergence.train(_TASK, optimizer, settings, seed, _STEPS)['loss']
+    for seed in _SEEDS
+  ]
+  return {'row': row, 'factor': factor, 'settings': settings, 'losses': losses}
+
+
+def render(cases: list[dict]) -> str:
+  """Lays out a Markdown table: runs that broke down, and the median loss."""
+  lines = [
+    '| | learning rate | broke down | median loss | highest loss |',
+    '|---|---|---|---|---|',
+  ]
+  for case in cases:
+    losses = case['losses']
+    broken = sum(loss > _LIMIT for loss in losses)
+    lines.append(
+      f'| {case["row"]} | {case["settings"]["learning_rate"]:.2g}'
+      f' | {broken} of {len(losses)} | {statistics.median(losses):.2f}'
+      f' | {max(losses):.2f} |'
+    )
+  return '\n'.join(lines)
+
+
+def main(argv):
+  """Runs, prints and writes."""
+  if len(argv) > 1:
+    raise app.UsageError(
+      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
+    )
+  if records.SHOW.value:
+    print(render(records.read(records.SHOW.value)['cases']))
+    return
+  cases = []
+  for row, factor in tqdm.tqdm([(r, f) for r in _ROWS for f in _FACTORS]):
+    cases.append(measure(*row, factor))
+    if records.OUTPUT.value:
+      records.write(records.OUTPUT.value, cases=cases)
+  print(render(cases))
+
+
+if __name__ == '__main__':
+  app.run(main)
