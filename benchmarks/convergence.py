@@ -226,7 +226,7 @@ def _number(loss):
 
 
 def run(case: protocol.Case) -> dict:
-  """Returns the fields of a case, `settings`, `steps`, and what `train` does."""
+  """Returns the case, its `settings` and `steps`, and what `train` returns."""
   settings = protocol.settings(case)
   steps = protocol.TASKS[case.task].steps
   return (

@@ -70,7 +70,8 @@ _STEPS = (
   ('124M', 'v6e-256', 'data:16,fsdp:16'),
   ('1.5B', 'v6e-256', 'data:16,fsdp:16'),
 )
-# Their programs. An ordinary step is the same with every estimator.
+# Their programs. An ordinary step is the same with every estimator. optax's is
+# compiled for _FEWER chips only, as its figures say the same everywhere.
 _PROGRAMS = (
   ('adamw', 'one'),
   ('optax.contrib.sophia', 'one'),
@@ -78,6 +79,7 @@ _PROGRAMS = (
   ('sophia_h', 'refresh'),
   ('sophia_g', 'refresh'),
 )
+_FEWER = 'v5e-8', 'v5e-64'
 # Programs of the first mesh with FSDP beside these.
 _MORE_PROGRAMS = (
   ('sophia_h', 'one'),
@@ -343,6 +345,8 @@ def cases() -> list[Case]:
   for model, chips, mesh in _STEPS:
     is_first = (model, mesh) == ('124M', 'fsdp:8')
     for optimizer, program in _PROGRAMS + _MORE_PROGRAMS * is_first:
+      if optimizer == 'optax.contrib.sophia' and chips not in _FEWER:
+        continue
       row = f'{mesh} {optimizer}'
       step = model, optimizer, mesh, _TOPOLOGIES[chips]
       add(f'{model}, {chips}', row, program, lower_step, *step)
