@@ -402,10 +402,15 @@ def scale_by_sophia(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def states_in(state: optax.OptState) -> list[SophiaState]:
+  """Returns all SophiaStates in an optimizer state."""
+  is_sophia = lambda x: isinstance(x, SophiaState)
+  return list(filter(is_sophia, jax.tree.leaves(state, is_leaf=is_sophia)))
+
+
 def find_state(state: optax.OptState) -> SophiaState:
   """Returns the only SophiaState in an optimizer state, or raises."""
-  is_sophia = lambda x: isinstance(x, SophiaState)
-  found = [s for s in jax.tree.leaves(state, is_leaf=is_sophia) if is_sophia(s)]
+  found = states_in(state)
   if len(found) != 1:
     raise ValueError(
       'state must contain exactly one SophiaState, got a'

@@ -26,8 +26,9 @@ def squared_gradient_estimator_diag_hessian(
   without bias.
 
   Args:
-    batch_size: Number B of predictions that the loss averages over, greater
-      than 0. For a language model, count tokens, not sequences.
+    batch_size: Number B of predictions that the gradient averages over, greater
+      than 0. For a language model, count tokens, not sequences. With gradient
+      accumulation, count those of all micro-batches.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` returns
