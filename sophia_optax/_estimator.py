@@ -10,7 +10,6 @@ This module checks arguments, manages random keys and computes the averages.
 
 from collections.abc import Callable
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -178,13 +177,15 @@ def sampled_estimator(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@jax.tree_util.register_static
 class Request:
   """A request to an estimator, and whether one has granted it.
 
   It is passed as an extra argument of `update`. Chains and other wrappers
   forward it to the estimator or ignore it. An estimator that grants the request
   divides its estimate by `loss_scale`. If `num_parts` is not None, it also
-  averages over this number of parts of the batch.
+  averages over this number of parts of the batch. It is compared by identity,
+  so that :func:`jax.jit` does not reuse a trace that granted another request.
   """
 
   def __init__(self, num_parts: int | None = None):
@@ -196,9 +197,10 @@ class Request:
     return self.num_parts
 
 
-def names_loss_scale(estimator: optax.GradientTransformation) -> bool:
-  """Whether `update` has the argument `loss_scale`, so should divide by it."""
-  return 'loss_scale' in inspect.signature(estimator.update).parameters
+def uses(fn: Callable[[Any], Any], x: Any) -> bool:
+  """Whether an operation of `fn(x)` has x as an operand. This traces `fn`."""
+  jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+  return any(jaxpr.invars[0] in equation.invars for equation in jaxpr.eqns)
 
 
 def is_sampled(state: Any) -> bool:

@@ -100,8 +100,7 @@ def microbatched(
       (_coordinates.zeros_like(params), state), lambda: estimate(state, **first)
     )
     result = _averages.over_parts(estimate, parts, weights, zeros, state)
-    unscales = asked.is_granted or _estimator.names_loss_scale(estimator)
-    if unscales and request.num_parts is None:
+    if asked.is_granted and request.num_parts is None:
       request.grant()
     return result
 

@@ -376,11 +376,16 @@ def scale_by_sophia(
         # the conditional on every step, because the update comes after it.
         old = old._replace(mu=averaged_gradient())
       grads_in, params_in = estimator_args
-      estimate, hessian_fn_state = estimator.update(
-        grads_in, old.hessian_fn_state, params=params_in, **extra_args
+      estimates = functools.partial(
+        estimator.update,
+        grads_in,
+        old.hessian_fn_state,
+        params_in,
+        **extra_args,
       )
-      if loss_scale is not None:
-        _check_unscaled(hessian_diagonal_fn, request)
+      estimate, hessian_fn_state = estimates()
+      if loss_scale is not None and not request.is_granted:
+        _check_unscaled(estimates, loss_scale)
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       _checks.averaged(estimate, state.nu)
       new = _average(b2, old, _coordinates.split(params, estimate))
@@ -514,13 +519,13 @@ def _print_every(n, count, wins, ratios):
   )
 
 
-def _check_unscaled(estimator, request):
-  """Raises if an estimator did not divide its estimate by `loss_scale`."""
-  if not request.is_granted and not _estimator.names_loss_scale(estimator):
+def _check_unscaled(estimates, loss_scale):
+  """Raises if an estimator does not use `loss_scale`, so can't divide by it."""
+  if not _estimator.uses(lambda s: estimates(loss_scale=s)[0], loss_scale):
     raise ValueError(
       'loss_scale needs an estimator that divides its estimate by it, got one'
       ' that ignores it. Write the estimator with'
-      ' sophia_optax.sampled_estimator, or add an argument loss_scale to its'
-      ' update. Or unscale the gradients before the optimizer, and pass neither'
-      ' loss_scale nor a scaled obj_fn.'
+      ' sophia_optax.sampled_estimator, or divide by the argument loss_scale of'
+      ' its update. Or unscale the gradients before the optimizer, and pass'
+      ' neither loss_scale nor a scaled obj_fn.'
     )
