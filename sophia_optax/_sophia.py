@@ -27,6 +27,11 @@ from sophia_optax import _fractions
 from sophia_optax import _gamma
 from sophia_optax import _hutchinson
 
+_FIX_STATE = (
+  'Pass the state that init or update returned, as in update(grads, state,'
+  ' params). Restore checkpoints into the structure that init returns.'
+)
+
 
 class SophiaState(NamedTuple):
   """State of :func:`scale_by_sophia`.
@@ -40,8 +45,8 @@ class SophiaState(NamedTuple):
     hessian_fn_state: State of the estimator.
     win_rate: Fraction of coordinates that were not clipped at the last refresh,
       shape (), float32.
-    nonfinite_count: Number of refreshes whose estimate had NaN or infinite
-      entries, which were ignored, shape (), int32.
+    nonfinite_count: Number of refreshes whose estimate had entries, such as NaN
+      and infinity, that were ignored, shape (), int32.
     refresh_count: Number of refreshes, shape (), int32.
     gamma_factor: Factor by which ``target_win_rate`` has multiplied ``gamma``,
       shape (), float32. None without a target.
@@ -112,12 +117,12 @@ def scale_by_sophia(
   With ``target_win_rate``, γ is ``gamma`` times a factor that starts at 1. Each
   refresh multiplies the factor by a number between 1/4 and 4, to bring the win
   rate to the target. Coordinates whose gradient is zero, such as embedding rows
-  that are not in the batch, win at any γ and are not counted. γ also has no
-  effect on coordinates whose h is not positive, or whose m̂ has a magnitude
-  below ``clip_threshold * eps``. These are counted. The other coordinates
-  compensate for them, with a target that stays between 0.1 and 0.9. Read
-  the factor with ``optax.tree.get(state, 'gamma_factor')``. It stays between
-  1e-10 and 1e10.
+  that are not in the batch, are left out of this win rate. Coordinates with
+  h ≤ 0, or with m of a magnitude below ``clip_threshold * eps``, are included,
+  but γ does not affect them. The target for the remaining coordinates is
+  therefore adjusted so that the overall win rate reaches ``target_win_rate``.
+  The adjusted target stays between 0.1 and 0.9. Read the factor with
+  ``optax.tree.get(state, 'gamma_factor')``. It stays between 1e-10 and 1e10.
 
   If gradients and ``obj_fn`` are those of s times the loss, which prevents
   underflow in half precision, pass ``loss_scale=s`` to ``update``. It divides
@@ -158,8 +163,10 @@ def scale_by_sophia(
       stalls, because small changes are rounded away.
     bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
     nu_bias_correction: Whether to divide h by ``1 - b2**n`` after n refreshes.
-      Without it, h is too small by a factor of ``1 - b2`` at first, so almost
-      all coordinates of the first updates are clipped.
+      Without it, h is only ``1 - b2`` times the estimate after the first
+      refresh, so almost all coordinates of the first updates are clipped. n
+      also counts refreshes that ignored entries of an estimate, so h stays too
+      small in such an entry at first.
     nesterov: Whether to use Nesterov momentum in the form of
       :func:`optax.nadamw`: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
       (1 - \beta_1) g_t / (1 - \beta_1^t)` replaces :math:`\hat m_t`. Without
@@ -339,7 +346,9 @@ def scale_by_sophia(
     **extra_args,
   ):
     _checks.given('params', params, 'scale_by_sophia')
-    find_state(state)
+    if not isinstance(state, SophiaState):
+      got = f'a {type(state).__name__}'
+      raise ValueError(f'state must be a SophiaState, got {got}. {_FIX_STATE}')
     _checks.same_shapes('The gradient', updates, params)
     request = _estimator.Request()
     if loss_scale is not None:
@@ -372,8 +381,8 @@ def scale_by_sophia(
 
     def refresh_state(old):
       if refresh_before_update:
-        # Computes m again: the m from outside would be written to memory before
-        # the conditional on every step, because the update comes after it.
+        # Recompute m here. If the conditional used the m from outside, XLA
+        # would write it to memory before the conditional on every step.
         old = old._replace(mu=averaged_gradient())
       grads_in, params_in = estimator_args
       estimates = functools.partial(
@@ -419,9 +428,7 @@ def find_state(state: optax.OptState) -> SophiaState:
   if len(found) != 1:
     raise ValueError(
       'state must contain exactly one SophiaState, got a'
-      f' {type(state).__name__} that contains {len(found)}. Pass the state that'
-      ' init or update returned, as in update(grads, state, params). Restore'
-      ' checkpoints into the structure that init returns.'
+      f' {type(state).__name__} that contains {len(found)}. {_FIX_STATE}'
     )
   return found[0]
 
@@ -479,20 +486,23 @@ def _ema(decay, new, old):
 
 
 def _average(b2, old, estimate):
-  """Adds the finite entries of an estimate to the average h."""
+  """Adds an estimate to the average h, except where h would not be finite."""
 
   def average(e, h):
-    new = _ema(b2, _coordinates.widen(e), _coordinates.widen(h))
-    return jnp.where(jnp.isfinite(e), new.astype(h.dtype), h)
+    return _ema(b2, e, _coordinates.widen(h)).astype(h.dtype)
 
-  def is_nonfinite(e):  # One number, not an array of booleans.
-    largest = jnp.max(jnp.abs(e), initial=0)
+  def finite(new, h):
+    return jnp.where(jnp.isfinite(new), new, h)
+
+  def is_nonfinite(new):  # One number, not an array of booleans.
+    largest = jnp.max(jnp.abs(new), initial=0)
     return (~jnp.isfinite(largest)).astype(jnp.float32)
 
-  estimate = optax.tree.cast_like(estimate, old.nu)
-  nonfinite = _fractions.sum_over_shards(is_nonfinite, estimate, old.count)
+  estimate = optax.tree.cast_like(estimate, _coordinates.widen(old.nu))
+  nu = jax.tree.map(average, estimate, old.nu)
+  nonfinite = _fractions.sum_over_shards(is_nonfinite, nu, old.count)
   return old._replace(
-    nu=jax.tree.map(average, estimate, old.nu),
+    nu=jax.tree.map(finite, nu, old.nu),
     nonfinite_count=old.nonfinite_count + (nonfinite > 0).astype(jnp.int32),
     refresh_count=old.refresh_count + 1,
   )

@@ -300,6 +300,13 @@ def test_state_and_params_in_the_wrong_order(tx):
     tx.update(PARAMS, restored, PARAMS, obj_fn=loss_fn)
 
 
+def test_state_that_only_contains_the_state_of_sophia():
+  tx = sophia_optax.scale_by_sophia()
+  state = (tx.init(PARAMS), optax.EmptyState())
+  with pytest.raises(ValueError, match='be a SophiaState, got a tuple'):
+    tx.update(PARAMS, state, PARAMS, obj_fn=loss_fn)
+
+
 def test_likelihood_that_was_not_called():
   with pytest.raises(TypeError, match=r'pass likelihoods\.gaussian\(\)'):
     GAUSS_NEWTON(likelihood=sophia_optax.likelihoods.gaussian)
