@@ -177,11 +177,12 @@ def sophia(
   def update_fn(updates, state, params=None, **extra_args):
     _checks.given('params', params, 'sophia')
     _sophia.find_state(state)
-    mask = weight_decay_mask(params) if is_function else weight_decay_mask
-    return chain(mask).update(updates, state, params, **extra_args)
+    mask: Any = weight_decay_mask
+    tx = chain(mask(params) if is_function else mask)
+    return tx.update(updates, state, params, **extra_args)
 
-  tx = chain(True if is_function else weight_decay_mask)
-  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  init_fn = chain(True if is_function else weight_decay_mask).init
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def sophia_g(
@@ -324,14 +325,19 @@ def sophia_g(
 def _maximizing(tx):
   """Returns an optimizer that maximizes what `tx` would minimize."""
 
+  def negate(x):
+    is_array = isinstance(x, float) or hasattr(x, 'dtype')
+    return -x if is_array and _coordinates.is_differentiable(x) else x
+
   def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
     def negated(*args):
       value = obj_fn(*args)
-      return (-value[0], *value[1:]) if isinstance(value, tuple) else -value
+      if isinstance(value, tuple):
+        return (*map(negate, value[:1]), *value[1:])
+      return negate(value)
 
     if obj_fn is not None:
       extra_args['obj_fn'] = negated
-    negate = lambda g: -g if _coordinates.is_differentiable(g) else g
     updates = jax.tree.map(negate, updates)
     return tx.update(updates, state, params, **extra_args)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sophia_optax import _checks
@@ -26,11 +27,6 @@ from sophia_optax import _estimator
 from sophia_optax import _fractions
 from sophia_optax import _gamma
 from sophia_optax import _hutchinson
-
-_FIX_STATE = (
-  'Pass the state that init or update returned, as in update(grads, state,'
-  ' params). Restore checkpoints into the structure that init returns.'
-)
 
 
 class SophiaState(NamedTuple):
@@ -191,7 +187,8 @@ def scale_by_sophia(
       ``loss_scale`` is passed and the estimator does not divide by it.
     TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
       is not a transformation. In ``update``, if ``refresh`` or ``may_refresh``
-      is not a boolean.
+      is not a boolean, or if a gradient is complex and its parameter is not,
+      or the reverse.
 
   Example:
     >>> import jax
@@ -216,17 +213,18 @@ def scale_by_sophia(
   _checks.number_or_schedule('gamma', gamma, at_least=0)
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
-  update_interval = _checks.whole_number(
+  update_interval = _checks.whole_number_or_array(
     'update_interval', update_interval, at_least=1
   )
-  print_interval = _checks.whole_number(
+  print_interval = _checks.whole_number_or_array(
     'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
   )
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
+  _checks.floating('mu_dtype', mu_dtype)
+  _checks.floating('nu_dtype', nu_dtype)
   if target_win_rate is not None:
     _checks.fraction('target_win_rate', target_win_rate)
-    is_zero = isinstance(gamma, (int, float)) and gamma == 0
-    if is_zero or clip_threshold is None:
+    if (np.isscalar(gamma) and gamma == 0) or clip_threshold is None:
       raise ValueError(
         'target_win_rate needs gamma greater than 0 and a clip_threshold, got'
         f' gamma={gamma!r} and clip_threshold={clip_threshold!r}. Pass both, or'
@@ -346,9 +344,7 @@ def scale_by_sophia(
     **extra_args,
   ):
     _checks.given('params', params, 'scale_by_sophia')
-    if not isinstance(state, SophiaState):
-      got = f'a {type(state).__name__}'
-      raise ValueError(f'state must be a SophiaState, got {got}. {_FIX_STATE}')
+    _check_state(state)
     _checks.same_shapes('The gradient', updates, params)
     request = _estimator.Request()
     if loss_scale is not None:
@@ -433,6 +429,18 @@ def find_state(state: optax.OptState) -> SophiaState:
   return found[0]
 
 
+def _check_state(state):
+  if not isinstance(state, SophiaState):
+    got = f'a {type(state).__name__}'
+    raise ValueError(f'state must be a SophiaState, got {got}. {_FIX_STATE}')
+
+
+_FIX_STATE = (
+  'Pass the state that init or update returned, as in update(grads, state,'
+  ' params). Restore checkpoints into the structure that init returns.'
+)
+
+
 def _all(*conditions):
   """Whether all conditions hold; a bool if Python bools alone decide it."""
   traced = [c for c in conditions if isinstance(c, jax.Array)]
@@ -510,9 +518,16 @@ def _average(b2, old, estimate):
 
 def _gradient_of(param, grad):
   """Returns zeros for integer parameters, where `jax.grad` returns float0."""
-  if _coordinates.is_differentiable(param):
-    return grad
-  return jnp.zeros_like(param, dtype=jnp.result_type(param))
+  own, got = jnp.result_type(param), jnp.result_type(grad)
+  if not _coordinates.is_differentiable(param):
+    return jnp.zeros_like(param, dtype=own)
+  kind = jnp.complexfloating if _coordinates.is_complex(param) else jnp.floating
+  if not jnp.issubdtype(got, kind):
+    raise TypeError(
+      'The gradient must be complex for complex and real for other parameters,'
+      f' in floating point, got {got} for a parameter in {own}. Cast it.'
+    )
+  return grad
 
 
 def _print_every(n, count, wins, ratios):
