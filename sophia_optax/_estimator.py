@@ -64,7 +64,9 @@ def sampled_estimator(
       * ``extra_args`` are ``random_like``, ``label_mask``, ``loss_scale`` and
         the other extra arguments of ``update``.
       * ``random_like(key, theta, sampler)`` draws random arrays like ``theta``.
-        If an array is divided over devices, its shards get independent draws.
+        ``sampler(key, shape, dtype)`` is a function such as
+        :func:`jax.random.normal`. If an array is divided over devices, its
+        shards get independent draws.
       * ``head_fn(theta, hidden)`` calls the ``head_fn`` that was passed to
         ``update``, if any.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
