@@ -115,6 +115,11 @@ MAPS = {'pmap': with_pmap, 'shard_map': with_shard_map}
 
 def train(map_name, num_steps):
   """Trains, and returns parameters, optimizer state and losses."""
+  if _BATCH_SIZE % jax.device_count():
+    raise ValueError(
+      f'The number of devices must divide the batch of {_BATCH_SIZE} images; '
+      f'got {jax.device_count()}. Change _BATCH_SIZE.'
+    )
   images, labels = load()
   params, state, step, shard = MAPS[map_name]()
   rng = np.random.default_rng(0)

@@ -1,8 +1,8 @@
 """The compiled program of train_gpt.py: model, loss, optimizer and step.
 
-`make_program` compiles nothing itself. It returns functions for a mesh, whose
-shapes and shardings are known, so the train step of GPT-2's size can be lowered
-on a laptop.
+`make_program` does not run or compile anything. It returns jitted functions and
+the shapes and shardings of their arguments, so that a laptop can lower the
+train step of GPT-2's size.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,14 @@ class State(NamedTuple):
 
 def make_model(config):
   return gpt.GPT(
-    config.vocab_size,
-    config.block_size,
-    config.num_layers,
-    config.num_heads,
-    config.width,
-    jnp.dtype(config.dtype),
-    config.unroll,
-    config.remat,
+    vocab_size=config.vocab_size,
+    block_size=config.block_size,
+    num_layers=config.num_layers,
+    num_heads=config.num_heads,
+    width=config.width,
+    dtype=jnp.dtype(config.dtype),
+    unroll=config.unroll,
+    remat=config.remat,
   )
 
 
@@ -56,9 +56,7 @@ def on_first_sequences(size, num_parts, estimator):
 
 
 def make_gamma(config):
-  """Returns γ, a constant or a schedule that decays in the second half."""
-  if config.final_gamma == 1:
-    return config.gamma
+  """Returns a schedule of γ: constant in the first half, then a cosine."""
   half = config.num_steps // 2
   return optax.join_schedules(
     [
@@ -83,62 +81,41 @@ def make_optimizer(config):
   part = functools.partial(
     on_first_sequences, config.curvature_batch_size, config.curvature_parts
   )
+  common = {
+    'learning_rate': learning_rate,
+    'b1': config.b1,
+    'b2': config.b2,
+    'weight_decay': config.weight_decay,
+  }
+  sophia = common | {
+    'weight_decay_mask': gpt.decay_mask,
+    'update_interval': config.update_interval,
+    'target_win_rate': config.target_win_rate or None,
+    'nesterov': config.nesterov,
+    'nu_bias_correction': config.nu_bias_correction,
+    'max_update_rms': config.max_update_rms or None,
+  }
   if config.optimizer == 'sophia_h':
+    estimator = sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
     optimizer = sophia_optax.sophia(
-      learning_rate,
-      config.b1,
-      config.b2,
-      config.eps,
-      config.weight_decay,
-      gpt.decay_mask,
-      make_gamma(config),
-      update_interval=config.update_interval,
-      target_win_rate=config.target_win_rate or None,
-      nesterov=config.nesterov,
-      nu_bias_correction=config.nu_bias_correction,
-      max_update_rms=config.max_update_rms or None,
-      hessian_diagonal_fn=part(
-        sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
-      ),
+      **sophia,
+      eps=config.eps,
+      gamma=make_gamma(config),
+      hessian_diagonal_fn=part(estimator),
     )
   elif config.optimizer == 'sophia_g':
+    estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      config.seed,
+      num_chunks=config.head_chunks if config.head_chunks > 1 else None,
+    )
     optimizer = sophia_optax.sophia_g(
-      learning_rate,
-      config.b1,
-      config.b2,
-      make_gamma(config),
-      config.weight_decay,
-      weight_decay_mask=gpt.decay_mask,
-      update_interval=config.update_interval,
-      target_win_rate=config.target_win_rate or None,
-      nesterov=config.nesterov,
-      nu_bias_correction=config.nu_bias_correction,
-      max_update_rms=config.max_update_rms or None,
-      hessian_diagonal_fn=part(
-        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-          config.seed,
-          num_chunks=config.head_chunks if config.head_chunks > 1 else None,
-        )
-      ),
+      **sophia, rho=make_gamma(config), hessian_diagonal_fn=part(estimator)
     )
   elif config.optimizer == 'lion':
-    optimizer = optax.lion(
-      learning_rate,
-      config.b1,
-      config.b2,
-      weight_decay=config.weight_decay,
-      mask=gpt.decay_mask,
-    )
+    optimizer = optax.lion(**common, mask=gpt.decay_mask)
   else:
     adam = {'adamw': optax.adamw, 'nadamw': optax.nadamw}[config.optimizer]
-    optimizer = adam(
-      learning_rate,
-      config.b1,
-      config.b2,
-      config.eps,
-      weight_decay=config.weight_decay,
-      mask=gpt.decay_mask,
-    )
+    optimizer = adam(**common, eps=config.eps, mask=gpt.decay_mask)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 

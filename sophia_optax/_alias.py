@@ -56,16 +56,19 @@ def sophia(
 
     tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)[0])
 
-  ``update`` forwards all extra arguments to the estimator.
+  ``update`` forwards extra arguments to the estimator, except ``refresh`` and
+  ``may_refresh``. See :func:`sophia_optax.scale_by_sophia` for these and for
+  ``loss_scale``.
 
   Args:
-    learning_rate: Step size η, a number or a schedule.
+    learning_rate: Step size η, a number or a schedule. Any sign is accepted,
+      as in :func:`optax.contrib.sophia`.
     b1: Decay rate of the EMA of the gradient, in [0, 1).
     b2: Decay rate of the EMA of the Hessian diagonal, in [0, 1), applied at
       each refresh. Per step it is about ``1 - (1 - b2) / update_interval``.
     eps: Lower bound of the denominator, greater than 0.
-    weight_decay: Rate λ of the decoupled weight decay, a number or a schedule.
-      The learning rate multiplies it.
+    weight_decay: Rate λ of the decoupled weight decay, a number or a schedule,
+      also of any sign. The learning rate multiplies it.
     weight_decay_mask: Parameters to decay: a tree of booleans with the
       structure of the parameters or a prefix of it, or a function that returns
       such a tree for the parameters. None means all. Integer parameters never
@@ -138,41 +141,48 @@ def sophia(
   if max_update_rms is not None:
     _checks.positive('max_update_rms', max_update_rms)
     limits.append(optax.clip_by_block_rms(max_update_rms))
-  tx = optax.chain(
-    _sophia.scale_by_sophia(
-      b1=b1,
-      b2=b2,
-      eps=eps,
-      gamma=gamma,
-      clip_threshold=clip_threshold,
-      update_interval=update_interval,
-      hessian_diagonal_fn=hessian_diagonal_fn,
-      mu_dtype=mu_dtype,
-      verbose=verbose,
-      print_win_rate_every_n_steps=print_win_rate_every_n_steps,
-      nu_dtype=nu_dtype,
-      bias_correction=bias_correction,
-      nu_bias_correction=nu_bias_correction,
-      nesterov=nesterov,
-      refresh_before_update=refresh_before_update,
-      target_win_rate=target_win_rate,
-      diagnostics=diagnostics,
-    ),
-    optax.masked(
-      optax.chain(
-        *limits,
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-      ),
-      _coordinates.where_differentiable,  # Not for integer parameters.
-    ),
+  scale_by_sophia = _sophia.scale_by_sophia(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    gamma=gamma,
+    clip_threshold=clip_threshold,
+    update_interval=update_interval,
+    hessian_diagonal_fn=hessian_diagonal_fn,
+    mu_dtype=mu_dtype,
+    verbose=verbose,
+    print_win_rate_every_n_steps=print_win_rate_every_n_steps,
+    nu_dtype=nu_dtype,
+    bias_correction=bias_correction,
+    nu_bias_correction=nu_bias_correction,
+    nesterov=nesterov,
+    refresh_before_update=refresh_before_update,
+    target_win_rate=target_win_rate,
+    diagnostics=diagnostics,
   )
 
+  def chain(mask):
+    rest = optax.chain(
+      *limits,
+      optax.add_decayed_weights(weight_decay, mask),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+    # Integer parameters are hidden from the rest.
+    hiding = optax.masked(rest, _coordinates.where_differentiable)
+    return optax.chain(scale_by_sophia, hiding)
+
+  # A function for the mask gets all parameters. A tree can be callable, too.
+  is_function = any(map(callable, jax.tree.leaves(weight_decay_mask)))
+
   def update_fn(updates, state, params=None, **extra_args):
+    _checks.given('params', params, 'sophia')
     _sophia.find_state(state)
+    mask: Any = weight_decay_mask
+    tx = chain(mask(params) if is_function else mask)
     return tx.update(updates, state, params, **extra_args)
 
-  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  init_fn = chain(True if is_function else weight_decay_mask).init
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def sophia_g(
@@ -202,12 +212,14 @@ def sophia_g(
   .. math::
     m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
     \theta_{t+1} &= (1 - \eta \lambda)\, \theta_t - \eta\,
-    \mathrm{sign}(m_t) \min\left(\frac{|m_t|}{\rho h + 10^{-15}}, 1\right)
+    \mathrm{sign}(m_t) \min\left(
+    \frac{|m_t|}{\max(\rho h, 10^{-15})}, 1\right)
 
   There is no bias correction of m. h is an EMA of estimates of the curvature,
   refreshed after the update of steps 0, k, 2k, .... It averages B ĝ ⊙ ĝ, where
   ĝ is a gradient with sampled labels and B its number of predictions. PyTorch's
-  h averages ĝ ⊙ ĝ, and its ``step`` takes B as ``bs``.
+  h averages ĝ ⊙ ĝ, and its ``step`` takes B as ``bs``. PyTorch adds 1e-15 to
+  ρ h. The results differ only where h is negative or nearly zero.
 
   The default estimator needs the outputs of the model on the current batch as
   a function of the parameters::
@@ -291,8 +303,6 @@ def sophia_g(
     learning_rate,
     b1,
     b2,
-    # PyTorch adds 1e-15 to ρ h. This takes the maximum, which differs from the
-    # sum only if ρ h is about as small. Then almost all updates are clipped.
     eps=1e-15,
     weight_decay=weight_decay,
     weight_decay_mask=weight_decay_mask,
@@ -315,14 +325,19 @@ def sophia_g(
 def _maximizing(tx):
   """Returns an optimizer that maximizes what `tx` would minimize."""
 
+  def negate(x):
+    is_array = isinstance(x, float) or hasattr(x, 'dtype')
+    return -x if is_array and _coordinates.is_differentiable(x) else x
+
   def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
     def negated(*args):
       value = obj_fn(*args)
-      return (-value[0], *value[1:]) if isinstance(value, tuple) else -value
+      if isinstance(value, tuple):
+        return (*map(negate, value[:1]), *value[1:])
+      return negate(value)
 
     if obj_fn is not None:
       extra_args['obj_fn'] = negated
-    negate = lambda g: -g if _coordinates.is_differentiable(g) else g
     updates = jax.tree.map(negate, updates)
     return tx.update(updates, state, params, **extra_args)
 

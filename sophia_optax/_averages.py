@@ -174,7 +174,7 @@ def average_over_replicas(
     [3.5 3.5 3.5 3.5]
   """
 
-  def update_fn(updates, state, params=None):
+  def average(updates, params):
     del params
     _checks.mapped_axes(axis_name)
     estimate = _coordinates.split(updates, updates)
@@ -190,8 +190,6 @@ def average_over_replicas(
             ' parameters are already sums over the axis.'
           )
     mean = _collectives.mean(estimate, axis_name)
-    return _coordinates.join(updates, mean), state
+    return _coordinates.join(updates, mean)
 
-  return optax.GradientTransformation(
-    lambda params: optax.EmptyState(), update_fn
-  )
+  return optax.stateless(average)

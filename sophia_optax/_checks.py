@@ -1,8 +1,9 @@
 """Checks of arguments. Errors say what is needed, what was given and a fix.
 
 Only Python and NumPy numbers are checked. Arrays and tracers, which
-`optax.inject_hyperparams` passes, are accepted without a check. Checks of
-device axes are here, too. Other checks with one caller are next to it.
+`optax.inject_hyperparams` passes, are accepted without a check. This module
+also checks device axes. A check with a single caller is in the module of that
+caller.
 """
 
 from collections.abc import Callable, Collection
@@ -10,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sophia_optax import _collectives
@@ -27,42 +29,62 @@ def _number(name: str, value: Any, is_valid: Callable[[Any], bool], need: str):
     return
   if not isinstance(value, (int, float, np.number)):
     raise TypeError(
-      f'{name} must be a number {need}, got {value!r}. Pass a Python number,'
+      f'{name} must be {need}, got {value!r}. Pass a Python number,'
       ' or wrap the factory in optax.inject_hyperparams to change it over'
       ' time.'
     )
   if not is_valid(value):
-    raise ValueError(f'{name} must be a number {need}, got {value!r}.')
+    raise ValueError(f'{name} must be {need}, got {value!r}.')
 
 
 def decay(name: str, value: Any):
-  _number(name, value, lambda x: 0 <= x < 1, 'in [0, 1)')
+  _number(name, value, lambda x: 0 <= x < 1, 'a number in [0, 1)')
 
 
 def positive(name: str, value: Any):
-  need = f'greater than 0, at least {_TINY:.3g} (the smallest normal float32)'
+  tiny = f'at least {_TINY:.3g} (the smallest normal float32)'
+  need = f'a number greater than 0, {tiny}'
   _number(name, value, lambda x: x >= _TINY, need)
 
 
 def number_or_schedule(name: str, value: Any, at_least: float = -math.inf):
-  need = '' if at_least == -math.inf else f'of at least {at_least}, '
+  bound = '' if at_least == -math.inf else f' of at least {at_least}'
+  need = f'a finite number{bound} or a schedule'
   if not callable(value):
-    _number(name, value, lambda x: x >= at_least, need + 'or a schedule of it')
+    _number(name, value, lambda x: at_least <= x and math.isfinite(x), need)
 
 
 def fraction(name: str, value: Any):
-  _number(name, value, lambda x: 0 < x < 1, 'in (0, 1)')
+  _number(name, value, lambda x: 0 < x < 1, 'a number in (0, 1)')
 
 
-def whole_number(name: str, value: Any, at_least: int) -> Any:
+def whole_number(name: str, value: Any, at_least: int) -> int:
+  """Returns the number as an int. Unlike the other checks, rejects arrays."""
+  if isinstance(value, _ARRAY):
+    raise TypeError(
+      f'{name} must be a Python number, got {value!r}. The compiled program'
+      ' depends on it.'
+    )
+  return whole_number_or_array(name, value, at_least)
+
+
+def whole_number_or_array(name: str, value: Any, at_least: int) -> Any:
   """Returns a number as an int, and an array unchanged."""
   _number(
     name,
     value,
     lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
-    f'that is whole and at least {at_least}',
+    f'a number that is whole and at least {at_least}',
   )
   return value if isinstance(value, _ARRAY) else int(value)
+
+
+def floating(name: str, dtype: Any):
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f'{name} must be a real floating point dtype, got {dtype!r}. Pass'
+      ' jnp.float32, or None for the default.'
+    )
 
 
 def one_of(name: str, value: Any, known: Collection[str]):
@@ -71,11 +93,12 @@ def one_of(name: str, value: Any, known: Collection[str]):
 
 
 def boolean(name: str, value: Any):
-  is_bool = isinstance(value, (bool, np.bool_))
-  if not is_bool and not (isinstance(value, _ARRAY) and value.dtype == bool):
+  is_array = isinstance(value, (*_ARRAY, np.bool_))
+  is_one = is_array and value.dtype == bool and value.shape == ()
+  if not is_one and not isinstance(value, bool):
     raise TypeError(
-      f'{name} must be a bool or an array of dtype bool, got {value!r}. Pass a'
-      f' comparison, such as {name}=step % 10 == 0.'
+      f'{name} must be a bool or an array of dtype bool and shape (), got'
+      f' {value!r}. Pass a comparison, such as {name}=step % 10 == 0.'
     )
 
 
@@ -157,6 +180,7 @@ def mapped_axes(axis_name: _collectives.AxisName):
   """Raises unless the axes are mapped and no axis of replicas is missing."""
   mesh = jax.sharding.get_abstract_mesh()
   names = _collectives.names(axis_name)
+  others = [n for n in mesh.manual_axes if n not in names and mesh.shape[n] > 1]
   for name in names:
     try:
       index = _collectives.axis_index(name)
@@ -167,9 +191,6 @@ def mapped_axes(axis_name: _collectives.AxisName):
         ' or jax.shard_map with an axis of that name, or leave axis_name out:'
         ' jax.jit with sharded arrays does not need it.'
       ) from None
-    others = [
-      n for n in mesh.manual_axes if n not in names and mesh.shape[n] > 1
-    ]
     tracked = name in _collectives.varying(index)
     if name in mesh.manual_axes and not tracked and others:
       raise ValueError(

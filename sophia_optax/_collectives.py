@@ -86,16 +86,17 @@ def random_like(
     key: PRNG key of this replica.
     theta: Real floating point arrays. If an array is divided over an axis other
       than `axis_name`, its shards get independent draws.
-    sampler: A function like `jax.random.normal`. Draws for narrow dtypes are
-      made in float32 and rounded: those in bfloat16 have few distinct values.
+    sampler: Takes (key, shape, dtype), like `jax.random.normal`. Draws for
+      narrow dtypes are made in float32 and rounded: those in bfloat16 have few
+      distinct values.
     axis_name: The axes over which theta is replicated.
   """
 
   def draw(key, x):
     key = fold_in_index(key, other_axes(x, axis_name))
     wide = _coordinates.wider(x.dtype, jnp.float32)
-    sharding = jax.typeof(x).sharding
-    return sampler(key, x.shape, wide, out_sharding=sharding).astype(x.dtype)
+    sample = with_auto_axes(lambda key: sampler(key, x.shape, wide), x)
+    return sample(key).astype(x.dtype)
 
   return jax.tree.map(draw, optax.tree.split_key_like(key, theta), theta)
 
@@ -112,9 +113,11 @@ def with_auto_axes(
   Returns:
     A function with the arguments of `fn`.
   """
-  if not jax.sharding.get_abstract_mesh().explicit_axes:
+  axes = jax.sharding.get_abstract_mesh().explicit_axes
+  if not axes:
     return fn
-  return jax.sharding.auto_axes(fn, out_sharding=jax.typeof(like).sharding)
+  sharding = jax.typeof(like).sharding
+  return jax.sharding.auto_axes(fn, axes=axes, out_sharding=sharding)
 
 
 def total(x: Any, axis_names: Iterable[str]) -> Any:

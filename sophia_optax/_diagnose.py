@@ -13,7 +13,9 @@ from sophia_optax import _sophia
 
 
 class ModuleDiagnosis(NamedTuple):
-  """Result of :func:`diagnose` for one module. All shapes (), float32.
+  """Result of :func:`diagnose` for one module.
+
+  Every field has shape () and dtype float32.
 
   Attributes:
     win_rate: Fraction of coordinates that were not clipped at the last refresh.
@@ -52,18 +54,20 @@ def diagnose(
 
   Args:
     state: An optimizer state with one :class:`SophiaState`, from an optimizer
-      with ``diagnostics=True``.
+      with ``diagnostics=True``. If it has an axis of replicas, as from
+      :func:`jax.pmap`, pass the state of one of them.
     depth: Number of keys, from the root of the parameters, that identify a
       module: 2 for Flax's ``{'params': {'Dense_0': ...}}``.
 
   Returns:
-    A :class:`ModuleDiagnosis` for each module, by name. Before the first
-    refresh, win rate, negative fraction and norm are 0.
+    A :class:`ModuleDiagnosis` for each module, by name. If the parameters are a
+    single array, its name is ''. Before the first refresh, win rate, negative
+    fraction and norm are 0.
 
   Raises:
     ValueError: If there is not exactly one :class:`SophiaState`, if the
-      optimizer does not have ``diagnostics=True``, or if ``depth`` is less than
-      1.
+      optimizer does not have ``diagnostics=True``, if ``state`` has an axis of
+      replicas, or if ``depth`` is less than 1.
 
   Example:
     >>> import jax
@@ -88,6 +92,12 @@ def diagnose(
     raise ValueError(
       'diagnose needs the state of an optimizer with diagnostics=True, got'
       ' that of one without. Pass diagnostics=True to the optimizer.'
+    )
+  if sophia.by_leaf.ndim != 2:
+    raise ValueError(
+      'diagnose needs the state of one replica, got one with additional axes:'
+      f' by_leaf has shape {sophia.by_leaf.shape}. Take one replica, as in'
+      ' jax.tree.map(lambda x: x[0], state), or call diagnose under jax.vmap.'
     )
   depth = _checks.whole_number('depth', depth, at_least=1)
 

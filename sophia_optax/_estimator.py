@@ -10,7 +10,6 @@ This module checks arguments, manages random keys and computes the averages.
 
 from collections.abc import Callable
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +64,9 @@ def sampled_estimator(
       * ``extra_args`` are ``random_like``, ``label_mask``, ``loss_scale`` and
         the other extra arguments of ``update``.
       * ``random_like(key, theta, sampler)`` draws random arrays like ``theta``.
-        If an array is divided over devices, its shards get independent draws.
+        ``sampler(key, shape, dtype)`` is a function such as
+        :func:`jax.random.normal`. If an array is divided over devices, its
+        shards get independent draws.
       * ``head_fn(theta, hidden)`` calls the ``head_fn`` that was passed to
         ``update``, if any.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
@@ -178,13 +179,15 @@ def sampled_estimator(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@jax.tree_util.register_static
 class Request:
   """A request to an estimator, and whether one has granted it.
 
   It is passed as an extra argument of `update`. Chains and other wrappers
   forward it to the estimator or ignore it. An estimator that grants the request
   divides its estimate by `loss_scale`. If `num_parts` is not None, it also
-  averages over this number of parts of the batch.
+  averages over this number of parts of the batch. It is compared by identity,
+  so that :func:`jax.jit` does not reuse a trace that granted another request.
   """
 
   def __init__(self, num_parts: int | None = None):
@@ -196,9 +199,10 @@ class Request:
     return self.num_parts
 
 
-def names_loss_scale(estimator: optax.GradientTransformation) -> bool:
-  """Whether `update` has the argument `loss_scale`, so should divide by it."""
-  return 'loss_scale' in inspect.signature(estimator.update).parameters
+def uses(fn: Callable[[Any], Any], x: Any) -> bool:
+  """Whether an operation of `fn(x)` has x as an operand. This traces `fn`."""
+  jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+  return any(jaxpr.invars[0] in equation.invars for equation in jaxpr.eqns)
 
 
 def is_sampled(state: Any) -> bool:

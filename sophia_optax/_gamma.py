@@ -59,9 +59,9 @@ def steer(factor: jax.Array, target: jax.Array, outcomes: Any) -> jax.Array:
   """
 
   def sums(x):
-    missing = jnp.where(x == 1, target, jnp.where(x == 2, target - 1, 0))
     count = _fractions.count
-    return jnp.stack([count(x > 2), count(x == 4), jnp.sum(missing)])
+    missing = target * count(x == 1) + (target - 1) * count(x == 2)
+    return jnp.stack([count(x > 2), count(x == 4), missing])
 
   sums_of_all = _fractions.sum_over_shards(sums, outcomes, factor)
   # Without any coordinates, the sum is a scalar.

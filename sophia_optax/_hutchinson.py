@@ -6,6 +6,8 @@ H v   Hessian-vector product, the derivative of the gradient in direction v
 δ     step size of finite differences: θ ± δ v
 """
 
+from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -24,20 +26,16 @@ _PROBES = {'rademacher': jax.random.rademacher, 'normal': jax.random.normal}
 HutchinsonState = _estimator.EstimatorState
 
 
-def _forward_over_reverse(loss, theta, probe, axis_name):
-  del axis_name
+def _forward_over_reverse(loss, theta, probe):
   return jax.jvp(jax.grad(loss), (theta,), (probe,))[1]
 
 
-def _reverse_over_reverse(loss, theta, probe, axis_name):
-  del axis_name
+def _reverse_over_reverse(loss, theta, probe):
   _, pull_back = jax.vjp(jax.grad(loss), theta)
   return pull_back(probe)[0]  # vᵀ H, and H is symmetric.
 
 
-def _finite_difference(loss, theta, probe, axis_name):
-  delta = _step(theta, axis_name)
-
+def _finite_difference(loss, theta, probe, delta):
   def move(sign):
     return jax.tree.map(
       lambda x, v: x + (sign * delta).astype(x.dtype) * v, theta, probe
@@ -54,7 +52,7 @@ def _finite_difference(loss, theta, probe, axis_name):
   return jax.tree.map(quotient, move(1), move(-1), probe, grads)
 
 
-_PRODUCTS = {
+_PRODUCTS: dict[str, Callable[..., Any]] = {
   'forward_over_reverse': _forward_over_reverse,
   'reverse_over_reverse': _reverse_over_reverse,
   'finite_difference': _finite_difference,
@@ -95,10 +93,10 @@ def hutchinson_estimator_diag_hessian(
 
   The first two are exact. ``finite_difference`` subtracts the gradient at
   θ - δv from the gradient at θ + δv. δ is 1/32 of the geometric mean of the
-  parameters' magnitudes, or :math:`2^{-17}` of it if all are float64. In a
-  small network the bias is 0.06 % of the diagonal in float32, and 3 % with
-  activations in bfloat16. If a parameter is so large that δ does not change it,
-  its estimate is zero.
+  magnitudes of the nonzero parameters, or :math:`2^{-17}` of it if all are
+  float64. In a small network the bias is 0.06 % of the diagonal in float32, and
+  3 % with activations in bfloat16. If a parameter is so large that δ does not
+  change it, its estimate is zero.
 
   ``update(grads, state, params, obj_fn=...)`` returns the estimate in place of
   the gradients. It has the structure of ``params``. Its leaves are float32 or
@@ -173,13 +171,15 @@ def hutchinson_estimator_diag_hessian(
 
   def make_draw(theta, loss, *, random_like, **extra_args):
     del extra_args
+    multiply = _PRODUCTS[hvp]
     if hvp == 'finite_difference':
       _check_wide(theta)
+      multiply = functools.partial(multiply, delta=_step(theta, axis_name))
 
     def draw(key):
       probe = random_like(key, theta, sampler)
       try:
-        product = _PRODUCTS[hvp](loss, theta, probe, axis_name)
+        product = multiply(loss, theta, probe)
       except _REFUSALS as error:
         if hvp == 'finite_difference' or not _has_gradient(loss, theta):
           raise

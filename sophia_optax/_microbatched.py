@@ -21,9 +21,10 @@ def microbatched(
   activations of one part. For the Gauss-Newton-Bartlett estimator the average
   has 1/M of the variance of one estimate on the whole batch, because the
   relative standard deviation of an estimate, √2, does not depend on the size of
-  its batch. Hutchinson's estimator gains less if the Hessians of the parts
-  differ: off-diagonal entries that average out over the batch are larger in a
-  part, and they are its variance.
+  its batch. The gain is smaller for Hutchinson's estimator if the Hessians of
+  the parts differ. Its variance is the sum of squared off-diagonal entries, and
+  these are larger in the Hessian of a part than in the Hessian of the whole
+  batch, where they partly cancel.
 
   ``update(grads, state, params, batch=..., **extra_args)`` passes each part of
   ``batch``, and of ``label_mask`` if given, to the estimator. ``obj_fn`` and
@@ -100,8 +101,7 @@ def microbatched(
       (_coordinates.zeros_like(params), state), lambda: estimate(state, **first)
     )
     result = _averages.over_parts(estimate, parts, weights, zeros, state)
-    unscales = asked.is_granted or _estimator.names_loss_scale(estimator)
-    if unscales and request.num_parts is None:
+    if asked.is_granted and request.num_parts is None:
       request.grant()
     return result
 

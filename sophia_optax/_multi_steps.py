@@ -1,11 +1,11 @@
 """`MultiSteps`: gradient accumulation with one curvature estimate."""
 
 from collections.abc import Callable
-import functools
-import inspect
 from typing import Any
 
 import optax
+
+from sophia_optax import _sophia
 
 
 class MultiSteps(optax.MultiSteps):
@@ -14,9 +14,11 @@ class MultiSteps(optax.MultiSteps):
   :class:`optax.MultiSteps` calls the wrapped optimizer on each of n micro-steps
   and keeps only the last result, so n - 1 of n estimates are lost. Here only
   the micro-step that emits an update refreshes the curvature. Arguments, state
-  and updates are the same. As in optax, the estimate is that of the last
-  micro-batch. To estimate on all micro-batches, pass them together as
-  ``batch=`` and use :func:`sophia_optax.microbatched`.
+  and updates are the same. As in optax, ``obj_fn`` and ``predict_fn`` are those
+  of the last micro-batch. To estimate on all micro-batches, pass them together
+  as ``batch=`` and use :func:`sophia_optax.microbatched`. The estimator
+  :func:`sophia_optax.squared_gradient_estimator_diag_hessian` gets the
+  accumulated gradient, so its ``batch_size`` counts all micro-batches.
 
   To decide yourself when to refresh, pass ``refresh`` to ``update``, see
   :func:`sophia_optax.scale_by_sophia`. An estimate on a micro-step that emits
@@ -64,38 +66,20 @@ class MultiSteps(optax.MultiSteps):
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, Any]:
-    """Takes a micro-step. Extra arguments are forwarded to the optimizer."""
-    if 'refresh' in extra_args:
-      return super().update(updates, state, params, **extra_args)
-    every_k = self._num_micro_steps
-    n = every_k(state.gradient_step) if callable(every_k) else every_k
-    if 'value_fn' in extra_args:
-      extra_args['value_fn'] = _ignores_may_refresh(extra_args['value_fn'])
-    return super().update(
-      updates, state, params, may_refresh=state.mini_step == n - 1, **extra_args
-    )
+    """Takes a micro-step. Extra arguments are forwarded to the optimizer.
+
+    Sophia also gets ``may_refresh``. If a line search is in the same chain, its
+    ``value_fn`` needs an argument of that name.
+    """
+    # A line search would refuse this argument, so only Sophia gets it.
+    has_sophia = _sophia.states_in(state.inner_opt_state)
+    if has_sophia and extra_args.get('refresh') is None:
+      every_k = self._num_micro_steps
+      n = every_k(state.gradient_step) if callable(every_k) else every_k
+      emits = state.mini_step == n - 1
+      extra_args['may_refresh'] = emits & extra_args.get('may_refresh', True)
+    return super().update(updates, state, params, **extra_args)
 
   def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
     """Returns a transformation with this ``init`` and ``update``."""
     return optax.GradientTransformationExtraArgs(self.init, self.update)
-
-
-def _ignores_may_refresh(value_fn):
-  """Lets `value_fn` accept and ignore `may_refresh`.
-
-  optax's line searches raise if an argument is not in its signature.
-  """
-
-  @functools.wraps(value_fn)
-  def fn(*args, may_refresh=None, **kwargs):
-    del may_refresh
-    return value_fn(*args, **kwargs)
-
-  signature = inspect.signature(value_fn)
-  if 'may_refresh' in signature.parameters:
-    return value_fn
-  argument = inspect.Parameter('may_refresh', inspect.Parameter.KEYWORD_ONLY)
-  names = [*signature.parameters.values(), argument]
-  names.sort(key=lambda parameter: parameter.kind)
-  vars(fn)['__signature__'] = signature.replace(parameters=names)
-  return fn

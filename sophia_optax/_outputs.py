@@ -7,8 +7,9 @@ hidden     hidden states, (..., N, D), from which a head computes z
 
 With chunks along the axis of N, z of only one chunk is in memory at a time.
 Jᵀ s then has two terms. The head of each chunk gives a gradient with respect to
-θ, and one with respect to the hidden states. The first are summed; the second
-are put together and propagated from the hidden states to θ at the end.
+θ, and one with respect to the hidden states. The gradients with respect to θ
+are summed over the chunks. The gradients with respect to the hidden states are
+concatenated and propagated back to θ at the end.
 """
 
 from collections.abc import Callable

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sophia_optax import _checks
@@ -40,8 +41,8 @@ class SophiaState(NamedTuple):
     hessian_fn_state: State of the estimator.
     win_rate: Fraction of coordinates that were not clipped at the last refresh,
       shape (), float32.
-    nonfinite_count: Number of refreshes whose estimate had NaN or infinite
-      entries, which were ignored, shape (), int32.
+    nonfinite_count: Number of refreshes whose estimate had entries, such as NaN
+      and infinity, that were ignored, shape (), int32.
     refresh_count: Number of refreshes, shape (), int32.
     gamma_factor: Factor by which ``target_win_rate`` has multiplied ``gamma``,
       shape (), float32. None without a target.
@@ -112,12 +113,12 @@ def scale_by_sophia(
   With ``target_win_rate``, γ is ``gamma`` times a factor that starts at 1. Each
   refresh multiplies the factor by a number between 1/4 and 4, to bring the win
   rate to the target. Coordinates whose gradient is zero, such as embedding rows
-  that are not in the batch, win at any γ and are not counted. γ also has no
-  effect on coordinates whose h is not positive, or whose m̂ has a magnitude
-  below ``clip_threshold * eps``. These are counted. The other coordinates
-  compensate for them, with a target that stays between 0.1 and 0.9. Read
-  the factor with ``optax.tree.get(state, 'gamma_factor')``. It stays between
-  1e-10 and 1e10.
+  that are not in the batch, are left out of this win rate. Coordinates with
+  h ≤ 0, or with m of a magnitude below ``clip_threshold * eps``, are included,
+  but γ does not affect them. The target for the remaining coordinates is
+  therefore adjusted so that the overall win rate reaches ``target_win_rate``.
+  The adjusted target stays between 0.1 and 0.9. Read the factor with
+  ``optax.tree.get(state, 'gamma_factor')``. It stays between 1e-10 and 1e10.
 
   If gradients and ``obj_fn`` are those of s times the loss, which prevents
   underflow in half precision, pass ``loss_scale=s`` to ``update``. It divides
@@ -158,8 +159,10 @@ def scale_by_sophia(
       stalls, because small changes are rounded away.
     bias_correction: Whether to divide m by ``1 - b1**t``. The paper does not.
     nu_bias_correction: Whether to divide h by ``1 - b2**n`` after n refreshes.
-      Without it, h is too small by a factor of ``1 - b2`` at first, so almost
-      all coordinates of the first updates are clipped.
+      Without it, h is only ``1 - b2`` times the estimate after the first
+      refresh, so almost all coordinates of the first updates are clipped. n
+      also counts refreshes that ignored entries of an estimate, so h stays too
+      small in such an entry at first.
     nesterov: Whether to use Nesterov momentum in the form of
       :func:`optax.nadamw`: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
       (1 - \beta_1) g_t / (1 - \beta_1^t)` replaces :math:`\hat m_t`. Without
@@ -184,7 +187,8 @@ def scale_by_sophia(
       ``loss_scale`` is passed and the estimator does not divide by it.
     TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
       is not a transformation. In ``update``, if ``refresh`` or ``may_refresh``
-      is not a boolean.
+      is not a boolean, or if a gradient is complex and its parameter is not,
+      or the reverse.
 
   Example:
     >>> import jax
@@ -209,17 +213,18 @@ def scale_by_sophia(
   _checks.number_or_schedule('gamma', gamma, at_least=0)
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
-  update_interval = _checks.whole_number(
+  update_interval = _checks.whole_number_or_array(
     'update_interval', update_interval, at_least=1
   )
-  print_interval = _checks.whole_number(
+  print_interval = _checks.whole_number_or_array(
     'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
   )
   _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
+  _checks.floating('mu_dtype', mu_dtype)
+  _checks.floating('nu_dtype', nu_dtype)
   if target_win_rate is not None:
     _checks.fraction('target_win_rate', target_win_rate)
-    is_zero = isinstance(gamma, (int, float)) and gamma == 0
-    if is_zero or clip_threshold is None:
+    if (np.isscalar(gamma) and gamma == 0) or clip_threshold is None:
       raise ValueError(
         'target_win_rate needs gamma greater than 0 and a clip_threshold, got'
         f' gamma={gamma!r} and clip_threshold={clip_threshold!r}. Pass both, or'
@@ -339,7 +344,7 @@ def scale_by_sophia(
     **extra_args,
   ):
     _checks.given('params', params, 'scale_by_sophia')
-    find_state(state)
+    _check_state(state)
     _checks.same_shapes('The gradient', updates, params)
     request = _estimator.Request()
     if loss_scale is not None:
@@ -372,15 +377,20 @@ def scale_by_sophia(
 
     def refresh_state(old):
       if refresh_before_update:
-        # Computes m again: the m from outside would be written to memory before
-        # the conditional on every step, because the update comes after it.
+        # Recompute m here. If the conditional used the m from outside, XLA
+        # would write it to memory before the conditional on every step.
         old = old._replace(mu=averaged_gradient())
       grads_in, params_in = estimator_args
-      estimate, hessian_fn_state = estimator.update(
-        grads_in, old.hessian_fn_state, params=params_in, **extra_args
+      estimates = functools.partial(
+        estimator.update,
+        grads_in,
+        old.hessian_fn_state,
+        params_in,
+        **extra_args,
       )
-      if loss_scale is not None:
-        _check_unscaled(hessian_diagonal_fn, request)
+      estimate, hessian_fn_state = estimates()
+      if loss_scale is not None and not request.is_granted:
+        _check_unscaled(estimates, loss_scale)
       _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
       _checks.averaged(estimate, state.nu)
       new = _average(b2, old, _coordinates.split(params, estimate))
@@ -402,18 +412,33 @@ def scale_by_sophia(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def states_in(state: optax.OptState) -> list[SophiaState]:
+  """Returns all SophiaStates in an optimizer state."""
+  is_sophia = lambda x: isinstance(x, SophiaState)
+  return list(filter(is_sophia, jax.tree.leaves(state, is_leaf=is_sophia)))
+
+
 def find_state(state: optax.OptState) -> SophiaState:
   """Returns the only SophiaState in an optimizer state, or raises."""
-  is_sophia = lambda x: isinstance(x, SophiaState)
-  found = [s for s in jax.tree.leaves(state, is_leaf=is_sophia) if is_sophia(s)]
+  found = states_in(state)
   if len(found) != 1:
     raise ValueError(
       'state must contain exactly one SophiaState, got a'
-      f' {type(state).__name__} that contains {len(found)}. Pass the state that'
-      ' init or update returned, as in update(grads, state, params). Restore'
-      ' checkpoints into the structure that init returns.'
+      f' {type(state).__name__} that contains {len(found)}. {_FIX_STATE}'
     )
   return found[0]
+
+
+def _check_state(state):
+  if not isinstance(state, SophiaState):
+    got = f'a {type(state).__name__}'
+    raise ValueError(f'state must be a SophiaState, got {got}. {_FIX_STATE}')
+
+
+_FIX_STATE = (
+  'Pass the state that init or update returned, as in update(grads, state,'
+  ' params). Restore checkpoints into the structure that init returns.'
+)
 
 
 def _all(*conditions):
@@ -469,20 +494,23 @@ def _ema(decay, new, old):
 
 
 def _average(b2, old, estimate):
-  """Adds the finite entries of an estimate to the average h."""
+  """Adds an estimate to the average h, except where h would not be finite."""
 
   def average(e, h):
-    new = _ema(b2, _coordinates.widen(e), _coordinates.widen(h))
-    return jnp.where(jnp.isfinite(e), new.astype(h.dtype), h)
+    return _ema(b2, e, _coordinates.widen(h)).astype(h.dtype)
 
-  def is_nonfinite(e):  # One number, not an array of booleans.
-    largest = jnp.max(jnp.abs(e), initial=0)
+  def finite(new, h):
+    return jnp.where(jnp.isfinite(new), new, h)
+
+  def is_nonfinite(new):  # One number, not an array of booleans.
+    largest = jnp.max(jnp.abs(new), initial=0)
     return (~jnp.isfinite(largest)).astype(jnp.float32)
 
-  estimate = optax.tree.cast_like(estimate, old.nu)
-  nonfinite = _fractions.sum_over_shards(is_nonfinite, estimate, old.count)
+  estimate = optax.tree.cast_like(estimate, _coordinates.widen(old.nu))
+  nu = jax.tree.map(average, estimate, old.nu)
+  nonfinite = _fractions.sum_over_shards(is_nonfinite, nu, old.count)
   return old._replace(
-    nu=jax.tree.map(average, estimate, old.nu),
+    nu=jax.tree.map(finite, nu, old.nu),
     nonfinite_count=old.nonfinite_count + (nonfinite > 0).astype(jnp.int32),
     refresh_count=old.refresh_count + 1,
   )
@@ -490,9 +518,16 @@ def _average(b2, old, estimate):
 
 def _gradient_of(param, grad):
   """Returns zeros for integer parameters, where `jax.grad` returns float0."""
-  if _coordinates.is_differentiable(param):
-    return grad
-  return jnp.zeros_like(param, dtype=jnp.result_type(param))
+  own, got = jnp.result_type(param), jnp.result_type(grad)
+  if not _coordinates.is_differentiable(param):
+    return jnp.zeros_like(param, dtype=own)
+  kind = jnp.complexfloating if _coordinates.is_complex(param) else jnp.floating
+  if not jnp.issubdtype(got, kind):
+    raise TypeError(
+      'The gradient must be complex for complex and real for other parameters,'
+      f' in floating point, got {got} for a parameter in {own}. Cast it.'
+    )
+  return grad
 
 
 def _print_every(n, count, wins, ratios):
@@ -509,13 +544,13 @@ def _print_every(n, count, wins, ratios):
   )
 
 
-def _check_unscaled(estimator, request):
-  """Raises if an estimator did not divide its estimate by `loss_scale`."""
-  if not request.is_granted and not _estimator.names_loss_scale(estimator):
+def _check_unscaled(estimates, loss_scale):
+  """Raises if an estimator does not use `loss_scale`, so can't divide by it."""
+  if not _estimator.uses(lambda s: estimates(loss_scale=s)[0], loss_scale):
     raise ValueError(
       'loss_scale needs an estimator that divides its estimate by it, got one'
       ' that ignores it. Write the estimator with'
-      ' sophia_optax.sampled_estimator, or add an argument loss_scale to its'
-      ' update. Or unscale the gradients before the optimizer, and pass neither'
-      ' loss_scale nor a scaled obj_fn.'
+      ' sophia_optax.sampled_estimator, or divide by the argument loss_scale of'
+      ' its update. Or unscale the gradients before the optimizer, and pass'
+      ' neither loss_scale nor a scaled obj_fn.'
     )

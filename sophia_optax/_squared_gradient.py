@@ -19,15 +19,17 @@ def squared_gradient_estimator_diag_hessian(
   works, and it adds almost no cost. But it is biased, because g is the gradient
   for the labels of the data. Products of different predictions are zero on
   average only for labels drawn from the model. B g ⊙ g therefore estimates the
-  empirical Fisher plus B times the square of the full gradient. Far from a
-  minimum the second term dominates. At a minimum of a model that fits the data
-  it vanishes, and the first is close to the Gauss-Newton diagonal, which
+  empirical Fisher plus B - 1 times the square of the full gradient. Far from a
+  minimum, the squared full gradient dominates. At a minimum the full gradient
+  is zero. If the model also fits the data, the empirical Fisher is close to the
+  Gauss-Newton diagonal, which
   :func:`sophia_optax.gauss_newton_bartlett_estimator_diag_hessian` estimates
   without bias.
 
   Args:
-    batch_size: Number B of predictions that the loss averages over, greater
-      than 0. For a language model, count tokens, not sequences.
+    batch_size: Number B of predictions that the gradient averages over, greater
+      than 0. For a language model, count tokens, not sequences. With gradient
+      accumulation, count those of all micro-batches.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose ``update`` returns
@@ -77,5 +79,5 @@ def squared_gradient_estimator_diag_hessian(
     return _coordinates.join(_coordinates.zeros_like(params), squares), state
 
   return optax.GradientTransformationExtraArgs(
-    lambda params: optax.EmptyState(), update_fn
+    optax.init_empty_state, update_fn
   )

@@ -24,3 +24,9 @@ def test_pmap_and_shard_map_are_the_same_training():
     atol=1e-5,
   )
   assert losses[-1] < losses[0] - 0.5
+
+
+def test_batch_that_does_not_split(monkeypatch):
+  monkeypatch.setattr(data_parallel, '_BATCH_SIZE', 255)
+  with pytest.raises(ValueError, match='must divide the batch of 255 images'):
+    data_parallel.train('pmap', 1)

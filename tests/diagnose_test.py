@@ -341,6 +341,10 @@ def test_errors():
   sophia = sophia_optax.sophia(0.1, diagnostics=True)
   with pytest.raises(ValueError, match=r'depth must be .* at least 1, got 0'):
     sophia_optax.diagnose(sophia.init(params), depth=0)
+  replicas = jax.vmap(lambda _: sophia.init(params))(jnp.zeros(2))
+  with pytest.raises(ValueError, match=r'one replica, .* \(2, 1, 2\)'):
+    sophia_optax.diagnose(replicas)
+  assert jax.vmap(sophia_optax.diagnose)(replicas)['w'].win_rate.shape == (2,)
 
 
 def test_fraction_is_float32_in_double_precision_too():

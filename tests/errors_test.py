@@ -27,10 +27,13 @@ HYPERPARAMETERS = [
   ({'eps': 0.0}, ValueError, 'eps must be a number greater than 0, .* got 0.0'),
   # XLA flushes this to 0, and 0 / 0 is NaN where the gradient is 0.
   ({'eps': 1e-39}, ValueError, 'smallest normal float32.*got 1e-39'),
-  ({'gamma': None}, TypeError, 'gamma must be a number .* or a schedule'),
+  ({'gamma': None}, TypeError, 'gamma must be a finite .* or a schedule'),
   ({'clip_threshold': 0}, ValueError, 'clip_threshold must'),
   ({'clip_threshold': -1.0}, ValueError, 'clip_threshold must'),
-  ({'gamma': -0.01}, ValueError, 'gamma must be a number of at least 0'),
+  ({'gamma': -0.01}, ValueError, 'gamma must be .* number of at least 0'),
+  ({'gamma': float('inf')}, ValueError, 'must be a finite number .* got inf'),
+  ({'mu_dtype': jnp.int32}, TypeError, 'mu_dtype must be a real floating'),
+  ({'nu_dtype': 'complex64'}, TypeError, 'nu_dtype must be a real floating'),
   ({'update_interval': 0}, ValueError, 'whole and at least 1, got 0'),
   ({'update_interval': 2.5}, ValueError, 'update_interval must'),
   ({'print_win_rate_every_n_steps': -1}, ValueError, 'print_win_rate'),
@@ -52,6 +55,7 @@ def test_hyperparameters(kwargs, error, match):
   [
     ({'num_samples': 0}, ValueError, 'num_samples must'),
     ({'num_samples': 1.5}, ValueError, 'num_samples must'),
+    ({'num_samples': jnp.array(2)}, TypeError, 'must be a Python number'),
     (
       {'distribution': 'gauss'},
       ValueError,
@@ -177,6 +181,17 @@ def test_gradient_unlike_params():
     tx.update({'w': jnp.ones(3)}, tx.init(PARAMS), PARAMS, obj_fn=loss_fn)
 
 
+@pytest.mark.parametrize(
+  ('param', 'grad'),
+  [('complex64', 'float32'), ('float32', 'complex64'), ('float32', 'int32')],
+)
+def test_gradient_of_another_kind(param, grad):
+  tx = sophia_optax.sophia(0.1)
+  x = jnp.ones(2, param)
+  with pytest.raises(TypeError, match=f'got {grad} for a parameter in {param}'):
+    tx.update(jnp.ones(2, grad), tx.init(x), x, obj_fn=jnp.sum)
+
+
 def predict_fn(params):
   return jnp.ones((4, 3)) * params['w']
 
@@ -285,7 +300,7 @@ def test_squared_gradient_without_params():
 @pytest.mark.parametrize('name', ['learning_rate', 'weight_decay'])
 def test_numbers_or_schedules(factory, name):
   numbers = {'learning_rate': 0.1, name: None}
-  with pytest.raises(TypeError, match=f'{name} must be a number .*, got None'):
+  with pytest.raises(TypeError, match=f'{name} must be a finite .*, got None'):
     factory(**numbers)
 
 
@@ -298,6 +313,13 @@ def test_state_and_params_in_the_wrong_order(tx):
   restored = jax.tree.leaves(tx.init(PARAMS))  # Without the structure.
   with pytest.raises(ValueError, match='structure that init returns'):
     tx.update(PARAMS, restored, PARAMS, obj_fn=loss_fn)
+
+
+def test_state_that_only_contains_the_state_of_sophia():
+  tx = sophia_optax.scale_by_sophia()
+  state = (tx.init(PARAMS), optax.EmptyState())
+  with pytest.raises(ValueError, match='be a SophiaState, got a tuple'):
+    tx.update(PARAMS, state, PARAMS, obj_fn=loss_fn)
 
 
 def test_likelihood_that_was_not_called():

@@ -236,15 +236,18 @@ def test_parts_where_another_axis_is_left_to_the_compiler(make):
   chex.assert_trees_all_close(got, expected, atol=0.01)
 
 
-@pytest.mark.parametrize('in_chain', [True, False])
-def test_loss_scale_that_an_estimator_would_ignore(in_chain):
+@pytest.mark.parametrize('wrap', [
+    lambda e: e,
+    optax.chain,
+    lambda e: sophia_optax.microbatched(e, 2),
+])  # fmt: skip
+def test_loss_scale_that_an_estimator_would_ignore(wrap):
   # Regression: h was loss_scale times too large, and no error said so.
   probe = optax.contrib.hutchinson_estimator_diag_hessian()
-  estimator = optax.chain(probe) if in_chain else probe
-  tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=estimator)
+  tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=wrap(probe))
   x = jnp.ones(3)
   with pytest.raises(ValueError, match='loss_scale needs an estimator'):
-    tx.update(x, tx.init(x), x, obj_fn=jnp.sum, loss_scale=8.0)
+    tx.update(x, tx.init(x), x, obj_fn=jnp.sum, batch=x[:2], loss_scale=8.0)
 
 
 @pytest.mark.parametrize('wrap', [
@@ -274,7 +277,15 @@ def test_loss_scale_of_an_estimator_that_names_it():
   )
   x = jnp.arange(1.0, 4.0)
   parts = sophia_optax.microbatched(own, 2)
-  for estimator, maximize in [(own, False), (own, True), (parts, False)]:
+  chain = optax.chain(own, optax.identity())  # Regression: it was rejected.
+  parts_of_chain = sophia_optax.microbatched(chain, 2)
+  for estimator, maximize in [
+    (own, False),
+    (own, True),
+    (parts, False),
+    (chain, False),
+    (parts_of_chain, False),
+  ]:
     tx = sophia_optax.sophia_g(
       b2=0.0, hessian_diagonal_fn=estimator, maximize=maximize
     )

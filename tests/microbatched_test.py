@@ -71,6 +71,21 @@ def test_is_the_average_of_the_parts(name):
   assert not np.allclose(parts[0], parts[1])
 
 
+def test_estimator_with_an_update_that_is_jitted():
+  # Regression: the request to the estimator was not a pytree.
+  inner = ESTIMATORS['gnb']
+  jitted = optax.GradientTransformationExtraArgs(
+    inner.init, jax.jit(inner.update, static_argnames='predict_fn')
+  )
+  got, want = [
+    sophia_optax.microbatched(e, 2).update(
+      None, e.init(PARAMS), PARAMS, batch=BATCH, predict_fn=predict_fn
+    )[0]
+    for e in (jitted, inner)
+  ]
+  chex.assert_trees_all_close(got, want, rtol=1e-6)
+
+
 def test_variance_falls_and_the_mean_stays():
   # With one weight, B ĝ² is exactly mean(x²) χ² with one degree of freedom. Its
   # variance is 2 mean(x²)². An average of 8 has an eighth of it.

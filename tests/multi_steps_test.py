@@ -35,14 +35,14 @@ def counted(calls):
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def train(multi_steps, every_k, tx):
+def train(multi_steps, every_k, tx, **decision):
   tx = multi_steps(tx, every_k)
 
   @jax.jit
   def step(x, state, batch):
     grads = jax.grad(loss_fn)(x, batch)
     obj_fn = lambda x: loss_fn(x, batch)
-    updates, state = tx.update(grads, state, x, obj_fn=obj_fn)
+    updates, state = tx.update(grads, state, x, obj_fn=obj_fn, **decision)
     return optax.apply_updates(x, updates), state
 
   x, state = PARAMS, tx.init(PARAMS)
@@ -70,6 +70,23 @@ def test_number_of_estimates(multi_steps, every_k, expected):
     0.1, update_interval=2, hessian_diagonal_fn=counted(calls)
   )
   train(multi_steps, every_k, tx)
+  assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+  ('decision', 'expected'),
+  [
+    ({'refresh': None}, 2),  # Regression: every micro-step refreshed.
+    ({'may_refresh': True}, 2),
+    ({'may_refresh': jnp.array(False)}, 0),
+  ],
+)
+def test_number_of_estimates_with_arguments(decision, expected):
+  calls = []
+  tx = sophia_optax.sophia(
+    0.1, update_interval=2, hessian_diagonal_fn=counted(calls)
+  )
+  train(sophia_optax.MultiSteps, 3, tx, **decision)
   assert len(calls) == expected
 
 
@@ -153,18 +170,19 @@ def test_schedule_of_micro_steps_counts_the_steps_taken():
 
 
 @pytest.mark.parametrize(
-  'value_fn',
+  ('tx', 'value_fn'),
   [
-    lambda x, obj_fn=None: jnp.sum(x**2),
-    lambda x, obj_fn=None, **kwargs: jnp.sum(x**2),
-    lambda x, obj_fn=None, may_refresh=None: jnp.sum(x**2),
+    (optax.sgd(0.1), lambda x, obj_fn=None: jnp.sum(x**2)),
+    (
+      sophia_optax.sophia(0.1),
+      lambda x, obj_fn=None, may_refresh=None: jnp.sum(x**2),
+    ),
   ],
 )
-def test_line_search(value_fn):
-  # Regression: the line search got an argument that value_fn does not know.
+def test_line_search(tx, value_fn):
+  # A line search refuses arguments that value_fn does not have.
   tx = optax.chain(
-    sophia_optax.sophia(0.1),
-    optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
+    tx, optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
   )
   tx = sophia_optax.MultiSteps(tx, 2)
   x = jnp.ones(3)

@@ -326,7 +326,9 @@ def test_a_step_without_a_refresh_needs_nothing_for_the_estimator():
 
 
 @pytest.mark.parametrize('name', ['refresh', 'may_refresh'])
-@pytest.mark.parametrize('value', [1, 'yes', jnp.array(1), lambda step: True])
+@pytest.mark.parametrize(
+  'value', [1, 'yes', jnp.array(1), lambda step: True, np.array([True, False])]
+)
 def test_a_decision_that_is_not_a_boolean_is_an_error(name, value):
   tx = sophia_optax.sophia(0.1)
   with pytest.raises(TypeError, match=f'^{name} must be a bool or an array'):

@@ -331,3 +331,24 @@ def test_every_device_has_a_part_of_each_chunk(rows, classes, here, axis_types):
     )
   sizes = set(re.findall(r'\[(\d+,(?:1000|4000))\]', text))
   assert sizes == {here, f'5,{here.split(",")[1]}'}  # Logits and weights.
+
+
+def test_sampler_without_a_sharding():
+  # Regression: a mesh with explicit axes passed out_sharding to the sampler.
+  def make_draw(theta, loss, *, random_like, **extra_args):
+    del loss, extra_args
+    return lambda key: random_like(
+      key, theta, lambda key, shape, dtype: jax.random.normal(key, shape, dtype)
+    )
+
+  estimator = sophia_optax.sampled_estimator(make_draw)
+  w = jnp.ones((8, 4))
+  update = lambda w: estimator.update(
+    None, estimator.init(w), w, obj_fn=lambda w: w.sum()
+  )[0]
+  expected = jax.jit(update)(w)
+  with jax.set_mesh(make_mesh('explicit')):
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), P('data', 'model'))
+    got = jax.jit(update)(jax.device_put(w, sharding))
+  assert got.sharding.is_equivalent_to(sharding, 2)
+  np.testing.assert_array_equal(got, expected)

@@ -130,8 +130,10 @@ def test_maximize_negates_the_curvature_of_hutchinson():
   # Half of Newton's step, up.
   np.testing.assert_allclose(updates, 0.5 * (1.0 - x), rtol=1e-5)
 
-  with pytest.raises(TypeError, match='got a tuple'):
-    tx.update(x, tx.init(x), x, obj_fn=lambda x: (objective(x), 0.0))
+  for result in ((0.0, 0.0), (), {'loss': 0.0}, None):
+    got = f'must return .*, got a {type(result).__name__}'
+    with pytest.raises(TypeError, match=got):
+      tx.update(x, tx.init(x), x, obj_fn=lambda _, result=result: result)
 
 
 def test_maximize_does_not_negate_the_curvature_of_gauss_newton():

@@ -351,7 +351,7 @@ def test_nonfinite_entries_never_enter_nu(bad):
   assert [int(s.refresh_count) for s in states] == [1, 2, 3]
 
 
-def test_estimate_that_overflows_nu_dtype_is_ignored():
+def test_average_that_overflows_nu_dtype_is_ignored():
   tx = sophia_optax.scale_by_sophia(
     b2=0.0,
     nu_dtype=jnp.float16,
@@ -361,6 +361,19 @@ def test_estimate_that_overflows_nu_dtype_is_ignored():
   ((_, state),) = run(tx, [jnp.ones(2)], jnp.ones(2))
   np.testing.assert_allclose(state.nu, [1.0, 0.0])
   assert state.nonfinite_count == 1
+
+
+def test_average_fits_nu_dtype_although_the_estimate_does_not():
+  # Regression: the estimate was cast to nu_dtype before it was averaged.
+  tx = sophia_optax.scale_by_sophia(
+    b2=0.75,
+    nu_dtype=jnp.float16,
+    hessian_diagonal_fn=scripted([jnp.array(1e5)]),
+  )
+  ((_, state),) = run(tx, [jnp.ones([])], jnp.ones([]))
+  np.testing.assert_allclose(state.nu, 25_000, rtol=1e-3)
+  assert state.nu.dtype == jnp.float16
+  assert state.nonfinite_count == 0
 
 
 def test_real_and_imaginary_parts_are_separate():
@@ -530,6 +543,8 @@ def test_integer_parameters_do_not_decay():
     None,
     {'w': True, 'steps': True},
     lambda tree: jax.tree.map(lambda _: True, tree),
+    # Regression: the function got a tree without the integers.
+    lambda tree: {name: leaf.ndim < 3 for name, leaf in tree.items()},
   ):
     tx = sophia_optax.sophia(
       0.1,

@@ -281,6 +281,7 @@ def test_divided_parameters_are_counted_as_one():
     ({'target_win_rate': 0}, ValueError, r'in \(0, 1\), got 0'),
     ({'target_win_rate': 'half'}, TypeError, 'must be a number'),
     ({'gamma': 0.0}, ValueError, 'needs gamma greater than 0'),
+    ({'gamma': np.float32(0)}, ValueError, 'needs gamma greater than 0'),
     ({'clip_threshold': None}, ValueError, 'and a clip_threshold, got .*=None'),
   ],
 )
