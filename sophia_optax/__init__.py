@@ -1,7 +1,6 @@
 """Sophia, a stochastic second-order optimizer, as optax transformations."""
 
-import importlib.util
-from typing import TYPE_CHECKING
+import contextlib
 
 from sophia_optax import likelihoods as likelihoods
 from sophia_optax._alias import sophia as sophia
@@ -33,20 +32,5 @@ from sophia_optax._squared_gradient import (
 
 __version__ = '0.1.0'
 
-if TYPE_CHECKING:
+with contextlib.suppress(ImportError):  # Flax is optional.
   from sophia_optax.flax import SophiaTrainState as SophiaTrainState
-else:  # Type checkers would take every name for an attribute.
-
-  def __getattr__(name):
-    """Imports Flax, which is optional, when it is needed."""
-    if name != 'SophiaTrainState':
-      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from sophia_optax import flax
-
-    return flax.SophiaTrainState
-
-
-def __dir__() -> list[str]:
-  # Without Flax, help() could not get the value of this name.
-  has_flax = importlib.util.find_spec('flax')
-  return sorted({*globals(), *(['SophiaTrainState'] if has_flax else [])})
