@@ -36,8 +36,12 @@ _ROWS = (
   ('NAdamW', 'nadamw', {}),
   ('Sophia-H, settings to copy', 'copied_h', {}),
   ('Sophia-G, settings to copy', 'copied_g', {}),
-  ('the same, `b1=0.9`', 'copied_g', {'b1': 0.9}),
-  ('the same, `b1=0.9`, warm-up 3/8', 'copied_g', {'b1': 0.9, 'warmup': 0.375}),
+  ('Sophia-G, warm-up of 1/4', 'copied_g', {'warmup': 0.25}),
+  (
+    'Sophia-G, warm-up of 1/4, `b1=0.8`',
+    'copied_g',
+    {'warmup': 0.25, 'b1': 0.8},
+  ),
 )
 
 

@@ -193,7 +193,7 @@ _COPIED = _SOPHIA_FIXED | {
 }
 # `eps` and `bias_correction` are what `sophia_g` has, as in PyTorch.
 _COPIED_G = _COPIED | {
-  'b1': 0.8,
+  'warmup': 0.375,
   'gamma': 0.1,
   'eps': 1e-15,
   'bias_correction': False,

@@ -150,9 +150,9 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Derives settings for Sophia from settings for AdamW.
 
   This is the rule in docs/choosing.md: keep AdamW's learning rate, limit
-  updates to the size of AdamW's, warm up for a quarter of the steps, reduce γ
-  to a tenth over the second half, and estimate the curvature on a quarter of
-  the batch every tenth step.
+  updates to the size of AdamW's, warm up for 3/8 of the steps (Sophia-G) or
+  1/4 (Sophia-H), reduce γ to a tenth over the second half, and estimate the
+  curvature on a quarter of the batch every tenth step.
 
   Args:
     adamw: AdamW's settings.
@@ -162,8 +162,8 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   return dataclasses.replace(
     adamw,
     optimizer=optimizer,
-    warmup_steps=adamw.num_steps // 4,
-    b1=0.8 if is_g else 0.9,
+    warmup_steps=adamw.num_steps * (3 if is_g else 2) // 8,
+    b1=0.9,
     b2=0.95,
     gamma=0.1 if is_g else 0.05,
     final_gamma=0.1,
