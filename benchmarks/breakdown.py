@@ -6,8 +6,8 @@
 A run breaks down if its loss stops decreasing for some time. In runs of
 convergence.py's shortest language task this happens during warm-up, or not at
 all. So these runs stop after 180 of 1,200 steps, with the schedule of all. The
-validation loss of a good run is then 2.2 to 2.4, and that of a run that broke
-down 2.5 or more, from where it does not recover. There are twelve seeds, none of
+validation loss of a good run is then 2.2 to 2.4. That of a run that broke down
+is 2.5 or more, and the run does not recover. There are twelve seeds, none of
 which convergence.py uses.
 
 AdamW and NAdamW have the best settings of convergence.json. Sophia has the
@@ -55,24 +55,36 @@ def best(optimizer: str) -> protocol.Case:
   return case
 
 
-def measure(row: str, optimizer: str, changed: dict, factor: float) -> dict:
-  """Trains with every seed; returns the losses in the order of the seeds."""
-  settings = protocol.settings(best(optimizer)) | changed
-  settings['learning_rate'] *= factor
+def cases() -> list[dict]:
+  """Returns the row, the optimizer and the settings of each case."""
+  found = []
+  for row, optimizer, changed in _ROWS:
+    settings = protocol.settings(best(optimizer)) | changed
+    for factor in _FACTORS:
+      rate = {'learning_rate': factor * settings['learning_rate']}
+      found.append(
+        {'row': row, 'optimizer': optimizer, 'settings': settings | rate}
+      )
+  return found
+
+
+def measure(case: dict) -> dict:
+  """Trains with every seed, and adds the losses to a case."""
+  name, settings = case['optimizer'], case['settings']
   losses = [
-    convergence.train(_TASK, optimizer, settings, seed, _STEPS)['loss']
+    convergence.train(_TASK, name, settings, seed, _STEPS)['loss']
     for seed in _SEEDS
   ]
-  return {'row': row, 'factor': factor, 'settings': settings, 'losses': losses}
+  return case | {'losses': losses}
 
 
-def render(cases: list[dict]) -> str:
+def render(found: list[dict]) -> str:
   """Lays out a Markdown table: runs that broke down, and the median loss."""
   lines = [
     '| | learning rate | broke down | median loss | highest loss |',
     '|---|---|---|---|---|',
   ]
-  for case in cases:
+  for case in found:
     losses = case['losses']
     broken = sum(loss > _LIMIT for loss in losses)
     lines.append(
@@ -92,12 +104,12 @@ def main(argv):
   if records.SHOW.value:
     print(render(records.read(records.SHOW.value)['cases']))
     return
-  cases = []
-  for row, factor in tqdm.tqdm([(r, f) for r in _ROWS for f in _FACTORS]):
-    cases.append(measure(*row, factor))
+  found = []
+  for case in tqdm.tqdm(cases()):
+    found.append(measure(case))
     if records.OUTPUT.value:
-      records.write(records.OUTPUT.value, cases=cases)
-  print(render(cases))
+      records.write(records.OUTPUT.value, cases=found)
+  print(render(found))
 
 
 if __name__ == '__main__':

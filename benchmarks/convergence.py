@@ -341,6 +341,8 @@ def main(argv):
     raise app.UsageError(
       f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
     )
+  if records.SHOW.value:
+    raise app.UsageError('convergence_plots.py shows the tables of a file.')
   path = pathlib.Path(records.OUTPUT.value or 'convergence.json')
   runs = records.read(path)['runs'] if path.exists() else []
   run_all(runs, path, _JOBS.value, _TRIALS.value)

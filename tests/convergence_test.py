@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import breakdown
 import convergence
 import convergence_plots
 import convergence_problems
@@ -370,6 +371,15 @@ def test_committed_record_is_of_this_protocol():
   assert len(set(cases)) == len(cases)
   table = convergence_plots.render(record['runs'])
   assert 'NAdamW' in table
+
+
+def test_breakdowns_are_of_these_settings():
+  path = RECORD.with_name('breakdown.json')
+  found = json.loads(path.read_text())['cases']
+  assert [
+    case | {'losses': c['losses']}
+    for c, case in zip(found, breakdown.cases(), strict=True)
+  ] == found
 
 
 @functools.cache
