@@ -502,13 +502,19 @@ def _average(b2, old, estimate):
   def finite(new, h):
     return jnp.where(jnp.isfinite(new), new, h)
 
-  def is_nonfinite(new):  # One number, not an array of booleans.
-    largest = jnp.max(jnp.abs(new), initial=0)
+  def is_nonfinite(x):  # One number, not an array of booleans.
+    largest = jnp.max(jnp.abs(x), initial=0)
     return (~jnp.isfinite(largest)).astype(jnp.float32)
+
+  def narrower(e, new):
+    # In the dtype of the estimate, h is finite where the estimate is. XLA for
+    # TPUs would write the new h to memory twice if it were counted there.
+    return e if e.dtype == new.dtype else new
 
   estimate = optax.tree.cast_like(estimate, _coordinates.widen(old.nu))
   nu = jax.tree.map(average, estimate, old.nu)
-  nonfinite = _fractions.sum_over_shards(is_nonfinite, nu, old.count)
+  counted = jax.tree.map(narrower, estimate, nu)
+  nonfinite = _fractions.sum_over_shards(is_nonfinite, counted, old.count)
   return old._replace(
     nu=jax.tree.map(finite, nu, old.nu),
     nonfinite_count=old.nonfinite_count + (nonfinite > 0).astype(jnp.int32),

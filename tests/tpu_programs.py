@@ -17,6 +17,7 @@ import optax
 
 import hlo
 import sophia_optax
+import tpu_cases
 
 DECISIONS = {
   'one': {},
@@ -192,6 +193,11 @@ def update():
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*args)
     moved, _ = hlo.traffic(lowered.compile().as_text())
     found[name] = moved / (4 * count)
+  # In small arrays, a refresh would move less.
+  hutchinson = tpu_cases.optimizers()['sophia, H']
+  lowered = tpu_cases.lower_update(hutchinson, refresh=True)
+  moved, _ = hlo.traffic(lowered.compile().as_text())
+  found['H, refresh'] = moved / (4 * 4 * tpu_cases.SIZE**2)
   return found
 
 
