@@ -71,7 +71,7 @@ _STEPS = (
   ('1.5B', 'v6e-256', 'data:16,fsdp:16'),
 )
 # Their programs. An ordinary step is the same with every estimator. optax's is
-# compiled for _FEWER chips only, as its figures say the same everywhere.
+# compiled for _FEWER chips only, because it takes the most time.
 _PROGRAMS = (
   ('adamw', 'one'),
   ('optax.contrib.sophia', 'one'),
