@@ -19,6 +19,7 @@ import convergence_plots
 import convergence_problems
 import convergence_protocol as protocol
 from convergence_protocol import Case
+import convergence_tables
 import gpt_configs
 
 RECORD = pathlib.Path(convergence.__file__).with_suffix('.json')
@@ -148,7 +149,7 @@ def complete(num_trials=4):
 @pytest.mark.slow
 def test_every_optimizer_has_the_same_search():
   results = complete()
-  losses = convergence_plots.losses_of(results)
+  losses = convergence_tables.losses_of(results)
   assert len(losses) == len(results)
   for task, spec in protocol.TASKS.items():
     for name in spec.peers:
@@ -255,29 +256,29 @@ def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
 
 
 def test_best_of_n():
-  assert convergence_plots.best_of([3.0, 1.0, 2.0], 1) == pytest.approx(2)
-  assert convergence_plots.best_of([3.0, 1.0, 2.0], 2) == pytest.approx(4 / 3)
-  assert convergence_plots.best_of([3.0, 1.0, 2.0], 3) == 1
+  assert convergence_tables.best_of([3.0, 1.0, 2.0], 1) == pytest.approx(2)
+  assert convergence_tables.best_of([3.0, 1.0, 2.0], 2) == pytest.approx(4 / 3)
+  assert convergence_tables.best_of([3.0, 1.0, 2.0], 3) == 1
 
 
 def test_part_of_the_steps_to_a_loss():
   curve = [4.0, 3.0, 2.0, 2.0]
-  assert convergence_plots.part_to(curve, 2.5) == pytest.approx(2.5 / 4)
-  assert convergence_plots.part_to(curve, 2.0) == 0.75
-  assert convergence_plots.part_to(curve, 9.0) == 0.25
-  assert convergence_plots.part_to(curve, 1.9) is None
+  assert convergence_tables.part_to(curve, 2.5) == pytest.approx(2.5 / 4)
+  assert convergence_tables.part_to(curve, 2.0) == 0.75
+  assert convergence_tables.part_to(curve, 9.0) == 0.25
+  assert convergence_tables.part_to(curve, 1.9) is None
 
 
 def test_width_of_the_learning_rates():
   losses = {1.0: 0.06, 2.0: 0.0, 4.0: 0.06}
   # Half of the way, in the logarithm, on both sides.
-  assert convergence_plots.width(losses) == pytest.approx(2)
-  assert convergence_plots.width({1.0: 0.0, 2.0: 0.02}) == 2
+  assert convergence_tables.width(losses) == pytest.approx(2)
+  assert convergence_tables.width({1.0: 0.0, 2.0: 0.02}) == 2
 
 
 @pytest.mark.slow
 def test_summary():
-  rows = convergence_plots.summary(complete(), 'language_4800')
+  rows = convergence_tables.summary(complete(), 'language_4800')
   assert set(rows) == set(protocol.TASKS['language_4800'].peers)
   sophia = rows['sophia_g']
   assert sorted(sophia['runs']) == [1, 2, 3]
@@ -285,15 +286,15 @@ def test_summary():
   assert sophia['differences'] == pytest.approx(dict.fromkeys((1, 2, 3), -0.05))
   assert sophia['parts'] == pytest.approx(dict.fromkeys((1, 2, 3), 0.95))
   assert sophia['ms'] == 25.0
-  variants = convergence_plots.summary(complete(), 'language_1200')['sophia_g'][
-    'variants'
-  ]
+  variants = convergence_tables.summary(complete(), 'language_1200')[
+    'sophia_g'
+  ]['variants']
   assert set(variants) == set(protocol.VARIANTS)
 
 
 @pytest.mark.slow
 def test_tables():
-  text = convergence_plots.render(complete())
+  text = convergence_tables.render(complete())
   table = text[text.index('4,800 steps') :]
   rows = {
     line.split('|')[1].strip(): [x.strip() for x in line.split('|')[2:-1]]
@@ -308,7 +309,7 @@ def test_tables():
 @pytest.mark.parametrize('count', [0, 1, 40])
 def test_incomplete_results_are_shown(count):
   results = complete()[:count]
-  assert '### Cost' in convergence_plots.render(results)
+  assert '### Cost' in convergence_tables.render(results)
   for plot in (
     convergence_plots.plot_lengths,
     convergence_plots.plot_curves,
@@ -326,12 +327,16 @@ def test_plots(tmp_path):
   results = complete()
   fig = convergence_plots.plot_lengths(results)
   lines = lines_of(fig.axes[0])
-  assert len(lines) == len(convergence_plots.STYLES)
+  # Not those that run at the shortest length only.
+  assert lines.keys() == {
+    convergence_tables.LABELS[name]
+    for name in protocol.TASKS['language_4800'].peers
+  }
   np.testing.assert_allclose(
     lines['Sophia-G'],
     [(protocol.TASKS[t].tokens, -0.05) for t in protocol.LENGTHS],
   )
-  assert len(lines['Lion']) == 1  # Only in the shortest runs.
+  assert len(lines['Signum']) == 2  # Not in the longest runs.
   np.testing.assert_allclose(lines['AdamW'][:, 1], 0)
 
   fig.savefig(tmp_path / 'plot.png')
@@ -369,7 +374,7 @@ def test_committed_record_is_of_this_protocol():
     assert len(result['curve']) == 20
   cases = [protocol.case_of(r) for r in record['runs']]
   assert len(set(cases)) == len(cases)
-  table = convergence_plots.render(record['runs'])
+  table = convergence_tables.render(record['runs'])
   assert 'NAdamW' in table
 
 
