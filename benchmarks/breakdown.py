@@ -97,10 +97,7 @@ def render(found: list[dict]) -> str:
 
 def main(argv):
   """Runs, prints and writes."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
-    )
+  records.check_only_flags(argv)
   if records.SHOW.value:
     print(render(records.read(records.SHOW.value)['cases']))
     return

@@ -337,10 +337,7 @@ def _processor():
 
 def main(argv):
   """Runs all missing cases."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
-    )
+  records.check_only_flags(argv)
   if records.SHOW.value:
     raise app.UsageError('convergence_plots.py shows the tables of a file.')
   path = pathlib.Path(records.OUTPUT.value or 'convergence.json')

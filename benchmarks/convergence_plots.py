@@ -199,10 +199,7 @@ def plot_tuning(results: list[dict]) -> figure.Figure:
 
 def main(argv):
   """Prints the tables and draws the plots."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Only flags are accepted, such as --show=f; got {argv[1:]}.'
-    )
+  records.check_only_flags(argv)
   path = records.SHOW.value or 'benchmarks/convergence.json'
   results = records.read(path)['runs']
   print(tables.render(results))

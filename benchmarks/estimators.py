@@ -133,10 +133,7 @@ def render(table: dict[str, dict[str, float]]) -> str:
 
 def main(argv):
   """Measures, prints and writes."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Only flags are accepted, such as --draws=50; got {argv[1:]}.'
-    )
+  records.check_only_flags(argv)
   if records.SHOW.value:
     print(render(records.read(records.SHOW.value)['table']))
     return

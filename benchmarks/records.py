@@ -1,4 +1,4 @@
-"""JSON files of the benchmarks: results, machine and versions.
+"""What the benchmarks share: flags, and JSON files of results and versions.
 
 records.write(path, cases=cases)
 cases = records.read(path)['cases']
@@ -11,6 +11,7 @@ import platform
 import sys
 from typing import Any
 
+from absl import app
 from absl import flags
 import flax
 import jax
@@ -26,6 +27,21 @@ OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 SHOW = flags.DEFINE_string(
   'show', None, 'JSON file whose tables to print; nothing is measured.'
 )
+
+
+def check_only_flags(argv: list[str]) -> None:
+  """Raises if the command line has arguments that are not flags.
+
+  Args:
+    argv: The program, and the arguments that absl did not take as flags.
+
+  Raises:
+    app.UsageError: If there are such arguments.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(
+      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
+    )
 
 
 def write(path: str | os.PathLike[str], **results: Any) -> None:

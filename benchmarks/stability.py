@@ -236,10 +236,7 @@ def run_all(path: pathlib.Path, num_seeds: int) -> list[dict]:
 
 def main(argv):
   """Runs, prints and writes."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
-    )
+  records.check_only_flags(argv)
   if records.SHOW.value:
     runs = records.read(records.SHOW.value)['runs']
   else:

@@ -389,8 +389,7 @@ def render(
 
 def main(argv):
   """Measures, prints and writes."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --rounds=5; got {argv[1:]}.')
+  records.check_only_flags(argv)
   if records.SHOW.value:
     record = records.read(records.SHOW.value)
     print(render(record['update'], record['step']))

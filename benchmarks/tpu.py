@@ -93,8 +93,7 @@ def measure(case: tpu_cases.Case) -> dict[str, Any]:
 
 def main(argv):
   """Compiles, prints and writes."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Flags only, such as --only=update; got {argv[1:]}.')
+  records.check_only_flags(argv)
   if records.SHOW.value:
     found = records.read(records.SHOW.value)['cases']
     print(tpu_tables.render(found))

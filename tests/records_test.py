@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+from absl import app
 import jax
 import pytest
 
@@ -26,6 +27,12 @@ def test_record_is_read_back(tmp_path):
   assert record == results
   assert '\n{"γ": 0.1},\n{"γ": 0.2}\n' in path.read_text()
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_arguments_that_are_no_flags_are_refused():
+  records.check_only_flags(['gamma.py'])
+  with pytest.raises(app.UsageError, match=r"as --output=f; got \['gamma'\]"):
+    records.check_only_flags(['gamma.py', 'gamma'])
 
 
 @pytest.mark.slow
