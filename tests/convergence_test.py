@@ -333,11 +333,12 @@ def test_plots(tmp_path):
     for name in protocol.TASKS['language_4800'].peers
   }
   np.testing.assert_allclose(
-    lines['Sophia-G'],
-    [(protocol.TASKS[t].tokens, -0.05) for t in protocol.LENGTHS],
+    lines['Sophia-G'],  # The longest runs have the settings to copy only.
+    [(protocol.TASKS[t].tokens, -0.05) for t in protocol.LENGTHS[:2]],
   )
-  assert len(lines['Signum']) == 2  # Not in the longest runs.
-  np.testing.assert_allclose(lines['AdamW'][:, 1], 0)
+  np.testing.assert_allclose(
+    lines['AdamW'], [(protocol.TASKS[t].tokens, 0) for t in protocol.LENGTHS]
+  )
 
   fig.savefig(tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').stat().st_size > 10_000
