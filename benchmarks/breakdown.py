@@ -36,11 +36,12 @@ _ROWS = (
   ('NAdamW', 'nadamw', {}),
   ('Sophia-H, settings to copy', 'copied_h', {}),
   ('Sophia-G, settings to copy', 'copied_g', {}),
-  ('Sophia-G, warm-up of 1/4', 'copied_g', {'warmup': 0.25}),
+  ('AdamW, warm-up of a tenth', 'adamw', {'warmup': 0.1}),
+  ('Sophia-G, warm-up of a tenth', 'copied_g', {'warmup': 0.1}),
   (
-    'Sophia-G, warm-up of 1/4, `b1=0.8`',
+    'Sophia-G, `max_update_rms=0.3` in place of `adam_b2`',
     'copied_g',
-    {'warmup': 0.25, 'b1': 0.8},
+    {'adam_b2': None, 'cap': 0.3},
   ),
 )
 

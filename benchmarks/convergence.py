@@ -65,7 +65,7 @@ def _gamma(s):
     cosine = (1 + jnp.cos(jnp.pi * progress)) / 2
     return s['gamma'] * (s['gamma_end'] + (1 - s['gamma_end']) * cosine)
 
-  return s['gamma'] if 'target_win_rate' in s else schedule
+  return schedule if 'gamma_end' in s else s['gamma']
 
 
 def _scale_by_sophia(s, estimator):
@@ -80,8 +80,9 @@ def _scale_by_sophia(s, estimator):
       bias_correction=s.get('bias_correction', True),
       nesterov=s['nesterov'],
       nu_bias_correction=s['nu_bias_correction'],
+      adam_b2=s.get('adam_b2'),
     ),
-    optax.clip_by_block_rms(s['cap']),
+    optax.clip_by_block_rms(s.get('cap', np.inf)),
   )
 
 
@@ -258,9 +259,9 @@ def train(
   spec = protocol.TASKS[task]
   switches = tuple((k, v) for k, v in settings.items() if isinstance(v, bool))
   numbers = {
-    name: jnp.float32(np.inf if x is None else x)
+    name: jnp.float32(x)
     for name, x in settings.items()
-    if not isinstance(x, bool)
+    if not isinstance(x, bool | None)
   } | {'steps': jnp.float32(spec.steps)}
   init_params, init, advance, validate, validate_all = _programs(
     spec.problem, optimizer, switches

@@ -35,7 +35,6 @@ _STYLES = {
     'linestyle': ':',
     'markerfacecolor': 'white',
   },
-  'steered': {'color': '#999999', 'linestyle': '-', 'markerfacecolor': 'white'},
   'lion': {'color': '#009E73', 'linestyle': '-.'},
   'signum': {'color': '#E69F00', 'linestyle': '-.'},
   'contrib': {'color': '#56B4E9', 'linestyle': ':'},

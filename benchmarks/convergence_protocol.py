@@ -15,10 +15,10 @@ It is the same for every optimizer:
 3. Report. The best of a task is run with three seeds that had no part in the
    search; a seed decides parameters, batches and probes.
 
-Three have no search (UNTUNED): the settings to copy of docs/choosing.md, which
-follow from AdamW's best learning rate and weight decay in that task, for
-Sophia-G and Sophia-H; and those for Sophia-G with γ steered to a win rate of
-0.3. Variants of the best settings differ in one thing.
+Two have no search (UNTUNED): Sophia-G and Sophia-H with the settings to copy of
+docs/choosing.md, which follow from AdamW's best settings in that task. In the
+shortest language task other learning rates are run too, which shows how much
+the loss depends on them. Variants differ in one thing.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _NUM_FINALISTS = 3
 _CAP = 0.3
 
 
-UNTUNED = 'copied_g', 'copied_h', 'steered'
+UNTUNED = 'copied_g', 'copied_h'
 _PEERS = (
   'adamw',
   'nadamw',
@@ -105,6 +105,7 @@ TASKS = {  # in the order in which they are run
     rate=1,
     peers=_FEW,
   ),
+  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
   'language_19200': Task(
     f'{_SMALL}, 19,200 steps',
     'language',
@@ -114,7 +115,6 @@ TASKS = {  # in the order in which they are run
     carried=1,
     peers=_LONG,
   ),
-  'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
     'language_1m',
@@ -187,41 +187,25 @@ SPACES = {
 }
 _SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
 # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
-_COPIED = _SOPHIA_FIXED | {
-  'warmup': 0.25,
-  'b1': 0.9,
-  'b2': 0.95,
-  'cap': _CAP,
-  'gamma_end': 0.1,
-}
-# `eps` and `bias_correction` are what `sophia_g` has, as in PyTorch.
-_COPIED_G = _COPIED | {
-  'warmup': 0.375,
-  'gamma': 0.1,
-  'eps': 1e-15,
-  'bias_correction': False,
-}
+_COPIED = _SOPHIA_FIXED | {'b1': 0.9, 'b2': 0.95, 'target_win_rate': 0.3}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,
-  'copied_g': _COPIED_G,
+  # `eps` and `bias_correction` are what `sophia_g` has, as in PyTorch.
+  'copied_g': _COPIED | {'gamma': 0.1, 'eps': 1e-15, 'bias_correction': False},
   'copied_h': _COPIED | {'gamma': 0.05},
-  'steered': _COPIED_G | {'target_win_rate': 0.3},
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
 VARIANTS = {
-  'without Nesterov momentum': lambda s: {'nesterov': False},
-  'without bias correction of h': lambda s: {'nu_bias_correction': False},
-  'cap the other way': lambda s: (
-    {'cap': None, 'learning_rate': _CAP * s['learning_rate']}
-    if s['cap']
-    else {'cap': _CAP, 'learning_rate': s['learning_rate'] / _CAP}
-  ),
-  'a tenth of the steps for warm-up': lambda s: {'warmup': 0.1},
-  'γ the other way': lambda s: {'gamma_end': 0.1 if s['gamma_end'] == 1 else 1},
+  'without Nesterov momentum': {'nesterov': False},
+  'without bias correction of h': {'nu_bias_correction': False},
+  'γ not adapted': {'target_win_rate': None},
+  'without the limit': {'adam_b2': None},
+  'a constant limit': {'adam_b2': None, 'cap': _CAP},
+  'warm-up of a tenth': {'warmup': 0.1},
 }
-VARIED = {'language_1200': ('sophia_g', 'sophia_h', 'copied_g')}
+VARIED = {'language_1200': UNTUNED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +251,10 @@ def settings(case: Case) -> dict:
     drawn['learning_rate'] *= _CAP
   drawn['learning_rate'] *= RATES.get(case.task, 1.0) * 2 ** (case.rate / 2)
   if case.optimizer in UNTUNED:
-    drawn = {name: drawn[name] for name in ('learning_rate', 'weight_decay')}
+    drawn['adam_b2'] = drawn['b2']
   drawn |= _FIXED.get(case.optimizer, {})
   if case.variant:
-    drawn |= VARIANTS[case.variant](drawn)
+    drawn |= VARIANTS[case.variant]
   return {
     name: float(f'{x:.3g}') if isinstance(x, float) else x
     for name, x in drawn.items()
@@ -323,9 +307,35 @@ def search(
     the search is complete, else None.
   """
   spec = TASKS[task]
+  key = functools.partial(score, losses=losses)
+
+  def sweep(start):  # cases with other learning rates, and the best of them
+    swept = [
+      c
+      for c in losses
+      if c.trial == start.trial
+      and dataclasses.replace(c, rate=start.rate) == start
+      and key(c) is not None
+    ]
+    lowest = min(swept, key=key, default=start)
+    cases = twins(start)
+    for direction in -1, 1:
+      for distance in range(1, 13):
+        case = dataclasses.replace(
+          lowest, rate=lowest.rate + direction * distance
+        )
+        cases += twins(case)
+        if key(case) is None or key(case) > key(lowest) + spec.margin:
+          break
+    cases += [twin for case in swept for twin in twins(case)]
+    return cases, lowest
+
   if optimizer in UNTUNED:
     _, best = search(task, 'adamw', losses, num_trials)
-    return [], best and dataclasses.replace(best, optimizer=optimizer)
+    if best is None:
+      return [], None
+    best = dataclasses.replace(best, optimizer=optimizer)
+    return sweep(best)[0] if spec.margin else [], best
   if spec.parent is None:
     cases = [Case(task, optimizer, trial) for trial in range(num_trials)]
   else:
@@ -352,33 +362,17 @@ def search(
   )
   if any(case not in losses for case in cases):
     return cases, None
-  key = functools.partial(score, losses=losses)
   best = min(finalists, key=key)
   if spec.margin is None:
     return cases, best
-  swept = [
-    c
-    for c in losses
-    if c.trial == best.trial
-    and dataclasses.replace(c, rate=best.rate) == best
-    and key(c) is not None
-  ]
-  best = min(swept, key=key)
-  for direction in -1, 1:
-    for distance in range(1, 13):
-      case = dataclasses.replace(best, rate=best.rate + direction * distance)
-      cases += twins(case)
-      if key(case) is None or key(case) > key(best) + spec.margin:
-        break
-  cases += [twin for case in swept for twin in twins(case)]
-  cases = list(dict.fromkeys(cases))
+  more, best = sweep(best)
+  cases = list(dict.fromkeys(cases + more))
   return cases, best if all(c in losses for c in cases) else None
 
 
 def plan(results: list[dict], num_trials: int = NUM_TRIALS) -> Iterator[Case]:
   """Yields all needed cases, finished or not, in the order to run them."""
   losses = {case_of(r): r['loss'] for r in results}
-  varied = []
   for task, spec in TASKS.items():
     searches = {o: search(task, o, losses, num_trials) for o in spec.peers}
     # Takes the optimizers in turn.
@@ -387,9 +381,7 @@ def plan(results: list[dict], num_trials: int = NUM_TRIALS) -> Iterator[Case]:
     ):
       yield from filter(None, row)
     best = [case for _, case in searches.values() if case]
-    for seed in SEEDS:
-      for case in best:
-        yield dataclasses.replace(case, seed=seed)
-    varied += [c for c in best if c.optimizer in VARIED.get(task, ())]
-  for seed, case, variant in itertools.product(SEEDS, varied, VARIANTS):
-    yield dataclasses.replace(case, seed=seed, variant=variant)
+    varied = [c for c in best if c.optimizer in VARIED.get(task, ())]
+    for seed, variant in itertools.product(SEEDS, ('', *VARIANTS)):
+      for case in varied if variant else best:
+        yield dataclasses.replace(case, seed=seed, variant=variant)

@@ -26,7 +26,6 @@ LABELS = {  # in the order of rows and lines
   'sophia_h': 'Sophia-H',
   'copied_g': 'Sophia-G, settings to copy',
   'copied_h': 'Sophia-H, settings to copy',
-  'steered': 'Sophia-G, γ adapted',
   'lion': 'Lion',
   'signum': 'Signum',
   'contrib': 'optax.contrib.sophia',
@@ -137,7 +136,11 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
   rows = {}
   for name in LABELS:
     of_name = [r for r in of_task if r['optimizer'] == name]
-    searched = [r for r in of_name if r['seed'] == 0 and not r['variant']]
+    searched = [
+      r
+      for r in of_name
+      if r['seed'] == 0 and not r['variant'] and name not in protocol.UNTUNED
+    ]
     if not of_name:
       continue
     best = None

@@ -55,34 +55,24 @@ def on_first_sequences(size, num_parts, estimator):
   return optax.GradientTransformationExtraArgs(estimator.init, update)
 
 
-def make_gamma(config):
-  """Returns a schedule of γ: constant in the first half, then a cosine."""
-  half = config.num_steps // 2
-  return optax.join_schedules(
-    [
-      optax.constant_schedule(config.gamma),
-      optax.cosine_decay_schedule(
-        config.gamma, config.num_steps - half, alpha=config.final_gamma
-      ),
-    ],
-    [half],
-  )
-
-
-def make_optimizer(config):
-  """Returns the optimizer with clipping, warm-up, cosine and masked decay."""
-  learning_rate = optax.warmup_cosine_decay_schedule(
+def make_schedule(config):
+  """Returns a learning rate with linear warm-up and a cosine."""
+  return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
     warmup_steps=config.warmup_steps,
     decay_steps=config.num_steps,
     end_value=config.learning_rate * config.final_learning_rate,
   )
+
+
+def make_optimizer(config):
+  """Returns the optimizer with clipping, schedule and masked decay."""
   part = functools.partial(
     on_first_sequences, config.curvature_batch_size, config.curvature_parts
   )
   common = {
-    'learning_rate': learning_rate,
+    'learning_rate': make_schedule(config),
     'b1': config.b1,
     'b2': config.b2,
     'weight_decay': config.weight_decay,
@@ -93,14 +83,14 @@ def make_optimizer(config):
     'target_win_rate': config.target_win_rate or None,
     'nesterov': config.nesterov,
     'nu_bias_correction': config.nu_bias_correction,
-    'max_update_rms': config.max_update_rms or None,
+    'adam_b2': config.adam_b2 or None,
   }
   if config.optimizer == 'sophia_h':
     estimator = sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
     optimizer = sophia_optax.sophia(
       **sophia,
       eps=config.eps,
-      gamma=make_gamma(config),
+      gamma=config.gamma,
       hessian_diagonal_fn=part(estimator),
     )
   elif config.optimizer == 'sophia_g':
@@ -109,7 +99,7 @@ def make_optimizer(config):
       num_chunks=config.head_chunks if config.head_chunks > 1 else None,
     )
     optimizer = sophia_optax.sophia_g(
-      **sophia, rho=make_gamma(config), hessian_diagonal_fn=part(estimator)
+      **sophia, rho=config.gamma, hessian_diagonal_fn=part(estimator)
     )
   elif config.optimizer == 'lion':
     optimizer = optax.lion(**common, mask=gpt.decay_mask)

@@ -34,6 +34,7 @@ def sophia(
   bias_correction: bool = True,
   nu_bias_correction: bool = False,
   nesterov: bool = False,
+  adam_b2: jax.typing.ArrayLike | None = None,
   max_update_rms: jax.typing.ArrayLike | None = None,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
@@ -89,12 +90,16 @@ def sophia(
     bias_correction: Whether to correct m for its initialization at zero.
     nu_bias_correction: Whether to correct h for its initialization at zero.
     nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw`.
-    max_update_rms: Limit on the root mean square (RMS) of the update of each
-      parameter array, greater than 0. A larger update is scaled down, before
-      weight decay and learning rate; see :func:`optax.clip_by_block_rms`.
-      AdamW's updates have an RMS of about 0.3, so with 0.3 you can keep its
-      learning rate. If ``shard_map`` divides an array, each shard is scaled
-      separately. None means no limit.
+    adam_b2: Decay rate in [0, 1) of a second moment of the gradient, one number
+      for each parameter array. The root mean square (RMS) of each array's
+      update is limited to that of Adam's update with this second moment, see
+      :func:`sophia_optax.scale_by_sophia`. So you can keep AdamW's learning
+      rate and warm-up. None means no limit.
+    max_update_rms: Limit on the RMS of the update of each parameter array,
+      greater than 0. A larger update is scaled down, before weight decay and
+      learning rate; see :func:`optax.clip_by_block_rms`. AdamW's updates have
+      an RMS of about 0.3. If ``shard_map`` divides an array, each shard is
+      scaled separately. None means no limit.
     refresh_before_update: Whether a refresh comes before the update of its
       step, as in Algorithm 3 of the paper. By default it comes after it.
     target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
@@ -156,6 +161,7 @@ def sophia(
     bias_correction=bias_correction,
     nu_bias_correction=nu_bias_correction,
     nesterov=nesterov,
+    adam_b2=adam_b2,
     refresh_before_update=refresh_before_update,
     target_win_rate=target_win_rate,
     diagnostics=diagnostics,
@@ -202,6 +208,7 @@ def sophia_g(
   nu_dtype: Any | None = None,
   nu_bias_correction: bool = False,
   nesterov: bool = False,
+  adam_b2: jax.typing.ArrayLike | None = None,
   max_update_rms: jax.typing.ArrayLike | None = None,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
@@ -250,6 +257,8 @@ def sophia_g(
     nu_bias_correction: Whether to correct h for its initialization at zero.
     nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw` but
       without bias correction.
+    adam_b2: Decay rate of a second moment that limits the update of each
+      parameter array, see :func:`sophia_optax.sophia`. None means no limit.
     max_update_rms: Limit on the root mean square of the update of each
       parameter array, see :func:`sophia_optax.sophia`. None means no limit.
     refresh_before_update: Whether a refresh comes before the update of its
@@ -314,6 +323,7 @@ def sophia_g(
     bias_correction=False,
     nu_bias_correction=nu_bias_correction,
     nesterov=nesterov,
+    adam_b2=adam_b2,
     max_update_rms=max_update_rms,
     refresh_before_update=refresh_before_update,
     target_win_rate=target_win_rate,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sophia_optax import _adam_limit
 from sophia_optax import _checks
 from sophia_optax import _coordinates
 from sophia_optax import _estimator
@@ -51,6 +52,9 @@ class SophiaState(NamedTuple):
     by_leaf: Win rate and negative fraction of each parameter array, in the
       order of ``jax.tree.leaves``, shape (number of arrays, 2), float32. None
       without ``diagnostics``.
+    mean_squares: EMA of the mean square of the gradient of each parameter
+      array, in the order of ``jax.tree.leaves``, shape (number of arrays,),
+      float32. None without ``adam_b2``.
   """
 
   count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
@@ -63,6 +67,7 @@ class SophiaState(NamedTuple):
   gamma_factor: jax.Array | None = None
   negative_fraction: jax.Array | None = None
   by_leaf: jax.Array | None = None
+  mean_squares: jax.Array | None = None
 
 
 def scale_by_sophia(
@@ -83,6 +88,7 @@ def scale_by_sophia(
   bias_correction: bool = True,
   nu_bias_correction: bool = False,
   nesterov: bool = False,
+  adam_b2: jax.typing.ArrayLike | None = None,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -119,6 +125,19 @@ def scale_by_sophia(
   therefore adjusted so that the overall win rate reaches ``target_win_rate``.
   The adjusted target stays between 0.1 and 0.9. Read the factor with
   ``optax.tree.get(state, 'gamma_factor')``. It stays between 1e-10 and 1e10.
+
+  With ``adam_b2``, each array's update is scaled down if its root mean square
+  (RMS) is larger than that of Adam's update with one second moment for each
+  array, as in Adam-mini:
+
+  .. math::
+    u_t \leftarrow u_t \min\left(1, \frac{\mathrm{RMS}(\hat m_t)}
+    {\sqrt{\hat v_t} \, \mathrm{RMS}(u_t)} \right), \qquad
+    v_t = \beta v_{t-1} + (1 - \beta) \, \mathrm{mean}(g_t^2), \quad
+    \hat v_t = v_t / (1 - \beta^t)
+
+  So AdamW's learning rate and warm-up suit Sophia, too. The m̂ of this limit is
+  corrected whether or not ``bias_correction`` is set.
 
   If gradients and ``obj_fn`` are those of s times the loss, which prevents
   underflow in half precision, pass ``loss_scale=s`` to ``update``. It divides
@@ -167,6 +186,8 @@ def scale_by_sophia(
       :func:`optax.nadamw`: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
       (1 - \beta_1) g_t / (1 - \beta_1^t)` replaces :math:`\hat m_t`. Without
       ``bias_correction`` neither term is divided.
+    adam_b2: Decay rate β of the second moment in the limit on each array's
+      update, in [0, 1). AdamW's b2 is a good value. None means no limit.
     refresh_before_update: Whether a refresh comes before the update of its
       step, as in Algorithm 3 of the paper. By default it comes after it.
     target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
@@ -206,10 +227,19 @@ def scale_by_sophia(
     Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 3
+
+    Agarwal et al., `Disentangling Adaptive Gradient Methods from Learning Rates
+    <https://arxiv.org/abs/2002.11803>`_, 2020, for updates with the size of
+    another optimizer's
+
+    Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More
+    <https://arxiv.org/abs/2406.16793>`_, 2024
   """
   _checks.decay('b1', b1)
   _checks.decay('b2', b2)
   _checks.positive('eps', eps)
+  if adam_b2 is not None:
+    _checks.decay('adam_b2', adam_b2)
   _checks.number_or_schedule('gamma', gamma, at_least=0)
   if clip_threshold is not None:
     _checks.positive('clip_threshold', clip_threshold)
@@ -243,13 +273,9 @@ def scale_by_sophia(
       gamma_t = jnp.asarray(gamma_t, jnp.float32) / correction
     return gamma_t
 
-  def momentum_of(state, grads):
+  def momentum_of(state, grads, is_corrected=bias_correction):
     def corrected(tree, count):
-      if not bias_correction:
-        return tree
-      decay = jnp.asarray(b1, float)
-      count = count.astype(decay.dtype)
-      return optax.tree.bias_correction(tree, decay, count)
+      return _bias_corrected(tree, b1, count) if is_corrected else tree
 
     if not nesterov:
       return corrected(state.mu, state.count)
@@ -272,6 +298,14 @@ def scale_by_sophia(
       return ratio
     c = _cast(clip_threshold, ratio)
     return jnp.clip(ratio, -c, c)
+
+  def limited(updates, old, grads, params):
+    momentum = momentum_of(old, grads, is_corrected=True)
+    squares = _adam_limit.mean_squares(params, momentum, old.count)
+    second_moment = _bias_corrected(old.mean_squares, adam_b2, old.count)
+    tiny = jnp.finfo(jnp.float32).tiny
+    limits = jnp.sqrt(squares / jnp.maximum(second_moment, tiny))
+    return _adam_limit.scale_down(params, updates, limits, old.count)
 
   def wins(ratio):
     if clip_threshold is None:
@@ -331,6 +365,7 @@ def scale_by_sophia(
       ),
       negative_fraction=number(jnp.float32) if diagnostics else None,
       by_leaf=jnp.zeros((size, 2), jnp.float32) if diagnostics else None,
+      mean_squares=None if adam_b2 is None else jnp.zeros(size, jnp.float32),
     )
 
   def update_fn(
@@ -362,6 +397,9 @@ def scale_by_sophia(
       mu=averaged_gradient(),
       nu=_coordinates.split(params, state.nu),
     )
+    if adam_b2 is not None:
+      squares = _adam_limit.mean_squares(params, grads, state.count)
+      old = old._replace(mean_squares=_ema(adam_b2, squares, old.mean_squares))
 
     if refresh is None:
       refresh = state.count % _as_int(update_interval) == 0
@@ -405,7 +443,10 @@ def scale_by_sophia(
     ratios = ratios_of(new if refresh_before_update else old, grads)
     if verbose:
       _print_every(_as_int(print_interval), old.count, wins, ratios)
-    updates = _coordinates.join(updates, jax.tree.map(clip, ratios))
+    clipped = jax.tree.map(clip, ratios)
+    if adam_b2 is not None:
+      clipped = limited(clipped, old, grads, params)
+    updates = _coordinates.join(updates, clipped)
     mu = _coordinates.join(state.mu, new.mu)
     return updates, new._replace(mu=mu, nu=_coordinates.join(state.nu, new.nu))
 
@@ -480,6 +521,12 @@ def _as_int(value):
   if hasattr(value, 'dtype'):
     return jnp.round(value).astype(jnp.int32)
   return value
+
+
+def _bias_corrected(tree, decay, count):
+  """Divides by 1 - decay^count. The decay may be an array of any dtype."""
+  decay = jnp.asarray(decay, float)
+  return optax.tree.bias_correction(tree, decay, count.astype(decay.dtype))
 
 
 def _ema(decay, new, old):

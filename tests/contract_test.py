@@ -99,9 +99,16 @@ ROWS = {
       ),
       rho=1e-3,
       weight_decay=0.0,
+      adam_b2=0.95,
     ),
     lambda loss_fn: {},
-    {'b1': 0.9, 'b2': 0.95, 'rho': 0.05, 'weight_decay': 1e-3},
+    {
+      'b1': 0.9,
+      'b2': 0.95,
+      'rho': 0.05,
+      'weight_decay': 1e-3,
+      'adam_b2': 0.9,
+    },
   ),
 }
 

@@ -332,7 +332,7 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
       batch_size=32,
       micro_batch_size=16,
       curvature_batch_size=16,
-      max_update_rms=0.0,  # It sends one number for each array.
+      adam_b2=0.0,  # It sends one number for each array.
     )
     mesh = sharding.make_mesh(config.mesh)
     program = gpt_program.make_program(config, mesh)
@@ -585,10 +585,11 @@ def test_demo_has_the_settings_of_the_documentation():
     _config(optimizer='adamw', batch_size=16, num_steps=8), 'sophia_g'
   )
   ours = gpt_program.make_optimizer(config)
+  schedule = gpt_program.make_schedule(config)
   theirs = optax.chain(
     optax.clip_by_global_norm(1.0),
     names['sophia_like_adamw'](
-      config.learning_rate, config.num_steps, decay_mask=gpt.decay_mask
+      schedule, adam_b2=config.adam_b2, weight_decay_mask=gpt.decay_mask
     ),
   )
   fns = gpt_program.make_fns(config, gpt_program.make_model(config))
