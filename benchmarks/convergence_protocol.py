@@ -187,13 +187,22 @@ SPACES = {
 }
 _SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
 # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
-_COPIED = _SOPHIA_FIXED | {'b1': 0.9, 'b2': 0.95, 'target_win_rate': 0.3}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,
-  # `eps` and `bias_correction` are what `sophia_g` has, as in PyTorch.
-  'copied_g': _COPIED | {'gamma': 0.1, 'eps': 1e-15, 'bias_correction': False},
-  'copied_h': _COPIED | {'gamma': 0.05},
+  # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
+  'copied_g': _SOPHIA_FIXED
+  | {
+    'b1': 0.9,
+    'b2': 0.8,
+    'gamma': 0.1,
+    'target_win_rate': 0.3,
+    'parts': 8,
+    # What `sophia_g` has, as in PyTorch.
+    'eps': 1e-15,
+    'bias_correction': False,
+  },
+  'copied_h': _SOPHIA_FIXED | {'b1': 0.9, 'b2': 0.95, 'gamma': 0.05},
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
@@ -203,9 +212,10 @@ VARIANTS = {
   'γ not adapted': {'target_win_rate': None},
   'without the limit': {'adam_b2': None},
   'a constant limit': {'adam_b2': None, 'cap': _CAP},
+  'b2 = 0.95': {'b2': 0.95},
   'warm-up of a tenth': {'warmup': 0.1},
 }
-VARIED = {'language_1200': UNTUNED}
+VARIED = {'language_1200': ('copied_g',)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,8 +147,8 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Derives settings for Sophia from settings for AdamW.
 
   This is the rule in docs/choosing.md: keep AdamW's schedule and weight decay,
-  limit updates to the size of AdamW's, let γ adapt, and estimate the curvature
-  on a quarter of the batch every tenth step.
+  limit updates to the size of AdamW's, let γ adapt (Sophia-G), and estimate the
+  curvature on a quarter of the batch every tenth step.
 
   Args:
     adamw: AdamW's settings.
@@ -159,15 +159,15 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
     adamw,
     optimizer=optimizer,
     b1=0.9,
-    b2=0.95,
+    b2=0.8 if is_g else 0.95,
     gamma=0.1 if is_g else 0.05,
-    target_win_rate=0.3,
+    target_win_rate=0.3 if is_g else 0.0,
     adam_b2=adamw.b2,
     nesterov=True,
     nu_bias_correction=True,
     update_interval=10,
     curvature_batch_size=adamw.batch_size // 4,
-    curvature_parts=4 if is_g else 1,
+    curvature_parts=math.gcd(8, adamw.batch_size // 4) if is_g else 1,
   )
 
 

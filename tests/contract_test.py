@@ -102,13 +102,7 @@ ROWS = {
       adam_b2=0.95,
     ),
     lambda loss_fn: {},
-    {
-      'b1': 0.9,
-      'b2': 0.95,
-      'rho': 0.05,
-      'weight_decay': 1e-3,
-      'adam_b2': 0.9,
-    },
+    {'b1': 0.9, 'b2': 0.95, 'rho': 0.05, 'weight_decay': 1e-3, 'adam_b2': 0.9},
   ),
 }
 

@@ -99,11 +99,19 @@ def test_settings_to_copy_are_those_of_the_examples(name):
     'b1': expected.b1,
     'b2': expected.b2,
     'gamma': expected.gamma,
-    'target_win_rate': expected.target_win_rate,
     'adam_b2': expected.adam_b2,
     'nesterov': expected.nesterov,
     'nu_bias_correction': expected.nu_bias_correction,
-  } | ({'eps': 1e-15, 'bias_correction': False} if name == 'copied_g' else {})
+  } | (
+    {
+      'target_win_rate': expected.target_win_rate,
+      'parts': expected.curvature_parts,
+      'eps': 1e-15,
+      'bias_correction': False,
+    }
+    if name == 'copied_g'
+    else {}
+  )
 
 
 def fake_run(case):
@@ -400,7 +408,7 @@ def test_every_optimizer_runs(optimizer):
   assert result['curve'][-1] == pytest.approx(result['loss'])
   sophia = ('sophia_g', 'sophia_h', *protocol.UNTUNED)
   assert ('win_rate' in result) == (optimizer in sophia)
-  assert ('gamma' in result) == (optimizer in protocol.UNTUNED)
+  assert ('gamma' in result) == (optimizer == 'copied_g')
   json.dumps(result)
 
 

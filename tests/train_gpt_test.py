@@ -582,7 +582,7 @@ def test_demo_has_the_settings_of_the_documentation():
     if example.source.startswith(('import', 'def sophia_like_adamw')):
       exec(example.source, names)
   config = gpt_configs.sophia_like(
-    _config(optimizer='adamw', batch_size=16, num_steps=8), 'sophia_g'
+    _config(optimizer='adamw', batch_size=32, num_steps=8), 'sophia_g'
   )
   ours = gpt_program.make_optimizer(config)
   schedule = gpt_program.make_schedule(config)
@@ -595,7 +595,7 @@ def test_demo_has_the_settings_of_the_documentation():
   fns = gpt_program.make_fns(config, gpt_program.make_model(config))
   init, _ = _setup(config)
   params = jax.jit(init)().params
-  batches = np.random.default_rng(0).integers(0, 64, (8, 16, 9), np.int32)
+  batches = np.random.default_rng(0).integers(0, 64, (8, 32, 9), np.int32)
 
   def train(optimizer, batch_of):
     @jax.jit
@@ -616,7 +616,7 @@ def test_demo_has_the_settings_of_the_documentation():
   with jax.numpy_dtype_promotion('standard'):  # optax's clipping needs it.
     chex.assert_trees_all_close(
       train(ours, lambda batch: batch[None]),
-      train(theirs, lambda batch: batch[:4]),
+      train(theirs, lambda batch: batch[:8]),
       rtol=1e-5,
     )
 
