@@ -175,6 +175,9 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     'sophia, H, refresh first': sophia(
       1e-3, hessian_diagonal_fn=h, refresh_before_update=True
     ),
+    'sophia, G, adam_b2': sophia(
+      1e-3, hessian_diagonal_fn=g, nesterov=True, adam_b2=0.95
+    ),
     'H alone': h,
     'G alone': g,
   }
