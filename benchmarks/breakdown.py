@@ -36,7 +36,6 @@ _ROWS = (
   ('NAdamW', 'nadamw', {}),
   ('Sophia-H, settings to copy', 'copied_h', {}),
   ('Sophia-G, settings to copy', 'copied_g', {}),
-  ('AdamW, warm-up of a tenth', 'adamw', {'warmup': 0.1}),
   ('Sophia-G, warm-up of a tenth', 'copied_g', {'warmup': 0.1}),
   (
     'Sophia-G, `max_update_rms=0.3` in place of `adam_b2`',

@@ -194,7 +194,7 @@ _FIXED = {
   'copied_g': _SOPHIA_FIXED
   | {
     'b1': 0.9,
-    'b2': 0.8,
+    'b2': 0.95,
     'gamma': 0.1,
     'target_win_rate': 0.3,
     'parts': 8,
@@ -212,7 +212,7 @@ VARIANTS = {
   'γ not adapted': {'target_win_rate': None},
   'without the limit': {'adam_b2': None},
   'a constant limit': {'adam_b2': None, 'cap': _CAP},
-  'b2 = 0.95': {'b2': 0.95},
+  'b2 = 0.8': {'b2': 0.8},
   'warm-up of a tenth': {'warmup': 0.1},
 }
 VARIED = {'language_1200': ('copied_g',)}

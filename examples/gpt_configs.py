@@ -159,7 +159,7 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
     adamw,
     optimizer=optimizer,
     b1=0.9,
-    b2=0.8 if is_g else 0.95,
+    b2=0.95,
     gamma=0.1 if is_g else 0.05,
     target_win_rate=0.3 if is_g else 0.0,
     adam_b2=adamw.b2,
