@@ -202,7 +202,15 @@ _FIXED = {
     'eps': 1e-15,
     'bias_correction': False,
   },
-  'copied_h': _SOPHIA_FIXED | {'b1': 0.9, 'b2': 0.95, 'gamma': 0.05},
+  'copied_h': _SOPHIA_FIXED
+  | {
+    'warmup': 0.25,
+    'b1': 0.9,
+    'b2': 0.95,
+    'cap': _CAP,
+    'gamma_end': 0.1,
+    'gamma': 0.05,
+  },
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
@@ -261,7 +269,10 @@ def settings(case: Case) -> dict:
     drawn['learning_rate'] *= _CAP
   drawn['learning_rate'] *= RATES.get(case.task, 1.0) * 2 ** (case.rate / 2)
   if case.optimizer in UNTUNED:
-    drawn['adam_b2'] = drawn['b2']
+    of_adamw = drawn
+    drawn = {name: drawn[name] for name in ('learning_rate', 'weight_decay')}
+    if case.optimizer == 'copied_g':
+      drawn |= {'warmup': of_adamw['warmup'], 'adam_b2': of_adamw['b2']}
   drawn |= _FIXED.get(case.optimizer, {})
   if case.variant:
     drawn |= VARIANTS[case.variant]

@@ -50,13 +50,18 @@ class Config:
   weight_decay: float = 0.1  # for matrices only
   clip_norm: float = 1.0  # limit on the global norm of the gradient
   gamma: float = 0.01  # Sophia: scale of the curvature; rho of Sophia-G
+  # At the end, relative to gamma, which decays by a cosine over the second
+  # half.
+  final_gamma: float = 1.0
   target_win_rate: float = 0.0  # Sophia: gamma is adjusted to reach it; 0: off
   update_interval: int = 10  # Sophia: steps between curvature estimates
   curvature_batch_size: int = 32  # Sophia: sequences for each refresh
   curvature_parts: int = 1  # Sophia: estimates per refresh, each on its part
   nesterov: bool = False  # Sophia: Nesterov momentum
   nu_bias_correction: bool = False  # Sophia: bias correction of h
-  # Sophia: b2 of the Adam whose size limits each array's update; 0: no limit.
+  # Sophia: limits on the root mean square of each array's update: a number, and
+  # the size of Adam's update with this b2. 0: no limit.
+  max_update_rms: float = 0.0
   adam_b2: float = 0.0
 
   # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'. '': one
@@ -146,28 +151,36 @@ class Config:
 def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Derives settings for Sophia from settings for AdamW.
 
-  This is the rule in docs/choosing.md: keep AdamW's schedule and weight decay,
-  limit updates to the size of AdamW's, let γ adapt (Sophia-G), and estimate the
-  curvature on a quarter of the batch every tenth step.
+  This is the rule in docs/choosing.md.
 
   Args:
     adamw: AdamW's settings.
     optimizer: 'sophia_h' or 'sophia_g'.
   """
-  is_g = optimizer == 'sophia_g'
+  if optimizer == 'sophia_g':
+    changes = {
+      'gamma': 0.1,
+      'target_win_rate': 0.3,
+      'adam_b2': adamw.b2,
+      'curvature_parts': math.gcd(8, adamw.batch_size // 4),
+    }
+  else:
+    changes = {
+      'warmup_steps': adamw.num_steps // 4,
+      'gamma': 0.05,
+      'final_gamma': 0.1,
+      'max_update_rms': 0.3,
+    }
   return dataclasses.replace(
     adamw,
     optimizer=optimizer,
     b1=0.9,
     b2=0.95,
-    gamma=0.1 if is_g else 0.05,
-    target_win_rate=0.3 if is_g else 0.0,
-    adam_b2=adamw.b2,
     nesterov=True,
     nu_bias_correction=True,
     update_interval=10,
     curvature_batch_size=adamw.batch_size // 4,
-    curvature_parts=math.gcd(8, adamw.batch_size // 4) if is_g else 1,
+    **changes,
   )
 
 

@@ -55,6 +55,20 @@ def on_first_sequences(size, num_parts, estimator):
   return optax.GradientTransformationExtraArgs(estimator.init, update)
 
 
+def make_gamma(config):
+  """Returns a schedule of γ: constant in the first half, then a cosine."""
+  half = config.num_steps // 2
+  return optax.join_schedules(
+    [
+      optax.constant_schedule(config.gamma),
+      optax.cosine_decay_schedule(
+        config.gamma, config.num_steps - half, alpha=config.final_gamma
+      ),
+    ],
+    [half],
+  )
+
+
 def make_schedule(config):
   """Returns a learning rate with linear warm-up and a cosine."""
   return optax.warmup_cosine_decay_schedule(
@@ -83,6 +97,7 @@ def make_optimizer(config):
     'target_win_rate': config.target_win_rate or None,
     'nesterov': config.nesterov,
     'nu_bias_correction': config.nu_bias_correction,
+    'max_update_rms': config.max_update_rms or None,
     'adam_b2': config.adam_b2 or None,
   }
   if config.optimizer == 'sophia_h':
@@ -90,7 +105,7 @@ def make_optimizer(config):
     optimizer = sophia_optax.sophia(
       **sophia,
       eps=config.eps,
-      gamma=config.gamma,
+      gamma=make_gamma(config),
       hessian_diagonal_fn=part(estimator),
     )
   elif config.optimizer == 'sophia_g':
@@ -99,7 +114,7 @@ def make_optimizer(config):
       num_chunks=config.head_chunks if config.head_chunks > 1 else None,
     )
     optimizer = sophia_optax.sophia_g(
-      **sophia, rho=config.gamma, hessian_diagonal_fn=part(estimator)
+      **sophia, rho=make_gamma(config), hessian_diagonal_fn=part(estimator)
     )
   elif config.optimizer == 'lion':
     optimizer = optax.lion(**common, mask=gpt.decay_mask)

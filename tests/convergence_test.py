@@ -93,25 +93,29 @@ def test_settings_to_copy_are_those_of_the_examples(name):
   assert drawn.pop('warmup') == pytest.approx(
     expected.warmup_steps / 4800, abs=1e-3
   )
-  assert drawn == {
+  wanted = {
     'learning_rate': expected.learning_rate,
     'weight_decay': expected.weight_decay,
     'b1': expected.b1,
     'b2': expected.b2,
     'gamma': expected.gamma,
-    'adam_b2': expected.adam_b2,
     'nesterov': expected.nesterov,
     'nu_bias_correction': expected.nu_bias_correction,
-  } | (
-    {
+  }
+  if name == 'copied_g':
+    wanted |= {
       'target_win_rate': expected.target_win_rate,
+      'adam_b2': expected.adam_b2,
       'parts': expected.curvature_parts,
       'eps': 1e-15,
       'bias_correction': False,
     }
-    if name == 'copied_g'
-    else {}
-  )
+  else:
+    wanted |= {
+      'gamma_end': expected.final_gamma,
+      'cap': expected.max_update_rms,
+    }
+  assert drawn == wanted
 
 
 def fake_run(case):

@@ -332,7 +332,9 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
       batch_size=32,
       micro_batch_size=16,
       curvature_batch_size=16,
-      adam_b2=0.0,  # It sends one number for each array.
+      # They send numbers for each array.
+      max_update_rms=0.0,
+      adam_b2=0.0,
     )
     mesh = sharding.make_mesh(config.mesh)
     program = gpt_program.make_program(config, mesh)
