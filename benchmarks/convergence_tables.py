@@ -239,7 +239,7 @@ def _row(name, row, first, task):
     '–' if row['searched'] is None else f'{row["searched"]:{form}}',
     best,
     f'{width(row["rates"]):.1f}'
-    if protocol.TASKS[task].margin == _WITHIN and row['rates']
+    if protocol.TASKS[task].margin == _WITHIN and len(row['rates']) > 2
     else '–',
   ]
 
