@@ -187,13 +187,3 @@ def test_scale_of_the_loss_has_no_effect():
   chex.assert_trees_all_close(
     state.mean_squares, expected.mean_squares, rtol=1e-6
   )
-
-
-@pytest.mark.parametrize(
-  'factory', [sophia_optax.sophia, sophia_optax.sophia_g]
-)
-def test_decay_rate_is_checked(factory):
-  with pytest.raises(ValueError, match=r'adam_b2 must .* got 1\.0'):
-    factory(1e-3, adam_b2=1.0)
-  with pytest.raises(TypeError, match=r"adam_b2 must .* got '0.9'"):
-    factory(1e-3, adam_b2='0.9')

@@ -77,11 +77,14 @@ def test_estimator_arguments(kwargs, error, match):
 @pytest.mark.parametrize(
   'factory', [sophia_optax.sophia, sophia_optax.sophia_g]
 )
-def test_max_update_rms(factory):
-  with pytest.raises(ValueError, match=r'max_update_rms must .* got 0'):
-    factory(1e-3, max_update_rms=0)
-  with pytest.raises(TypeError, match=r"max_update_rms must .* got '0.3'"):
-    factory(1e-3, max_update_rms='0.3')
+@pytest.mark.parametrize(
+  ('name', 'wrong'), [('max_update_rms', 0), ('adam_b2', 1.0)]
+)
+def test_limits_of_the_size_of_an_update(factory, name, wrong):
+  with pytest.raises(ValueError, match=rf'{name} must .* got {wrong}'):
+    factory(1e-3, **{name: wrong})
+  with pytest.raises(TypeError, match=rf"{name} must .* got '0.3'"):
+    factory(1e-3, **{name: '0.3'})
 
 
 @pytest.mark.parametrize('seed', [1.5, 'seed'])
