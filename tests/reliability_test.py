@@ -36,7 +36,7 @@ PAGE = TESTS.parent / 'docs' / 'reliability.md'
 # Rows that are tested in other files.
 ELSEWHERE = {
   'ctrl_c_in_train_gpt_py': (
-    'train_gpt_test::test_interrupt_leaves_checkpoint_table_and_plot'
+    'demo_test::test_interrupt_leaves_checkpoint_table_and_plot'
   ),
   'the_process_is_killed': (
     'train_gpt_test::test_killed_and_resumed_run_ends_with_the_same_bits'

@@ -1,0 +1,162 @@
+"""The demo: its settings, its table and plot, and its interruption."""
+
+import doctest
+import pathlib
+import signal
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_gpt
+
+import demo
+import gpt
+import gpt_configs
+import gpt_program
+import text
+import train_gpt
+
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
+
+@pytest.fixture(autouse=True)
+def _optax_may_promote(monkeypatch):
+  tiny_gpt.let_optax_promote(monkeypatch)
+
+
+def curves(ax):
+  lines, labels = ax.get_legend_handles_labels()
+  return {
+    label: (list(line.get_xdata()), list(line.get_ydata()))
+    for line, label in zip(lines, labels, strict=True)
+  }
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
+  sample = text.sample
+  settings = tiny_gpt.SETTINGS | {
+    'vocab_size': 256,
+    'num_steps': 8,
+    'eval_interval': 2,
+  }
+
+  def interrupting(tokens, seed, step, *sizes):
+    if step == 4:
+      signal.raise_signal(signal.SIGINT)
+    return sample(tokens, seed, step, *sizes)
+
+  monkeypatch.setattr(text, 'sample', interrupting)
+  handler = signal.getsignal(signal.SIGINT)
+  results = demo.train_all(str(tmp_path), **settings)
+  assert signal.getsignal(signal.SIGINT) is handler
+  assert list(results) == ['adamw']
+  assert not results['adamw'].finished
+  assert (tmp_path / 'adamw' / '5').is_dir()
+  assert 'AdamW           4' in demo.table(results)
+  losses = [entry['val_loss'] for entry in results['adamw'].history]
+  assert curves(demo.plot(results).axes[0]) == {'AdamW': ([2, 4], losses)}
+
+  monkeypatch.setattr(text, 'sample', sample)
+  results = demo.train_all(str(tmp_path), **settings)
+  assert list(results) == ['adamw', 'nadamw', 'sophia_h', 'sophia_g']
+  assert all(result.finished for result in results.values())
+  steps = [entry['step'] for entry in results['adamw'].history]
+  assert steps == [2, 4, 6, 8]
+  assert all(name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
+  win_rates = curves(demo.plot(results).axes[3])
+  assert win_rates['Sophia-G'][0] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_demo_has_the_settings_of_the_documentation():
+  page = pathlib.Path(__file__).parents[1] / 'docs' / 'choosing.md'
+  names = {}
+  for example in doctest.DocTestParser().get_examples(page.read_text()):
+    if example.source.startswith(('import', 'def sophia_like_adamw')):
+      exec(example.source, names)
+  config = gpt_configs.sophia_like(
+    tiny_gpt.config(optimizer='adamw', batch_size=32, num_steps=8), 'sophia_g'
+  )
+  ours = gpt_program.make_optimizer(config)
+  schedule = gpt_program.make_schedule(config)
+  theirs = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    names['sophia_like_adamw'](
+      schedule, adam_b2=config.adam_b2, weight_decay_mask=gpt.decay_mask
+    ),
+  )
+  fns = gpt_program.make_fns(config, gpt_program.make_model(config))
+  init, _ = tiny_gpt.setup(config)
+  params = jax.jit(init)().params
+  batches = np.random.default_rng(0).integers(0, 64, (8, 32, 9), np.int32)
+
+  def train(optimizer, batch_of):
+    @jax.jit
+    def step(carry, batch):
+      params, state = carry
+      updates, state = optimizer.update(
+        jax.grad(fns['obj_fn'])(params, batch),
+        state,
+        params,
+        batch=batch_of(batch),
+        **fns,
+      )
+      return (optax.apply_updates(params, updates), state), None
+
+    carry = params, optimizer.init(params)
+    return jax.lax.scan(step, carry, batches)[0][0]
+
+  with jax.numpy_dtype_promotion('standard'):  # optax's clipping needs it.
+    chex.assert_trees_all_close(
+      train(ours, lambda batch: batch[None]),
+      train(theirs, lambda batch: batch[:8]),
+      rtol=1e-5,
+    )
+
+
+def test_plot_of_the_demo():
+  def result(losses, *inside):
+    history = [
+      {'step': 10 * i, 'seconds': 0.5 * i, 'val_loss': loss}
+      for i, loss in enumerate(losses, start=1)
+    ]
+    for entry, more in zip(history, inside, strict=False):
+      entry |= more
+    return train_gpt.Result(None, history, 1.0, True)
+
+  fig = demo.plot(
+    {
+      'adamw': result([5.0, 4.0]),
+      'sophia_h': result([4.5, 3.5], {'win_rate': 0.2}, {'win_rate': 0.4}),
+      'sophia_g': result([5.5, 3.0], {'win_rate': 0.1}, {'win_rate': 0.3}),
+    }
+  )
+  fig.draw_without_rendering()
+  losses, times, differences, win_rates = map(curves, fig.axes)
+  assert losses == {
+    'AdamW': ([10, 20], [5.0, 4.0]),
+    'Sophia-H': ([10, 20], [4.5, 3.5]),
+    'Sophia-G': ([10, 20], [5.5, 3.0]),
+  }
+  assert times == {name: ([0.5, 1.0], y) for name, (_, y) in losses.items()}
+  # The target is AdamW's last loss.
+  assert list(fig.axes[0].lines[-1].get_ydata()) == [4.0, 4.0]
+  assert differences == {
+    'AdamW': ([10, 20], [0.0, 0.0]),
+    'Sophia-H': ([10, 20], [-0.5, -0.5]),
+    'Sophia-G': ([10, 20], [0.5, -1.0]),
+  }
+  assert win_rates['AdamW'] == ([], [])
+  assert win_rates['Sophia-H'] == ([10, 20], [0.2, 0.4])
+  assert win_rates['Sophia-G'] == ([10, 20], [0.1, 0.3])
+
+
+def test_demo_reports_a_run_that_was_stopped_before_its_first_validation():
+  results = {'adamw': train_gpt.Result(None, [], 1.0, False)}
+  assert 'AdamW           -' in demo.table(results)
+  fig = demo.plot(results)
+  fig.draw_without_rendering()
+  assert curves(fig.axes[0]) == {'AdamW': ([], [])}

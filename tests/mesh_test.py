@@ -1,0 +1,188 @@
+"""The language model example on a mesh of devices."""
+
+import collections
+import dataclasses
+import math
+import re
+import shutil
+
+import chex
+import jax
+import optax
+import pytest
+import tiny_gpt
+
+import gpt_configs
+import gpt_program
+import sharding
+import train_gpt
+
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
+_COLLECTIVE = re.compile(
+  r' = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter'
+  r'|collective-permute)(?:-start)?\('
+)
+
+
+@pytest.fixture(autouse=True)
+def _optax_may_promote(monkeypatch):
+  tiny_gpt.let_optax_promote(monkeypatch)
+
+
+def _collectives(hlo):
+  """Counts collectives of an ordinary step, and those only in a refresh."""
+  bodies = dict(
+    re.findall(
+      r'^(?:ENTRY )?(%\S+) .*?\{$(.*?)^\}', hlo, re.MULTILINE | re.DOTALL
+    )
+  )
+  callees = {
+    name: set(re.findall(r'%[\w.-]+', body)) & set(bodies)
+    for name, body in bodies.items()
+  }
+  branches = {
+    name
+    for body in bodies.values()
+    for line in body.splitlines()
+    if ' conditional(' in line
+    for name in re.findall(r'%[\w.-]+', line)
+    if name in bodies
+  }
+  while not (called := set().union(*map(callees.get, branches))) <= branches:
+    branches |= called
+  ordinary, refresh = collections.Counter(), collections.Counter()
+  for name, body in bodies.items():
+    counter = refresh if name in branches else ordinary
+    counter.update(match[0] for match in _COLLECTIVE.finditer(body))
+  return ordinary, refresh
+
+
+@pytest.mark.slow
+def test_ordinary_step_communicates_parameters_as_adamw_does():
+  counters = {}
+  for optimizer in gpt_configs.CONFIGS['demo']:
+    config = tiny_gpt.config(
+      optimizer=optimizer,
+      mesh='data:2,fsdp:4',
+      unroll=1,
+      num_layers=3,
+      block_size=5,
+      batch_size=32,
+      micro_batch_size=16,
+      curvature_batch_size=16,
+      # They send numbers for each array.
+      max_update_rms=0.0,
+      adam_b2=0.0,
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    program = gpt_program.make_program(config, mesh)
+    assert program.batch.shape == (2, 16, 6)
+    with jax.set_mesh(mesh):
+      step = program.step.lower(program.state, program.batch).compile()
+    counters[optimizer] = _collectives(step.as_text())
+
+  ordinary, refresh = counters['adamw']
+  assert not refresh
+  for optimizer in ('sophia_h', 'sophia_g'):
+    assert counters[optimizer][0] == ordinary
+    assert counters[optimizer][1]
+
+  # No tokens or activations, and parameters of one layer at a time.
+  sizes = {1}
+  for path, x in jax.tree_util.tree_leaves_with_path(program.state.params):
+    size = x.size // 3 if path[0].key == 'layers' else x.size
+    sizes |= {size, size // 4}
+  sent = {
+    (dtype, math.prod(map(int, filter(None, shape.split(',')))))
+    for collective in ordinary
+    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', collective)
+  }
+  assert ('f32', 3 * 16 * 16) in sent
+  assert sent <= {('f32', size) for size in sizes}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
+def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
+  config = tiny_gpt.config(
+    optimizer=optimizer,
+    data_dir=data_dir,
+    num_steps=4,
+    update_interval=2,
+    eval_interval=4,
+    unroll=1,
+    learning_rate=1e-3,
+    head_chunks=2 if optimizer == 'sophia_g' else 1,
+    **tiny_gpt.DIVISIBLE,
+  )
+  one = train_gpt.train(config)
+  config = dataclasses.replace(config, mesh='data:2,fsdp:4')
+  several = train_gpt.train(config)
+  chex.assert_trees_all_close(
+    several.state.opt_state, one.state.opt_state, rtol=1e-4, atol=1e-6
+  )
+  # The ratio of m to a small h magnifies round-off; steps are of up to 1e-3.
+  chex.assert_trees_all_close(
+    several.state.params, one.state.params, rtol=1e-4, atol=1e-5
+  )
+
+  begin = gpt_program.make_program(
+    config, sharding.make_mesh(config.mesh)
+  ).init()
+  jax.tree.map(
+    lambda x, y: chex.assert_equal(x.sharding, y.sharding), begin, several.state
+  )
+  nu = optax.tree.get(several.state.opt_state, 'nu')
+  for tree in several.state.params, nu:
+    kernel = tree['layers']['Dense_0']['kernel']  # (L, C, 3·C)
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
+
+
+@pytest.mark.slow
+def test_run_is_resumed_on_another_mesh(tmp_path, data_dir):
+  config = tiny_gpt.config(
+    optimizer='adamw',
+    data_dir=data_dir,
+    out_dir=str(tmp_path / 'run'),
+    num_steps=4,
+    eval_interval=4,
+    checkpoint_interval=2,
+    unroll=1,
+    mesh='data:2,fsdp:4',
+    learning_rate=1e-3,
+    **tiny_gpt.DIVISIBLE,
+  )
+  whole = train_gpt.train(config)
+  shutil.rmtree(tmp_path / 'run' / '4')
+  resumed = train_gpt.train(dataclasses.replace(config, mesh='fsdp:2'))
+  assert {
+    len(x.sharding.device_set) for x in jax.tree.leaves(resumed.state)
+  } == {2}
+  chex.assert_trees_all_close(
+    jax.device_get(resumed.state),
+    jax.device_get(whole.state),
+    rtol=1e-4,
+    atol=1e-6,
+  )
+
+
+def test_mesh_of_too_many_devices_is_a_clear_error():
+  config = tiny_gpt.config(
+    mesh='data:16', batch_size=32, micro_batch_size=16, curvature_batch_size=32
+  )
+  for fn in train_gpt.train, train_gpt.describe:
+    with pytest.raises(ValueError, match=r'needs 16 devices; there are 8'):
+      fn(config)
+
+
+@pytest.mark.slow
+def test_dry_run_counts_what_each_device_of_a_mesh_holds():
+  described = train_gpt.describe(
+    tiny_gpt.config(mesh='data:2,fsdp:4', unroll=1, **tiny_gpt.DIVISIBLE)
+  )
+  divided = 2 * (12 * 16**2 + 2 * 16) + 64 * 16 + 8 * 16
+  whole = 16  # the last norm
+  assert 'bytes on each of 8 devices' in described
+  assert re.search(rf'parameters +{divided + 4 * whole:,}\n', described)
+  assert re.search(rf'batch +{4 * 2 * 9}\n', described)

@@ -1,0 +1,61 @@
+"""A GPT of a few thousand parameters, for the tests of the examples."""
+
+import jax
+import optax
+
+import gpt_configs
+import gpt_program
+
+SETTINGS = {
+  'num_layers': 2,
+  'num_heads': 2,
+  'width': 16,
+  'block_size': 8,
+  'vocab_size': 64,
+  'batch_size': 8,
+  'micro_batch_size': 4,
+  'curvature_batch_size': 4,
+  'curvature_parts': 2,
+  'eval_batches': 1,
+  'warmup_steps': 2,
+}
+# With sequences for eight devices.
+DIVISIBLE = {
+  'batch_size': 16,
+  'micro_batch_size': 8,
+  'curvature_batch_size': 16,
+}
+
+
+def config(name='demo', optimizer='sophia_h', **overrides):
+  return gpt_configs.get_config(name, optimizer, **(SETTINGS | overrides))
+
+
+def setup(config):
+  """Returns functions that create the state and make a step."""
+  model = gpt_program.make_model(config)
+  optimizer = gpt_program.make_optimizer(config)
+  return (
+    gpt_program.make_init(config, model, optimizer),
+    gpt_program.make_step(gpt_program.make_fns(config, model), optimizer),
+  )
+
+
+def let_optax_promote(monkeypatch):
+  """Allows the example's optimizers, and nothing else, to promote dtypes.
+
+  optax's schedules and adamw raise float32 to the power of an int32 count,
+  which strict promotion forbids.
+  """
+  make_optimizer = gpt_program.make_optimizer
+
+  def lenient(config):
+    optimizer = make_optimizer(config)
+
+    def update(*args, **kwargs):
+      with jax.numpy_dtype_promotion('standard'):
+        return optimizer.update(*args, **kwargs)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+  monkeypatch.setattr(gpt_program, 'make_optimizer', lenient)
