@@ -30,25 +30,29 @@ _STEPS = 180
 _LIMIT = 2.45
 _SEEDS = range(5, 17)
 _FACTORS = (1.0, 1.41)  # of the learning rate
-# Sophia-G with the fixed limit of Sophia-H's settings to copy.
-_FIXED_LIMIT = {'gamma': 0.1, 'eps': 1e-15, 'bias_correction': False}
-# Name in the table, optimizer, whose settings it has, and what differs.
+# A limit that does not follow Adam's, and γ falls instead of adapting.
+_FIXED_LIMIT = {
+  'adam_b2': None,
+  'cap': 0.3,
+  'target_win_rate': None,
+  'gamma_end': 0.1,
+  'parts': 4,
+}
+# Name in the table, optimizer, and how its settings differ.
 _ROWS = (
-  ('AdamW', 'adamw', 'adamw', {}),
-  ('NAdamW', 'nadamw', 'nadamw', {}),
-  ('Sophia-H, settings to copy', 'copied_h', 'copied_h', {}),
-  ('Sophia-G, settings to copy', 'copied_g', 'copied_g', {}),
+  ('AdamW', 'adamw', {}),
+  ('NAdamW', 'nadamw', {}),
+  ('Sophia-H, settings to copy', 'copied_h', {}),
+  ('Sophia-G, settings to copy', 'copied_g', {}),
   (
     'Sophia-G, `max_update_rms=0.3`, warm-up of 3/8',
     'copied_g',
-    'copied_h',
     _FIXED_LIMIT | {'warmup': 0.375},
   ),
   (
     'Sophia-G, `max_update_rms=0.3`, warm-up of 1/4',
     'copied_g',
-    'copied_h',
-    _FIXED_LIMIT,
+    _FIXED_LIMIT | {'warmup': 0.25},
   ),
 )
 
@@ -66,8 +70,8 @@ def best(optimizer: str) -> protocol.Case:
 def cases() -> list[dict]:
   """Returns the row, the optimizer and the settings of each case."""
   found = []
-  for row, optimizer, source, changed in _ROWS:
-    settings = protocol.settings(best(source)) | changed
+  for row, optimizer, changed in _ROWS:
+    settings = protocol.settings(best(optimizer)) | changed
     for factor in _FACTORS:
       rate = {'learning_rate': factor * settings['learning_rate']}
       found.append(

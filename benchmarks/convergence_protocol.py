@@ -186,15 +186,13 @@ SPACES = {
   | _GAMMA_H,
 }
 _SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
-# docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
+_COPIED = _SOPHIA_FIXED | {'b1': 0.9, 'b2': 0.95}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,
   # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
-  'copied_g': _SOPHIA_FIXED
+  'copied_g': _COPIED
   | {
-    'b1': 0.9,
-    'b2': 0.95,
     'gamma': 0.1,
     'target_win_rate': 0.3,
     'parts': 8,
@@ -202,15 +200,7 @@ _FIXED = {
     'eps': 1e-15,
     'bias_correction': False,
   },
-  'copied_h': _SOPHIA_FIXED
-  | {
-    'warmup': 0.25,
-    'b1': 0.9,
-    'b2': 0.95,
-    'cap': _CAP,
-    'gamma_end': 0.1,
-    'gamma': 0.05,
-  },
+  'copied_h': _COPIED | {'gamma': 0.05, 'gamma_end': 0.1},
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
@@ -269,10 +259,7 @@ def settings(case: Case) -> dict:
     drawn['learning_rate'] *= _CAP
   drawn['learning_rate'] *= RATES.get(case.task, 1.0) * 2 ** (case.rate / 2)
   if case.optimizer in UNTUNED:
-    of_adamw = drawn
-    drawn = {name: drawn[name] for name in ('learning_rate', 'weight_decay')}
-    if case.optimizer == 'copied_g':
-      drawn |= {'warmup': of_adamw['warmup'], 'adam_b2': of_adamw['b2']}
+    drawn['adam_b2'] = drawn['b2']
   drawn |= _FIXED.get(case.optimizer, {})
   if case.variant:
     drawn |= VARIANTS[case.variant]

@@ -59,10 +59,10 @@ class Config:
   curvature_parts: int = 1  # Sophia: estimates per refresh, each on its part
   nesterov: bool = False  # Sophia: Nesterov momentum
   nu_bias_correction: bool = False  # Sophia: bias correction of h
-  # Sophia: limits on the root mean square of each array's update: a number, and
-  # the size of Adam's update with this b2. 0: no limit.
-  max_update_rms: float = 0.0
+  # Sophia: b2 of Adam, whose update limits each element, and a limit on the
+  # root mean square of each array's update. 0: no limit.
   adam_b2: float = 0.0
+  max_update_rms: float = 0.0
 
   # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'. '': one
   # device.
@@ -161,21 +161,16 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
     changes = {
       'gamma': 0.1,
       'target_win_rate': 0.3,
-      'adam_b2': adamw.b2,
       'curvature_parts': math.gcd(8, adamw.batch_size // 4),
     }
   else:
-    changes = {
-      'warmup_steps': adamw.num_steps // 4,
-      'gamma': 0.05,
-      'final_gamma': 0.1,
-      'max_update_rms': 0.3,
-    }
+    changes = {'gamma': 0.05, 'final_gamma': 0.1}
   return dataclasses.replace(
     adamw,
     optimizer=optimizer,
     b1=0.9,
     b2=0.95,
+    adam_b2=adamw.b2,
     nesterov=True,
     nu_bias_correction=True,
     update_interval=10,

@@ -90,16 +90,15 @@ def sophia(
     bias_correction: Whether to correct m for its initialization at zero.
     nu_bias_correction: Whether to correct h for its initialization at zero.
     nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw`.
-    adam_b2: Decay rate in [0, 1) of a second moment of the gradient, one number
-      for each parameter array. The root mean square (RMS) of each array's
-      update is limited to that of Adam's update with this second moment, see
+    adam_b2: Decay rate in [0, 1) of the second moment of the gradient that
+      limits each element of the update to the size of Adam's, see
       :func:`sophia_optax.scale_by_sophia`. So you can keep AdamW's learning
       rate and warm-up. None means no limit.
-    max_update_rms: Limit on the RMS of the update of each parameter array,
-      greater than 0. A larger update is scaled down, before weight decay and
-      learning rate; see :func:`optax.clip_by_block_rms`. AdamW's updates have
-      an RMS of about 0.3. If ``shard_map`` divides an array, each shard is
-      scaled separately. None means no limit.
+    max_update_rms: Limit on the root mean square (RMS) of the update of each
+      parameter array, greater than 0. A larger update is scaled down, before
+      weight decay and learning rate; see :func:`optax.clip_by_block_rms`.
+      AdamW's updates have an RMS of about 0.3. If ``shard_map`` divides an
+      array, each shard is scaled separately. None means no limit.
     refresh_before_update: Whether a refresh comes before the update of its
       step, as in Algorithm 3 of the paper. By default it comes after it.
     target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
@@ -257,8 +256,8 @@ def sophia_g(
     nu_bias_correction: Whether to correct h for its initialization at zero.
     nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw` but
       without bias correction.
-    adam_b2: Decay rate of a second moment that limits the update of each
-      parameter array, see :func:`sophia_optax.sophia`. None means no limit.
+    adam_b2: Decay rate of the second moment of the gradient that limits the
+      update, see :func:`sophia_optax.sophia`. None means no limit.
     max_update_rms: Limit on the root mean square of the update of each
       parameter array, see :func:`sophia_optax.sophia`. None means no limit.
     refresh_before_update: Whether a refresh comes before the update of its

@@ -7,6 +7,7 @@ Symbols, all shaped like the parameters θ:
   ĥ       one estimate of the Hessian diagonal, from the estimator
   h, nu   EMA of ĥ with decay b2, refreshed every k = update_interval steps
   u       clip(m̂ / max(γ h, ε), -c, c), the update
+  v       EMA of g² with decay adam_b2; with it √v̂ is also in the maximum
 
 A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. The
 formulas act on trees of real coordinates, see `_coordinates`.
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sophia_optax import _adam_limit
 from sophia_optax import _checks
 from sophia_optax import _coordinates
 from sophia_optax import _estimator
@@ -52,9 +52,10 @@ class SophiaState(NamedTuple):
     by_leaf: Win rate and negative fraction of each parameter array, in the
       order of ``jax.tree.leaves``, shape (number of arrays, 2), float32. None
       without ``diagnostics``.
-    mean_squares: EMA of the mean square of the gradient of each parameter
-      array, in the order of ``jax.tree.leaves``, shape (number of arrays,),
-      float32. None without ``adam_b2``.
+    second_moment: EMA of the squares of the gradients, a tree like the
+      parameters, in float32, or the parameter's dtype if that is wider. The
+      parts of a complex leaf hold the squares of its gradient's parts. None
+      without ``adam_b2``.
   """
 
   count: jax.Array  # type: ignore[assignment]  # Not tuple.count.
@@ -67,7 +68,7 @@ class SophiaState(NamedTuple):
   gamma_factor: jax.Array | None = None
   negative_fraction: jax.Array | None = None
   by_leaf: jax.Array | None = None
-  mean_squares: jax.Array | None = None
+  second_moment: optax.Updates | None = None
 
 
 def scale_by_sophia(
@@ -126,18 +127,17 @@ def scale_by_sophia(
   The adjusted target stays between 0.1 and 0.9. Read the factor with
   ``optax.tree.get(state, 'gamma_factor')``. It stays between 1e-10 and 1e10.
 
-  With ``adam_b2``, each array's update is scaled down if its root mean square
-  (RMS) is larger than that of Adam's update with one second moment for each
-  array, as in Adam-mini:
+  With ``adam_b2`` = β, an update is at most as large as Adam's, element by
+  element:
 
   .. math::
-    u_t \leftarrow u_t \min\left(1, \frac{\mathrm{RMS}(\hat m_t)}
-    {\sqrt{\hat v_t} \, \mathrm{RMS}(u_t)} \right), \qquad
-    v_t = \beta v_{t-1} + (1 - \beta) \, \mathrm{mean}(g_t^2), \quad
+    u_t &= \mathrm{clip}\left(\hat m_t / \max(\gamma h_{t-1},
+    \sqrt{\hat v_t}, \epsilon), -c, c\right) \\
+    v_t &= \beta v_{t-1} + (1 - \beta) g_t^2, \qquad
     \hat v_t = v_t / (1 - \beta^t)
 
-  So AdamW's learning rate and warm-up suit Sophia, too. The m̂ of this limit is
-  corrected whether or not ``bias_correction`` is set.
+  So AdamW's learning rate and warm-up suit Sophia too. v is one more array for
+  each parameter array, as in Adam. The win rate is still that without v.
 
   If gradients and ``obj_fn`` are those of s times the loss, which prevents
   underflow in half precision, pass ``loss_scale=s`` to ``update``. It divides
@@ -186,8 +186,8 @@ def scale_by_sophia(
       :func:`optax.nadamw`: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
       (1 - \beta_1) g_t / (1 - \beta_1^t)` replaces :math:`\hat m_t`. Without
       ``bias_correction`` neither term is divided.
-    adam_b2: Decay rate β of the second moment in the limit on each array's
-      update, in [0, 1). AdamW's b2 is a good value. None means no limit.
+    adam_b2: Decay rate β of the second moment v, in [0, 1). AdamW's b2 is a
+      good value. None means no v.
     refresh_before_update: Whether a refresh comes before the update of its
       step, as in Algorithm 3 of the paper. By default it comes after it.
     target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
@@ -227,13 +227,6 @@ def scale_by_sophia(
     Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 3
-
-    Agarwal et al., `Disentangling Adaptive Gradient Methods from Learning Rates
-    <https://arxiv.org/abs/2002.11803>`_, 2020, for updates with the size of
-    another optimizer's
-
-    Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More
-    <https://arxiv.org/abs/2406.16793>`_, 2024
   """
   _checks.decay('b1', b1)
   _checks.decay('b2', b2)
@@ -273,9 +266,9 @@ def scale_by_sophia(
       gamma_t = jnp.asarray(gamma_t, jnp.float32) / correction
     return gamma_t
 
-  def momentum_of(state, grads, is_corrected=bias_correction):
+  def momentum_of(state, grads):
     def corrected(tree, count):
-      return _bias_corrected(tree, b1, count) if is_corrected else tree
+      return _bias_corrected(tree, b1, count) if bias_correction else tree
 
     if not nesterov:
       return corrected(state.mu, state.count)
@@ -284,28 +277,24 @@ def scale_by_sophia(
       lambda g, m: _ema(b1, g, m), corrected(grads, state.count), ahead
     )
 
-  def ratios_of(state, grads):
+  def ratios_of(state, grads, *bounds):
+    """Returns m̂ / max(γ h, ε). Trees of other lower bounds may follow."""
     gamma_t = gamma_of(state)
 
-    def ratio(m, h):
+    def ratio(m, h, *bounds):
       h = h.astype(m.dtype)
-      return m / jnp.maximum(_cast(gamma_t, h) * h, _cast(eps, h))
+      denominator = jnp.maximum(_cast(gamma_t, h) * h, _cast(eps, h))
+      for bound in bounds:
+        denominator = jnp.maximum(denominator, bound.astype(m.dtype))
+      return m / denominator
 
-    return jax.tree.map(ratio, momentum_of(state, grads), state.nu)
+    return jax.tree.map(ratio, momentum_of(state, grads), state.nu, *bounds)
 
   def clip(ratio):
     if clip_threshold is None:
       return ratio
     c = _cast(clip_threshold, ratio)
     return jnp.clip(ratio, -c, c)
-
-  def limited(updates, old, grads, params):
-    momentum = momentum_of(old, grads, is_corrected=True)
-    squares = _adam_limit.mean_squares(params, momentum, old.count)
-    second_moment = _bias_corrected(old.mean_squares, adam_b2, old.count)
-    tiny = jnp.finfo(jnp.float32).tiny
-    limits = jnp.sqrt(squares / jnp.maximum(second_moment, tiny))
-    return _adam_limit.scale_down(params, updates, limits, old.count)
 
   def wins(ratio):
     if clip_threshold is None:
@@ -365,7 +354,9 @@ def scale_by_sophia(
       ),
       negative_fraction=number(jnp.float32) if diagnostics else None,
       by_leaf=jnp.zeros((size, 2), jnp.float32) if diagnostics else None,
-      mean_squares=None if adam_b2 is None else jnp.zeros(size, jnp.float32),
+      second_moment=(
+        None if adam_b2 is None else _coordinates.zeros_like(params)
+      ),
     )
 
   def update_fn(
@@ -398,8 +389,12 @@ def scale_by_sophia(
       nu=_coordinates.split(params, state.nu),
     )
     if adam_b2 is not None:
-      squares = _adam_limit.mean_squares(params, grads, state.count)
-      old = old._replace(mean_squares=_ema(adam_b2, squares, old.mean_squares))
+      second_moment = jax.tree.map(
+        lambda g, v: _ema(adam_b2, jnp.square(g).astype(v.dtype), v),
+        grads,
+        _coordinates.split(params, state.second_moment),
+      )
+      old = old._replace(second_moment=second_moment)
 
     if refresh is None:
       refresh = state.count % _as_int(update_interval) == 0
@@ -440,13 +435,17 @@ def scale_by_sophia(
       return measure(new, used, grads, params)
 
     new = _cond(is_due, refresh_state, old)
-    ratios = ratios_of(new if refresh_before_update else old, grads)
+    used = new if refresh_before_update else old
+    ratios = ratios_of(used, grads)
     if verbose:
       _print_every(_as_int(print_interval), old.count, wins, ratios)
-    clipped = jax.tree.map(clip, ratios)
     if adam_b2 is not None:
-      clipped = limited(clipped, old, grads, params)
-    updates = _coordinates.join(updates, clipped)
+      corrected = _bias_corrected(old.second_moment, adam_b2, old.count)
+      ratios = ratios_of(used, grads, jax.tree.map(jnp.sqrt, corrected))
+      new = new._replace(
+        second_moment=_coordinates.join(state.second_moment, old.second_moment)
+      )
+    updates = _coordinates.join(updates, jax.tree.map(clip, ratios))
     mu = _coordinates.join(state.mu, new.mu)
     return updates, new._replace(mu=mu, nu=_coordinates.join(state.nu, new.nu))
 
@@ -492,13 +491,14 @@ def _all(*conditions):
 def _cond(is_due, refresh_state, old):
   """Refreshes the state if a refresh is due.
 
-  The count and m bypass the conditional, which would copy them. Do not compute
-  anything from them before it, such as m̂: XLA would keep that in memory for
-  both branches.
+  The count, m and v bypass the conditional, which would copy them. Do not
+  compute anything from them before it, such as m̂: XLA would keep that in memory
+  for both branches.
   """
   if not isinstance(is_due, jax.Array):
     return refresh_state(old) if is_due else old
-  rest = {'count': old.count, 'mu': old.mu}
+  names = 'count', 'mu', 'second_moment'
+  rest = {name: getattr(old, name) for name in names}
   without = dict.fromkeys(rest)
   new = jax.lax.cond(
     is_due,

@@ -71,9 +71,6 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
       batch_size=32,
       micro_batch_size=16,
       curvature_batch_size=16,
-      # They send numbers for each array.
-      max_update_rms=0.0,
-      adam_b2=0.0,
     )
     mesh = sharding.make_mesh(config.mesh)
     program = gpt_program.make_program(config, mesh)
