@@ -206,11 +206,10 @@ _FIXED = {
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
 VARIANTS = {
   'without Nesterov momentum': {'nesterov': False},
-  'without bias correction of h': {'nu_bias_correction': False},
   'γ not adapted': {'target_win_rate': None},
+  'without curvature': {'gamma': 0.0, 'target_win_rate': None},
   'without the limit': {'adam_b2': None},
   'a constant limit': {'adam_b2': None, 'cap': _CAP},
-  'b2 = 0.8': {'b2': 0.8},
   'warm-up of a tenth': {'warmup': 0.1},
 }
 VARIED = {'language_1200': ('copied_g',)}
