@@ -77,7 +77,6 @@ def _scale_by_sophia(s, estimator):
       gamma=_gamma(s),
       hessian_diagonal_fn=estimator,
       target_win_rate=s.get('target_win_rate'),
-      bias_correction=s.get('bias_correction', True),
       nesterov=s['nesterov'],
       nu_bias_correction=s['nu_bias_correction'],
       adam_b2=s.get('adam_b2'),

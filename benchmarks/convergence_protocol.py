@@ -196,9 +196,7 @@ _FIXED = {
     'gamma': 0.1,
     'target_win_rate': 0.3,
     'parts': 8,
-    # What `sophia_g` has, as in PyTorch.
-    'eps': 1e-15,
-    'bias_correction': False,
+    'eps': 1e-15,  # of `sophia_g`
   },
   'copied_h': _COPIED | {'gamma': 0.05, 'gamma_end': 0.1},
 }

@@ -58,7 +58,8 @@ class Config:
   curvature_batch_size: int = 32  # Sophia: sequences for each refresh
   curvature_parts: int = 1  # Sophia: estimates per refresh, each on its part
   nesterov: bool = False  # Sophia: Nesterov momentum
-  nu_bias_correction: bool = False  # Sophia: bias correction of h
+  # Sophia: bias correction of h, and in Sophia-G of m. Sophia-H always has it.
+  bias_correction: bool = False
   # Sophia: b2 of Adam, whose update limits each element, and a limit on the
   # root mean square of each array's update. 0: no limit.
   adam_b2: float = 0.0
@@ -172,7 +173,7 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
     b2=0.95,
     adam_b2=adamw.b2,
     nesterov=True,
-    nu_bias_correction=True,
+    bias_correction=True,
     update_interval=10,
     curvature_batch_size=adamw.batch_size // 4,
     **changes,

@@ -96,7 +96,7 @@ def make_optimizer(config):
     'update_interval': config.update_interval,
     'target_win_rate': config.target_win_rate or None,
     'nesterov': config.nesterov,
-    'nu_bias_correction': config.nu_bias_correction,
+    'nu_bias_correction': config.bias_correction,
     'max_update_rms': config.max_update_rms or None,
     'adam_b2': config.adam_b2 or None,
   }
@@ -114,7 +114,10 @@ def make_optimizer(config):
       num_chunks=config.head_chunks if config.head_chunks > 1 else None,
     )
     optimizer = sophia_optax.sophia_g(
-      **sophia, rho=make_gamma(config), hessian_diagonal_fn=part(estimator)
+      **sophia,
+      rho=make_gamma(config),
+      bias_correction=config.bias_correction,
+      hessian_diagonal_fn=part(estimator),
     )
   elif config.optimizer == 'lion':
     optimizer = optax.lion(**common, mask=gpt.decay_mask)

@@ -205,6 +205,7 @@ def sophia_g(
   ),
   mu_dtype: Any | None = None,
   nu_dtype: Any | None = None,
+  bias_correction: bool = False,
   nu_bias_correction: bool = False,
   nesterov: bool = False,
   adam_b2: jax.typing.ArrayLike | None = None,
@@ -221,11 +222,12 @@ def sophia_g(
     \mathrm{sign}(m_t) \min\left(
     \frac{|m_t|}{\max(\rho h, 10^{-15})}, 1\right)
 
-  There is no bias correction of m. h is an EMA of estimates of the curvature,
-  refreshed after the update of steps 0, k, 2k, .... It averages B ĝ ⊙ ĝ, where
-  ĝ is a gradient with sampled labels and B its number of predictions. PyTorch's
-  h averages ĝ ⊙ ĝ, and its ``step`` takes B as ``bs``. PyTorch adds 1e-15 to
-  ρ h. The results differ only where h is negative or nearly zero.
+  By default there is no bias correction of m. h is an EMA of estimates of the
+  curvature, refreshed after the update of steps 0, k, 2k, .... It averages
+  B ĝ ⊙ ĝ, where ĝ is a gradient with sampled labels and B its number of
+  predictions. PyTorch's h averages ĝ ⊙ ĝ, and its ``step`` takes B as ``bs``.
+  PyTorch adds 1e-15 to ρ h. The results differ only where h is negative or
+  nearly zero.
 
   The default estimator needs the outputs of the model on the current batch as
   a function of the parameters::
@@ -253,9 +255,11 @@ def sophia_g(
     mu_dtype: dtype of m for real parameters. None means the parameter's dtype.
     nu_dtype: dtype of h for real parameters. None means float32, or the
       parameter's dtype if that is wider.
+    bias_correction: Whether to correct m for its initialization at zero.
+      PyTorch's ``SophiaG`` does not.
     nu_bias_correction: Whether to correct h for its initialization at zero.
-    nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw` but
-      without bias correction.
+    nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw` if
+      ``bias_correction`` is set.
     adam_b2: Decay rate of the second moment of the gradient that limits the
       update, see :func:`sophia_optax.sophia`. None means no limit.
     max_update_rms: Limit on the root mean square of the update of each
@@ -319,7 +323,7 @@ def sophia_g(
     hessian_diagonal_fn=hessian_diagonal_fn,
     mu_dtype=mu_dtype,
     nu_dtype=nu_dtype,
-    bias_correction=False,
+    bias_correction=bias_correction,
     nu_bias_correction=nu_bias_correction,
     nesterov=nesterov,
     adam_b2=adam_b2,

@@ -101,14 +101,13 @@ def test_settings_to_copy_are_those_of_the_examples(name):
     'adam_b2': expected.adam_b2,
     'gamma': expected.gamma,
     'nesterov': expected.nesterov,
-    'nu_bias_correction': expected.nu_bias_correction,
+    'nu_bias_correction': expected.bias_correction,
   }
   if name == 'copied_g':
     wanted |= {
       'target_win_rate': expected.target_win_rate,
       'parts': expected.curvature_parts,
       'eps': 1e-15,
-      'bias_correction': False,
     }
   else:
     wanted |= {'gamma_end': expected.final_gamma}

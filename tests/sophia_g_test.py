@@ -236,3 +236,25 @@ def test_state_has_the_dtypes_and_the_diagnostics_asked_for():
   assert optax.tree.get(state, 'nu')['w'].dtype == jnp.float16
   assert optax.tree.get(state, 'negative_fraction') == 0
   assert sophia_optax.diagnose(state)['w'].win_rate == 0
+
+
+@pytest.mark.parametrize('bias_correction', [False, True])
+def test_bias_correction_is_optional(bias_correction):
+  tx = sophia_optax.sophia_g(
+    0.1,
+    b1=0.9,
+    b2=0.0,
+    rho=2.0,
+    weight_decay=0.0,
+    update_interval=1,
+    hessian_diagonal_fn=optax.stateless(lambda g, p: jnp.ones_like(p)),
+    bias_correction=bias_correction,
+    refresh_before_update=True,
+  )
+  x = jnp.zeros(3)
+  state, m = tx.init(x), 0.0
+  for t, g in enumerate(np.random.default_rng(0).normal(size=(4, 3)), start=1):
+    u, state = tx.update(jnp.float32(g), state, x)
+    m = 0.9 * m + 0.1 * g
+    m_hat = m / (1 - 0.9**t) if bias_correction else m
+    np.testing.assert_allclose(u, -0.1 * np.clip(m_hat / 2, -1, 1), rtol=1e-5)
