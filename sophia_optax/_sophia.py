@@ -436,16 +436,18 @@ def scale_by_sophia(
 
     new = _cond(is_due, refresh_state, old)
     used = new if refresh_before_update else old
-    ratios = ratios_of(used, grads)
     if verbose:
+      ratios = ratios_of(used, grads)
       _print_every(_as_int(print_interval), old.count, wins, ratios)
+    bounds = []
     if adam_b2 is not None:
       corrected = _bias_corrected(old.second_moment, adam_b2, old.count)
-      ratios = ratios_of(used, grads, jax.tree.map(jnp.sqrt, corrected))
+      bounds.append(jax.tree.map(jnp.sqrt, corrected))
       new = new._replace(
         second_moment=_coordinates.join(state.second_moment, old.second_moment)
       )
-    updates = _coordinates.join(updates, jax.tree.map(clip, ratios))
+    clipped = jax.tree.map(clip, ratios_of(used, grads, *bounds))
+    updates = _coordinates.join(updates, clipped)
     mu = _coordinates.join(state.mu, new.mu)
     return updates, new._replace(mu=mu, nu=_coordinates.join(state.nu, new.nu))
 
