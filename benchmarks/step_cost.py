@@ -109,7 +109,16 @@ def update_rows() -> list[Row]:
         decision={'refresh': False},
       ),
     ]
-  return rows
+  with_limit = ours(1e-3, adam_b2=0.95, **free, **every)
+  return [
+    *rows,
+    Row('sophia, g², adam_b2', with_limit),
+    Row(
+      'sophia, g², adam_b2, two programs',
+      with_limit,
+      decision={'refresh': False},
+    ),
+  ]
 
 
 def step_rows() -> list[Row]:
