@@ -9,10 +9,11 @@ batch, on every tenth step.
 
 A run is written as soon as it ends, and runs that are in the file are not run
 again, so a benchmark that was stopped continues where it was. --jobs runs go on
-side by side, in one thread each. Seconds are of the processor, so that other
-load on the machine does not count; without compilation and validation.
+side by side, in one thread each. Seconds are of the processor, without
+compilation and validation; convergence_times.py compares the optimizers' times.
 """
 
+from collections.abc import Callable
 import concurrent.futures
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import os
 import pathlib
 import platform
 import time
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -38,7 +40,7 @@ import text
 
 _FINAL_RATE = 0.05
 _CURVE = 20  # validations in a run
-_CHUNK = 15  # steps in one call of the program; divides all steps / _CURVE
+CHUNK = 15  # steps in one call of the program; divides all steps / _CURVE
 _DIVERGED = 1e9  # sorts last, and JSON has no infinity
 
 
@@ -207,7 +209,7 @@ def _programs(problem_name, optimizer_name, static):
       return (optax.apply_updates(params, updates), opt_state), None
 
     carry, _ = jax.lax.scan(
-      step, (params, opt_state), start + jnp.arange(_CHUNK)
+      step, (params, opt_state), start + jnp.arange(CHUNK)
     )
     return carry
 
@@ -235,24 +237,21 @@ def run(case: protocol.Case) -> dict:
   )
 
 
-def train(
-  task: str, optimizer: str, settings: dict, seed: int, num_steps: int
-) -> dict:
-  """Trains once.
+def start(
+  task: str, optimizer: str, settings: dict, seed: int
+) -> tuple[Any, Any, Callable, Callable, Callable]:
+  """Returns the start of a run, and what continues and validates it.
 
   Args:
     task: A key of `protocol.TASKS`, whose length the schedules have.
     optimizer: A key of `protocol.SPACES`, or one of `protocol.UNTUNED`.
     settings: Its hyperparameters.
     seed: Seed of parameters, batches and probes.
-    num_steps: Number of steps, the task's or fewer.
 
   Returns:
-    `curve` (validation losses on a part of the held-out data, evenly spaced),
-    `loss` (the final loss on all held-out data), `ms` (processor time per step,
-    in the fastest pair of chunks) and `seconds` (for all steps). For this
-    library's Sophia, also `win_rate` and, with a target, `gamma`, at the same
-    steps as the curve.
+    Parameters and optimizer state; a function from these two, donated, and the
+    number of the next step to both after `CHUNK` steps; and the problem's
+    `validate` and `validate_all`.
   """
   spec = protocol.TASKS[task]
   static = {k: v for k, v in settings.items() if isinstance(v, int)}
@@ -263,16 +262,43 @@ def train(
     spec.problem, optimizer, tuple(static.items())
   )
   params = init_params(seed)
+
+  def advance_run(params, opt_state, step):
+    return advance(params, opt_state, numbers, seed, step)
+
   opt_state = init(params, numbers, seed)
+  return params, opt_state, advance_run, validate, validate_all
+
+
+def train(
+  task: str, optimizer: str, settings: dict, seed: int, num_steps: int
+) -> dict:
+  """Trains once.
+
+  Args:
+    task: As in `start`.
+    optimizer: As in `start`.
+    settings: As in `start`.
+    seed: As in `start`.
+    num_steps: Number of steps, the task's or fewer.
+
+  Returns:
+    `curve` (validation losses on a part of the held-out data, evenly spaced),
+    `loss` (the final loss on all held-out data) and `seconds` (for all steps).
+    For this library's Sophia, also `win_rate` and, with a target, `gamma`, at
+    the same steps as the curve.
+  """
+  params, opt_state, advance, validate, validate_all = start(
+    task, optimizer, settings, seed
+  )
+  every = protocol.TASKS[task].steps // _CURVE
   history = {'curve': [], 'win_rate': [], 'gamma': []}
   seconds = []
-  for start in range(0, num_steps, _CHUNK):
+  for step in range(0, num_steps, CHUNK):
     clock = time.process_time()
-    params, opt_state = jax.block_until_ready(
-      advance(params, opt_state, numbers, seed, start)
-    )
+    params, opt_state = jax.block_until_ready(advance(params, opt_state, step))
     seconds.append(time.process_time() - clock)
-    if (start + _CHUNK) % (spec.steps // _CURVE) == 0:
+    if (step + CHUNK) % every == 0:
       history['curve'].append(_number(validate(params)))
       win_rate = optax.tree.get(opt_state, 'win_rate')
       if win_rate is not None and optimizer != 'signum':
@@ -281,12 +307,9 @@ def train(
       if factor is not None:
         gamma = factor * settings['gamma']
         history['gamma'].append(float(f'{gamma:.3g}'))
-  # Any two consecutive chunks, 30 steps, have three refreshes.
-  pairs = [a + b for a, b in zip(seconds[2::2], seconds[3::2], strict=False)]
   return {
     'loss': _number(validate_all(params)),
     # Leaves out the first chunk, which may include compilation.
-    'ms': round(1e3 * min(pairs) / (2 * _CHUNK), 3),
     'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
   } | {name: values for name, values in history.items() if values}
 
@@ -319,7 +342,7 @@ def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):
           time.strftime('%H:%M:%S'),
           len(runs),
           *dataclasses.astuple(running.pop(future)),
-          f'loss {result["loss"]}, {result["ms"]} ms a step',
+          f'loss {result["loss"]}, {result["seconds"]} s',
           flush=True,
         )
 

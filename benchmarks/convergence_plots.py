@@ -100,8 +100,13 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
   return fig
 
 
-def plot_curves(results: list[dict]) -> figure.Figure:
-  """Draws mean and range over seeds of the losses, over steps and over time."""
+def plot_curves(results: list[dict], times: dict) -> figure.Figure:
+  """Draws mean and range over seeds of the losses, over steps and over time.
+
+  Args:
+    results: All runs.
+    times: `ms` of convergence_times.json.
+  """
   tasks = [
     task
     for task in protocol.TASKS
@@ -121,7 +126,8 @@ def plot_curves(results: list[dict]) -> figure.Figure:
       x = steps * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
       # Leaves the steep start out of the limits of the axis.
       shown += list(curves.mean(0)[curves.shape[1] // 3 :])
-      for ax, scale in zip(axes, (1, row['ms'] / 1e3), strict=True):
+      ratio = tables.time_of_a_step(times, task, name)
+      for ax, scale in zip(axes, (1, ratio or np.nan), strict=True):
         ax.plot(scale * x, curves.mean(0), linewidth=2, **_style(name))
         ax.fill_between(
           scale * x,
@@ -131,7 +137,9 @@ def plot_curves(results: list[dict]) -> figure.Figure:
           alpha=0.15,
           linewidth=0,
         )
-    for ax, label in zip(axes, ('Steps', 'Seconds of one core'), strict=True):
+    for ax, label in zip(
+      axes, ('Steps', 'Time, in steps of AdamW'), strict=True
+    ):
       _finish(ax, xlabel=label)
       ax.set_xlim(left=0)
     if protocol.TASKS[task].tokens:
@@ -199,14 +207,15 @@ def plot_tuning(results: list[dict]) -> figure.Figure:
 def main(argv):
   """Prints the tables and draws the plots."""
   records.check_only_flags(argv)
-  path = records.SHOW.value or 'benchmarks/convergence.json'
+  path = pathlib.Path(records.SHOW.value or 'benchmarks/convergence.json')
   results = records.read(path)['runs']
-  print(tables.render(results))
+  times = records.read(path.with_name('convergence_times.json'))['ms']
+  print(tables.render(results, times))
   if _PLOTS.value:
     folder = pathlib.Path(_PLOTS.value)
     folder.mkdir(parents=True, exist_ok=True)
     plot_lengths(results).savefig(folder / 'convergence.png', dpi=130)
-    plot_curves(results).savefig(folder / 'curves.png', dpi=110)
+    plot_curves(results, times).savefig(folder / 'curves.png', dpi=110)
     plot_tuning(results).savefig(folder / 'tuning.png', dpi=150)
 
 

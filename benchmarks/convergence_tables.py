@@ -6,7 +6,7 @@ convergence_plots.py prints them. Their columns:
 * − AdamW: difference from AdamW with the same seed.
 * Steps to AdamW's: fraction of the steps after which the curve reaches AdamW's
   final loss with the same seed, averaged over seeds.
-* ms a step: processor time, the median over the same seeds.
+* Time of a step, relative to AdamW's; time to AdamW's loss: steps times this.
 * Best of n: expected lowest loss of n trials drawn at random.
 * Rates: the largest learning rate whose loss is within 0.03 of the best,
   divided by the smallest one.
@@ -127,7 +127,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
     best case, or None before the search has ended), `searched` (the lowest loss
     of the search), `runs` (by seed), `variants` (by name and seed), `parts`
     (fraction of the steps to AdamW's loss, by seed), `differences` (from AdamW,
-    by seed), `ms` and `rates`.
+    by seed) and `rates`.
   """
   losses = losses_of(results)
   of_task = [r for r in results if r['task'] == task]
@@ -153,7 +153,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
         best.trial,
         best.rate,
       )
-      if same and case.seed in protocol.SEEDS:
+      if same and case.seed in protocol.TASKS[task].seeds:
         into = variants.setdefault(case.variant, {}) if case.variant else runs
         into[case.seed] = result
     rows[name] = {
@@ -162,10 +162,6 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
       'searched': min((r['loss'] for r in searched), default=None),
       'runs': runs,
       'variants': variants,
-      # Runs of the same seeds were made at about the same time.
-      'ms': statistics.median(
-        r['ms'] for r in (list(runs.values()) or of_name)
-      ),
       'rates': rates(results, best) if best else {},
     }
   first = rows.get('adamw', {'runs': {}})['runs']
@@ -204,8 +200,21 @@ def _form(task):
   return '.3f' if protocol.TASKS[task].tokens else '.3g'
 
 
-def _row(name, row, first, task):
+def time_of_a_step(times: dict, task: str, name: str) -> float | None:
+  """Returns the time of a step relative to AdamW's, or None if not measured.
+
+  Args:
+    times: `ms` of convergence_times.json.
+    task: A key of `protocol.TASKS`.
+    name: The optimizer.
+  """
+  of_problem = times.get(protocol.TASKS[task].problem, {})
+  return of_problem[name] / of_problem['adamw'] if name in of_problem else None
+
+
+def _row(name, row, task, times):
   form = _form(task)
+  ratio = time_of_a_step(times, task, name)
   losses = [r['loss'] for r in row['runs'].values()]
   parts = list(row['parts'].values())
   steps = time = '–'
@@ -220,7 +229,7 @@ def _row(name, row, first, task):
         else (f' ({len(reached)} of {len(parts)} seeds)')
       )
       steps = f'{part:.2f}{few}'
-      time = f'{part * row["ms"] / first["ms"]:.2f}'
+      time = f'{part * ratio:.2f}' if ratio else '–'
   tried = row['tried']
   best = '–'
   if len(tried) > 1 and protocol.TASKS[task].parent is None:
@@ -234,7 +243,7 @@ def _row(name, row, first, task):
     _mean(losses, form),
     _mean(row['differences'].values(), '+' + form),
     steps,
-    f'{row["ms"]:.3g}',
+    f'{ratio:.2f}' if ratio else '–',
     time,
     '–' if row['searched'] is None else f'{row["searched"]:{form}}',
     best,
@@ -244,8 +253,13 @@ def _row(name, row, first, task):
   ]
 
 
-def render(results: list[dict]) -> str:
-  """Returns Markdown tables of all runs."""
+def render(results: list[dict], times: dict) -> str:
+  """Returns Markdown tables of all runs.
+
+  Args:
+    results: All runs.
+    times: `ms` of convergence_times.json.
+  """
   lines = []
   summaries = {
     task: summary(results, task)
@@ -260,13 +274,13 @@ def render(results: list[dict]) -> str:
         'validation loss',
         '− AdamW',
         "steps to AdamW's",
-        'ms a step',
+        'time of a step',
         "time to AdamW's",
         'search',
         'best of 1, 5, all trials',
         'rates',
       ],
-      [_row(name, row, rows['adamw'], task) for name, row in rows.items()],
+      [_row(name, row, task, times) for name, row in rows.items()],
     )
     found = [row['best'] for row in rows.values() if row['best']]
     if found:

@@ -12,6 +12,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import tqdm
 
 import breakdown
 import convergence
@@ -20,6 +21,7 @@ import convergence_problems
 import convergence_protocol as protocol
 from convergence_protocol import Case
 import convergence_tables
+import convergence_times
 import gpt_configs
 
 RECORD = pathlib.Path(convergence.__file__).with_suffix('.json')
@@ -130,9 +132,11 @@ def fake_run(case):
     'steps': protocol.TASKS[case.task].steps,
     'curve': curve,
     'loss': loss,
-    'ms': 20.0 + 5 * (case.optimizer == 'sophia_g'),
     'seconds': 10.0,
   }
+
+
+TIMES = {'language': {'adamw': 20.0, 'sophia_g': 25.0}}  # ms of a step
 
 
 @functools.cache
@@ -156,7 +160,7 @@ def test_every_optimizer_has_the_same_search():
     for name in spec.peers:
       cases = [c for c in losses if (c.task, c.optimizer) == (task, name)]
       _, best = protocol.search(task, name, losses, 4)
-      assert {dataclasses.replace(best, seed=s) for s in (1, 2, 3)} <= set(
+      assert {dataclasses.replace(best, seed=s) for s in spec.seeds} <= set(
         cases
       )
       if name in protocol.UNTUNED:
@@ -164,7 +168,7 @@ def test_every_optimizer_has_the_same_search():
         assert best == dataclasses.replace(of_adamw, optimizer=name)
         assert {c.trial for c in cases} == {of_adamw.trial}
         if not spec.margin:  # No other learning rates.
-          assert sum(not c.variant for c in cases) == 3
+          assert sum(not c.variant for c in cases) == len(spec.seeds)
           continue
       searched = [c for c in cases if c.seed == 0]
       assert losses[best] == min(losses[c] for c in searched)
@@ -291,7 +295,6 @@ def test_summary():
   # The same bowl, and 0.05 lower; AdamW's last loss is there one point before.
   assert sophia['differences'] == pytest.approx(dict.fromkeys((1, 2, 3), -0.05))
   assert sophia['parts'] == pytest.approx(dict.fromkeys((1, 2, 3), 0.95))
-  assert sophia['ms'] == 25.0
   variants = convergence_tables.summary(complete(), 'language_1200')[
     'copied_g'
   ]['variants']
@@ -300,7 +303,7 @@ def test_summary():
 
 @pytest.mark.slow
 def test_tables():
-  text = convergence_tables.render(complete())
+  text = convergence_tables.render(complete(), TIMES)
   table = text[text.index('4,800 steps') :]
   rows = {
     line.split('|')[1].strip(): [x.strip() for x in line.split('|')[2:-1]]
@@ -308,20 +311,21 @@ def test_tables():
     if line.startswith('|')
   }
   assert rows['AdamW'][1] == '+0.000 ± 0.000'
-  assert rows['Sophia-G'][1:5] == ['-0.050 ± 0.000', '0.95', '25', '1.19']
+  assert rows['Sophia-G'][1:5] == ['-0.050 ± 0.000', '0.95', '1.25', '1.19']
+  assert rows['Sophia-H'][3:5] == ['–', '–']  # It was not measured
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('count', [0, 1, 40])
 def test_incomplete_results_are_shown(count):
   results = complete()[:count]
-  assert '### Cost' in convergence_tables.render(results)
-  for plot in (
-    convergence_plots.plot_lengths,
-    convergence_plots.plot_curves,
-    convergence_plots.plot_tuning,
+  assert '### Cost' in convergence_tables.render(results, {})
+  for fig in (
+    convergence_plots.plot_lengths(results),
+    convergence_plots.plot_curves(results, {}),
+    convergence_plots.plot_tuning(results),
   ):
-    plot(results).canvas.draw()
+    fig.canvas.draw()
 
 
 def lines_of(ax):
@@ -349,11 +353,11 @@ def test_plots(tmp_path):
   fig.savefig(tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').stat().st_size > 10_000
 
-  fig = convergence_plots.plot_curves(results)
-  steps, seconds = (lines_of(ax)['Sophia-G'] for ax in fig.axes[:2])
+  fig = convergence_plots.plot_curves(results, TIMES)
+  steps, times = (lines_of(ax)['Sophia-G'] for ax in fig.axes[:2])
   assert steps[-1, 0] == 1200
-  assert seconds[-1, 0] == pytest.approx(1200 * 0.025)
-  np.testing.assert_array_equal(steps[:, 1], seconds[:, 1])
+  assert times[-1, 0] == pytest.approx(1200 * 1.25)
+  np.testing.assert_array_equal(steps[:, 1], times[:, 1])
 
   left, right = convergence_plots.plot_tuning(results).axes
   assert np.all(np.diff(lines_of(left)['NAdamW'][:, 1]) <= 0)
@@ -381,8 +385,14 @@ def test_committed_record_is_of_this_protocol():
     assert len(result['curve']) == 20
   cases = [protocol.case_of(r) for r in record['runs']]
   assert len(set(cases)) == len(cases)
-  table = convergence_tables.render(record['runs'])
-  assert 'NAdamW' in table
+
+
+def test_committed_times_are_of_all_optimizers():
+  found = json.loads(RECORD.with_name('convergence_times.json').read_text())
+  for task in 'language_1200', 'photographs':
+    for name in protocol.TASKS[task].peers:
+      ratio = convergence_tables.time_of_a_step(found['ms'], task, name)
+      assert (ratio == 1.0) if name == 'adamw' else (0.8 < ratio < 1.5)
 
 
 def test_breakdowns_are_of_these_settings():
@@ -410,6 +420,13 @@ def test_every_optimizer_runs(optimizer):
   assert ('win_rate' in result) == (optimizer in sophia)
   assert ('gamma' in result) == (optimizer == 'copied_g')
   json.dumps(result)
+
+
+@pytest.mark.slow
+def test_times_of_steps():
+  found = convergence_times.measure('axes', tqdm.tqdm(disable=True), 2)
+  assert list(found) == list(protocol.TASKS['axes'].peers)
+  assert all(0 < x < 10 for x in found.values())
 
 
 @pytest.mark.slow

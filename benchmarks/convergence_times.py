@@ -1,0 +1,87 @@
+"""How long a step of each optimizer takes in benchmarks/convergence.py.
+
+  python benchmarks/convergence_times.py \
+    --output=benchmarks/convergence_times.json
+
+The runs of convergence.py go on side by side for hours, so their times can't
+be compared. Here the optimizers take turns. In each round every optimizer makes
+the first 30 steps of a run, of which three refresh, in one thread. The time of
+a step can differ by a fifth from round to round, so the lowest one counts.
+Nothing else should run on the machine.
+
+With a larger batch or model an update is a smaller part of a step, so Sophia's
+steps are then closer to AdamW's than here.
+"""
+
+import os
+import time
+
+from absl import app
+import jax
+import tqdm
+
+import convergence
+import convergence_protocol as protocol
+import records
+
+_PROBLEMS = 'language', 'photographs'
+_ROUNDS = 30
+_CHUNKS = 2
+
+
+def _measure_once(task, name):
+  settings = protocol.settings(protocol.Case(task, name, 0))
+  params, opt_state, advance, _, _ = convergence.start(task, name, settings, 0)
+  jax.block_until_ready((params, opt_state))
+  clock = time.process_time()
+  for i in range(_CHUNKS):
+    params, opt_state = jax.block_until_ready(
+      advance(params, opt_state, i * convergence.CHUNK)
+    )
+  return 1e3 * (time.process_time() - clock) / (_CHUNKS * convergence.CHUNK)
+
+
+def measure(
+  problem: str, bar: tqdm.tqdm, rounds: int = _ROUNDS
+) -> dict[str, float]:
+  """Returns the milliseconds of a step, by optimizer.
+
+  Args:
+    problem: A name for `convergence_problems.get`.
+    bar: Is moved by one each round.
+    rounds: Number of rounds, after one that compiles.
+  """
+  tasks = {
+    name: task
+    for task, spec in protocol.TASKS.items()
+    if spec.problem == problem
+    for name in spec.peers
+  }
+  times = []
+  for _ in range(rounds + 1):
+    times.append({name: _measure_once(tasks[name], name) for name in tasks})
+    bar.update()
+  return {
+    name: round(min(of_round[name] for of_round in times[1:]), 3)
+    for name in tasks
+  }
+
+
+def main(argv):
+  """Measures, prints and writes."""
+  records.check_only_flags(argv)
+  if records.SHOW.value:
+    raise app.UsageError('convergence_plots.py shows the times.')
+  os.environ['NPROC'] = '1'  # Number of XLA threads.
+  found = {}
+  with tqdm.tqdm(total=len(_PROBLEMS) * (_ROUNDS + 1)) as bar:
+    for problem in _PROBLEMS:
+      bar.set_description(problem)
+      found[problem] = measure(problem, bar)
+      bar.write(f'{problem}, ms a step: {found[problem]}')
+      if records.OUTPUT.value:
+        records.write(records.OUTPUT.value, ms=found)
+
+
+if __name__ == '__main__':
+  app.run(main)
