@@ -30,7 +30,7 @@ from sophia_optax._squared_gradient import (
   squared_gradient_estimator_diag_hessian as squared_gradient_estimator_diag_hessian,  # noqa: E501
 )
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 with contextlib.suppress(ImportError):  # Flax is optional.
   from sophia_optax.flax import SophiaTrainState as SophiaTrainState

@@ -127,8 +127,8 @@ def scale_by_sophia(
   The adjusted target stays between 0.1 and 0.9. Read the factor with
   ``optax.tree.get(state, 'gamma_factor')``. It stays between 1e-10 and 1e10.
 
-  With ``adam_b2`` = β, an update is at most as large as Adam's, element by
-  element:
+  With ``adam_b2`` = β, an update is at most as large as that of Adam with an ε
+  of 0, element by element:
 
   .. math::
     u_t &= \mathrm{clip}\left(\hat m_t / \max(\gamma h_{t-1},

@@ -71,21 +71,29 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_has_the_settings_of_the_documentation():
+@pytest.mark.parametrize('name', ['sophia_g', 'sophia_h'])
+def test_demo_has_the_settings_of_the_documentation(name):
   page = pathlib.Path(__file__).parents[1] / 'docs' / 'choosing.md'
   names = {}
   for example in doctest.DocTestParser().get_examples(page.read_text()):
-    if example.source.startswith(('import', 'def sophia_like_adamw')):
+    if example.source.startswith(('import', f'def {name}_like_adamw')):
       exec(example.source, names)
   config = gpt_configs.sophia_like(
-    tiny_gpt.config(optimizer='adamw', batch_size=32, num_steps=8), 'sophia_g'
+    tiny_gpt.config(
+      optimizer='adamw', batch_size=32, num_steps=8, curvature_parts=1
+    ),
+    name,
   )
   ours = gpt_program.make_optimizer(config)
   schedule = gpt_program.make_schedule(config)
   theirs = optax.chain(
     optax.clip_by_global_norm(1.0),
-    names['sophia_like_adamw'](
-      schedule, adam_b2=config.adam_b2, weight_decay_mask=gpt.decay_mask
+    names[f'{name}_like_adamw'](
+      schedule,
+      *([] if name == 'sophia_g' else [config.num_steps]),
+      b2=config.adam_b2,
+      weight_decay=config.weight_decay,
+      mask=gpt.decay_mask,
     ),
   )
   fns = gpt_program.make_fns(config, gpt_program.make_model(config))

@@ -124,7 +124,7 @@ def poisoned(estimator):
   return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
 
 
-def make_optimizer(name, axis_name=None):
+def make_optimizer(name, axis_name=None, **settings):
   if name == 'sophia_h':
     estimator = sophia_optax.hutchinson_estimator_diag_hessian(
       axis_name=axis_name
@@ -140,6 +140,7 @@ def make_optimizer(name, axis_name=None):
     weight_decay=0.0,
     update_interval=INTERVAL,
     hessian_diagonal_fn=poisoned(estimator),
+    **settings,
   )
 
 
@@ -291,6 +292,17 @@ def test_a_gradient_is_infinite_and_nothing_is_done_about_it(name, sign):
   assert (get(steps, 'mu')['hidden'][FAULT:, 0, 0] == sign * np.inf).all()
   moves = np.diff(steps.params['hidden'][FAULT - 1 :, 0, 0])
   np.testing.assert_allclose(moves, -sign * LEARNING_RATE, rtol=1e-3)
+
+
+@both
+def test_a_gradient_is_infinite_with_adam_b2(name):
+  run = jax.jit(training(make_optimizer(name, adam_b2=0.95)))
+  steps = run(faults(gradient=np.inf), INPUTS, LABELS)
+  params = at(steps.params, slice(FAULT + 1))
+  assert np.isfinite(params['hidden'][:FAULT]).all()
+  assert np.isnan(params['hidden'][FAULT]).sum() == 1
+  assert np.isnan(steps.params['output'][FAULT + 1 :]).all()
+  chex.assert_tree_all_finite(get(steps, 'nu'))
 
 
 @functools.cache
