@@ -23,18 +23,18 @@ import records
 _STYLES = {
   'adamw': {'color': '#000000', 'linestyle': '--'},
   'nadamw': {'color': '#CC79A7', 'linestyle': '--'},
-  'sophia_g': {'color': '#D55E00', 'linestyle': '-'},
-  'sophia_h': {'color': '#0072B2', 'linestyle': '-'},
-  'copied_g': {
+  'sophia_g': {
     'color': '#D55E00',
     'linestyle': ':',
     'markerfacecolor': 'white',
   },
-  'copied_h': {
+  'sophia_h': {
     'color': '#0072B2',
     'linestyle': ':',
     'markerfacecolor': 'white',
   },
+  'copied_g': {'color': '#D55E00', 'linestyle': '-'},
+  'copied_h': {'color': '#0072B2', 'linestyle': '-'},
   'lion': {'color': '#009E73', 'linestyle': '-.'},
   'signum': {'color': '#E69F00', 'linestyle': '-.'},
   'contrib': {'color': '#56B4E9', 'linestyle': ':'},
@@ -54,7 +54,7 @@ def _finish(ax, **kwargs):
 def plot_lengths(results: list[dict]) -> figure.Figure:
   """Draws the difference from AdamW over the length of the run.
 
-  Optimizers that ran at one length only are left out. Points more than 0.05
+  Optimizers that ran at one length only are left out. Points more than 0.04
   above AdamW's are outside the axes: of runs that broke down.
   """
   fig = figure.Figure(figsize=(8, 4.8), layout='constrained')
@@ -87,7 +87,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
   ax.set_xlim(0.85 * ticks[0], 1.2 * ticks[-1])
   ax.set_xticks(ticks, [f'{t:.0f}' for t in ticks])
   ax.minorticks_off()
-  ax.set_ylim(-0.1, 0.05)
+  ax.set_ylim(-0.08, 0.04)
   _finish(
     ax,
     xlabel='Tokens for each parameter',
@@ -103,14 +103,17 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
 def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   """Draws mean and range over seeds of the losses, over steps and over time.
 
+  Tasks on problems whose steps were not timed are left out.
+
   Args:
     results: All runs.
     times: `ms` of convergence_times.json.
   """
   tasks = [
     task
-    for task in protocol.TASKS
-    if any(row['runs'] for row in tables.summary(results, task).values())
+    for task, spec in protocol.TASKS.items()
+    if spec.problem in times
+    and any(row['runs'] for row in tables.summary(results, task).values())
   ]
   fig = figure.Figure(
     figsize=(10, 3.6 * max(len(tasks), 1)), layout='constrained'
