@@ -218,7 +218,7 @@ def main(argv):
     folder = pathlib.Path(_PLOTS.value)
     folder.mkdir(parents=True, exist_ok=True)
     plot_lengths(results).savefig(folder / 'convergence.png', dpi=130)
-    plot_curves(results, times).savefig(folder / 'curves.png', dpi=110)
+    plot_curves(results, times).savefig(folder / 'curves.png', dpi=90)
     plot_tuning(results).savefig(folder / 'tuning.png', dpi=150)
 
 
