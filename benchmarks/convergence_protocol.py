@@ -10,8 +10,9 @@ It is the same for every optimizer:
 2. Longer runs, larger batches and models. The two best trials of the task
    before (one, where runs are long) are run; the better one's learning rate is
    multiplied by powers of √2 until one that is lower and one that is higher are
-   worse. In the longest runs and the largest model, only AdamW and NAdamW have
-   this search.
+   worse. In the longest runs, only AdamW and NAdamW have this search. The
+   largest model has none: its learning rates are the best of the small model,
+   divided by √2.
 3. Report. The best of a task is run with three seeds that had no part in the
    search; a seed decides parameters, batches and probes. The largest model has
    one seed, that of the search.
@@ -48,7 +49,7 @@ _PEERS = (
 )
 # The optimizers that are closest to AdamW in the shortest runs.
 _FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', 'copied_g', 'copied_h'
-# Runs of ten minutes and more have no search for Sophia.
+# In runs of ten minutes and more.
 _LONG = 'adamw', 'nadamw', 'copied_g', 'copied_h'
 
 
@@ -127,6 +128,7 @@ TASKS = {  # in the order in which they are run
     'language_1200',
     carried=1,
     rate=-1,
+    margin=None,
     peers=_LONG,
     seeds=_SEARCH_SEEDS[:1],
   ),
