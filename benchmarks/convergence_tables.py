@@ -42,8 +42,9 @@ def num_trials(results: list[dict], task: str) -> int:
   while protocol.TASKS[task].parent:
     task = protocol.TASKS[task].parent
   done = losses_of(results)
+  searched = set(protocol.TASKS[task].peers) - set(protocol.UNTUNED)
   count = 0
-  while all(protocol.Case(task, o, count) in done for o in protocol.SPACES):
+  while all(protocol.Case(task, o, count) in done for o in searched):
     count += 1
   return count
 

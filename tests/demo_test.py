@@ -91,6 +91,7 @@ def test_demo_has_the_settings_of_the_documentation(name):
     names[f'{name}_like_adamw'](
       schedule,
       *([] if name == 'sophia_g' else [config.num_steps]),
+      b1=config.b1,
       b2=config.adam_b2,
       weight_decay=config.weight_decay,
       mask=gpt.decay_mask,
