@@ -152,7 +152,8 @@ class Config:
 def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Derives settings for Sophia from settings for AdamW.
 
-  This is the rule in docs/choosing.md, with b1 = 0.9. AdamW's b1 is 0.89 here.
+  This is the rule in docs/choosing.md, with b1 = 0.9 in place of the demo's
+  0.89 for AdamW.
 
   Args:
     adamw: AdamW's settings.

@@ -390,6 +390,16 @@ def test_committed_record_is_of_this_protocol():
   assert len(set(cases)) == len(cases)
 
 
+@pytest.mark.parametrize('task', protocol.TASKS)
+def test_committed_record_has_the_reported_runs(task):
+  if task == 'large_model':
+    pytest.skip('It has not run yet.')
+  runs = json.loads(RECORD.read_text())['runs']
+  rows = convergence_tables.summary(runs, task)
+  for name in protocol.TASKS[task].peers:
+    assert sorted(rows[name]['runs']) == list(protocol.TASKS[task].seeds)
+
+
 def test_committed_times_are_of_all_optimizers():
   found = json.loads(RECORD.with_name('convergence_times.json').read_text())
   for task in 'language_1200', 'photographs':
