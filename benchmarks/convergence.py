@@ -227,12 +227,17 @@ def _number(loss):
 
 
 def run(case: protocol.Case) -> dict:
-  """Returns the case, its `settings` and `steps`, and what `train` returns."""
+  """Returns the case, settings, device and versions, and what `train` returns."""
   settings = protocol.settings(case)
   steps = protocol.TASKS[case.task].steps
   return (
     dataclasses.asdict(case)
-    | {'settings': settings, 'steps': steps}
+    | {
+      'settings': settings,
+      'steps': steps,
+      'device': jax.devices()[0].device_kind,
+      'jax': jax.__version__,
+    }
     | train(case.task, case.optimizer, settings, case.seed, steps)
   )
 

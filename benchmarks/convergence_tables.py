@@ -154,7 +154,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
         best.trial,
         best.rate,
       )
-      if same and case.seed in protocol.TASKS[task].seeds:
+      if same and case.seed in protocol.SEEDS:
         into = variants.setdefault(case.variant, {}) if case.variant else runs
         into[case.seed] = result
     rows[name] = {

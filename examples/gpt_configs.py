@@ -152,8 +152,7 @@ class Config:
 def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Derives settings for Sophia from settings for AdamW.
 
-  This is the rule in docs/choosing.md, with b1 = 0.9 in place of the demo's
-  0.89 for AdamW.
+  This is the rule in docs/choosing.md.
 
   Args:
     adamw: AdamW's settings.
@@ -170,7 +169,6 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   return dataclasses.replace(
     adamw,
     optimizer=optimizer,
-    b1=0.9,
     b2=0.95,
     adam_b2=adamw.b2,
     nesterov=True,

@@ -160,7 +160,7 @@ def test_every_optimizer_has_the_same_search():
     for name in spec.peers:
       cases = [c for c in losses if (c.task, c.optimizer) == (task, name)]
       _, best = protocol.search(task, name, losses, 4)
-      assert {dataclasses.replace(best, seed=s) for s in spec.seeds} <= set(
+      assert {dataclasses.replace(best, seed=s) for s in protocol.SEEDS} <= set(
         cases
       )
       if name in protocol.UNTUNED:
@@ -168,7 +168,7 @@ def test_every_optimizer_has_the_same_search():
         assert best == dataclasses.replace(of_adamw, optimizer=name)
         assert {c.trial for c in cases} == {of_adamw.trial}
         if not spec.margin:  # No other learning rates.
-          assert sum(not c.variant for c in cases) == len(spec.seeds)
+          assert sum(not c.variant for c in cases) == len(protocol.SEEDS)
           continue
       searched = [c for c in cases if c.seed == 0]
       assert losses[best] == min(losses[c] for c in searched)
@@ -397,7 +397,7 @@ def test_committed_record_has_the_reported_runs(task):
   runs = json.loads(RECORD.read_text())['runs']
   rows = convergence_tables.summary(runs, task)
   for name in protocol.TASKS[task].peers:
-    assert sorted(rows[name]['runs']) == list(protocol.TASKS[task].seeds)
+    assert sorted(rows[name]['runs']) == list(protocol.SEEDS)
 
 
 def test_committed_times_are_of_all_optimizers():
