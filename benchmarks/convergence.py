@@ -13,7 +13,7 @@ side by side, in one thread each. Seconds are of the processor, without
 compilation and validation; convergence_times.py compares the optimizers' times.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import concurrent.futures
 import dataclasses
 import functools
@@ -227,7 +227,7 @@ def _number(loss):
 
 
 def run(case: protocol.Case) -> dict:
-  """Returns the case, settings, device and versions, and what `train` returns."""
+  """Returns the case, settings, steps, device, and what `train` returns."""
   settings = protocol.settings(case)
   steps = protocol.TASKS[case.task].steps
   return (
@@ -319,8 +319,22 @@ def train(
   } | {name: values for name, values in history.items() if values}
 
 
-def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):
-  """Runs all cases that are not in `runs`, and writes the file after each."""
+def run_all(
+  runs: list[dict],
+  path: pathlib.Path,
+  jobs: int,
+  num_trials: int = protocol.NUM_TRIALS,
+  tasks: Collection[str] = tuple(protocol.TASKS),
+):
+  """Runs all cases that are not in `runs`, and writes the file after each.
+
+  Args:
+    runs: Finished runs. New ones are appended.
+    path: The file.
+    jobs: Number of processes.
+    num_trials: Number of trials for each optimizer.
+    tasks: Keys of `protocol.TASKS`.
+  """
   os.environ['NPROC'] = '1'  # Number of XLA threads in each process.
   fingerprint = text.fingerprint(text.standard_library())
   with concurrent.futures.ProcessPoolExecutor(
@@ -329,7 +343,11 @@ def run_all(runs: list[dict], path: pathlib.Path, jobs: int, num_trials: int):
     running = {}
     while True:
       known = {protocol.case_of(r) for r in runs} | set(running.values())
-      left = (c for c in protocol.plan(runs, num_trials) if c not in known)
+      left = (
+        c
+        for c in protocol.plan(runs, num_trials)
+        if c.task in tasks and c not in known
+      )
       for case in itertools.islice(left, jobs - len(running)):
         running[pool.submit(run, case)] = case
       if not running:
@@ -367,12 +385,18 @@ def main(argv):
     raise app.UsageError('convergence_plots.py shows the tables of a file.')
   path = pathlib.Path(records.OUTPUT.value or 'convergence.json')
   runs = records.read(path)['runs'] if path.exists() else []
-  run_all(runs, path, _JOBS.value, _TRIALS.value)
+  run_all(runs, path, _JOBS.value, _TRIALS.value, _TASKS.value)
 
 
 if __name__ == '__main__':
   _TRIALS = flags.DEFINE_integer(
     'trials', protocol.NUM_TRIALS, 'Trials for each optimizer.'
+  )
+  _TASKS = flags.DEFINE_multi_enum(
+    'task',
+    list(protocol.TASKS),
+    list(protocol.TASKS),
+    'Task to run; may be repeated. All by default.',
   )
   _JOBS = flags.DEFINE_integer('jobs', 1, 'Parallel runs, one core each.')
   app.run(main)

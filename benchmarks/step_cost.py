@@ -5,7 +5,9 @@
 
 Two tables. The first is of the update alone, parameters and optimizer state
 donated, on 32 leaves of 1024 × 1024 float32. The second is of the whole train
-step of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words).
+step of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words). An accelerator
+needs larger arrays to be busy: --sizes=accelerator has leaves of 3072 × 3072,
+width 1024 and 16 × 512 tokens.
 
 Memory is what the compiled program needs beside its arguments, by XLA's memory
 analysis: temporaries + outputs - what is aliased to a donated argument. JAX
@@ -54,13 +56,34 @@ _ROUNDS = flags.DEFINE_integer(
   'many, each of k = 10 steps.',
   lower_bound=1,
 )
-_QUICK = flags.DEFINE_bool(
-  'quick', False, 'Small sizes and few rounds: only to see that it runs.'
+_SIZES = flags.DEFINE_enum(
+  'sizes',
+  'cpu',
+  ['cpu', 'accelerator', 'quick'],
+  'Sizes of arrays, for a CPU or an accelerator. quick: small sizes and few '
+  'rounds, only to see that it runs.',
 )
 
 _K = 10  # steps from one refresh to the next
 _NEVER = 2**30
 _BATCH = 16
+
+
+class Sizes(NamedTuple):
+  """Sizes of both tables."""
+
+  side: int  # of the square leaves of the update
+  num_layers: int
+  width: int
+  num_heads: int
+  length: int  # of a sequence
+
+
+_SIZES_OF = {
+  'cpu': Sizes(1024, 4, 128, 4, 128),
+  'accelerator': Sizes(3072, 4, 1024, 16, 512),
+  'quick': Sizes(64, 1, 128, 4, 128),
+}
 
 
 class Row(NamedTuple):
@@ -272,12 +295,21 @@ def measure_update(
 
 
 def measure_step(
-  num_layers: int, rounds: int, bar: tqdm.tqdm
+  sizes: Sizes, rounds: int, bar: tqdm.tqdm
 ) -> dict[str, dict[str, float]]:
   """Returns the columns of the train step, by row."""
   rows = step_rows()
-  model = gpt.GPT(256, 128, num_layers, 4, 128, unroll=num_layers)
-  tokens = jax.random.randint(jax.random.key(0), (_BATCH, 129), 0, 256)
+  model = gpt.GPT(
+    256,
+    sizes.length,
+    sizes.num_layers,
+    sizes.num_heads,
+    sizes.width,
+    unroll=sizes.num_layers,
+  )
+  tokens = jax.random.randint(
+    jax.random.key(0), (_BATCH, sizes.length + 1), 0, 256
+  )
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
 
   def loss_fn(params, tokens):
@@ -403,14 +435,13 @@ def main(argv):
     record = records.read(records.SHOW.value)
     print(render(record['update'], record['step']))
     return
-  size, num_layers, rounds = 1024, 4, _ROUNDS.value
-  if _QUICK.value:
-    size, num_layers, rounds = 64, 1, 2
+  sizes = _SIZES_OF[_SIZES.value]
+  rounds = 2 if _SIZES.value == 'quick' else _ROUNDS.value
   step_rounds = max(rounds // 4, 1)
   calls = len(update_rows()) + len(step_rows()) + 2 * rounds + step_rounds + 3
   with tqdm.tqdm(total=calls, desc='compile and time') as bar:
-    update = measure_update(size, rounds, bar)
-    step = measure_step(num_layers, step_rounds, bar)
+    update = measure_update(sizes.side, rounds, bar)
+    step = measure_step(sizes, step_rounds, bar)
   print(render(update, step))
   if records.OUTPUT.value:
     records.write(records.OUTPUT.value, update=update, step=step)
