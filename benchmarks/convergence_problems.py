@@ -62,7 +62,13 @@ def _mean_over_batches(loss, examples, size):
   ).mean()
 
 
-def language(width: int, num_layers: int, num_heads: int, batch_size: int):
+def language(
+  width: int,
+  num_layers: int,
+  num_heads: int,
+  batch_size: int,
+  micro_batch: int = 16,
+):
   """Returns a byte-level GPT on text of the standard library.
 
   Sequences have 64 bytes. Half a million bytes are held out; `validate` uses
@@ -97,7 +103,7 @@ def language(width: int, num_layers: int, num_heads: int, batch_size: int):
     'categorical',
     _mean_over_batches(loss, cut(held_out, few), 32),
     _mean_over_batches(loss, cut(held_out, starts), 32),
-    16,
+    micro_batch,
     gpt.decay_mask,
     1.0,
   )
@@ -222,7 +228,7 @@ def regression(rotated: bool, condition: float = 1e5, batch_size: int = 128):
 _MAKERS = {
   'language': functools.partial(language, 64, 2, 2, 32),
   'language_large_batch': functools.partial(language, 64, 2, 2, 256),
-  'language_1m': functools.partial(language, 128, 5, 4, 64),
+  'language_1m': functools.partial(language, 128, 5, 4, 64, 64),
   'photographs': photographs,
   'axes': functools.partial(regression, False),
   'rotated': functools.partial(regression, True),
