@@ -61,6 +61,7 @@ def write(path: str | os.PathLike[str], **results: Any) -> None:
       'cores': os.cpu_count(),
       'architecture': platform.machine(),
       'backend': jax.default_backend(),
+      'device': jax.devices()[0].device_kind,
     },
     'versions': {
       'python': platform.python_version(),

@@ -289,9 +289,9 @@ def measure_update(
       columns['time/contrib, kept'] = median_ratio(
         times_kept, row.name, row.over
       )
-      columns['MB/contrib'] = (
-        programs[row.name].megabytes / programs[row.over].megabytes
-      )
+      base = programs[row.over].megabytes
+      if base > 1:  # Less is scalars.
+        columns['MB/contrib'] = programs[row.name].megabytes / base
   return table
 
 
@@ -390,7 +390,7 @@ def _lay_out(
       value = table[row.name].get(name)
       digits = 3 if '/' in name else 1
       cell = '' if value is None else f'{value:.{digits}f}'
-      if name in row.goals:
+      if value is not None and name in row.goals:
         cell += f' (≤ {row.goals[name]:g})' + '!' * (value > row.goals[name])
       cells.append(cell)
     lines.append(cells)
@@ -402,32 +402,34 @@ def _lay_out(
 def render(
   update: dict[str, dict[str, float]], step: dict[str, dict[str, float]]
 ) -> str:
-  """Lays out both tables."""
-  return '\n'.join(
-    [
-      _lay_out(
-        'update alone',
-        update_rows(),
-        update,
-        [
-          'ms',
-          'time/adamw',
-          'time/contrib',
-          'time/adamw, kept',
-          'time/contrib, kept',
-          'MB',
-          'MB/contrib',
-        ],
-      ),
-      '',
-      _lay_out('train step, GPT', step_rows(), step, list(step['sophia, H'])),
-      '',
-      'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
-      ' H Hutchinson,',
-      'G Gauss-Newton-Bartlett, then the part of the batch for curvature.'
-      f' k = {_K}.',
-    ]
-  )
+  """Lays out both tables, or the first if `step` is empty."""
+  lines = [
+    _lay_out(
+      'update alone',
+      update_rows(),
+      update,
+      [
+        'ms',
+        'time/adamw',
+        'time/contrib',
+        'time/adamw, kept',
+        'time/contrib, kept',
+        'MB',
+        'MB/contrib',
+      ],
+    ),
+    '',
+  ]
+  if step:
+    columns = list(step['sophia, H'])
+    lines += [_lay_out('train step, GPT', step_rows(), step, columns), '']
+  lines += [
+    'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
+    ' H Hutchinson,',
+    'G Gauss-Newton-Bartlett, then the part of the batch for curvature.'
+    f' k = {_K}.',
+  ]
+  return '\n'.join(lines)
 
 
 def main(argv):
@@ -444,7 +446,7 @@ def main(argv):
   with tqdm.tqdm(total=calls, desc='compile and time') as bar:
     update = measure_update(sizes.side, rounds, bar)
     if records.OUTPUT.value:
-      records.write(records.OUTPUT.value, update=update)
+      records.write(records.OUTPUT.value, update=update, step={})
     step = measure_step(sizes, step_rounds, bar)
   print(render(update, step))
   if records.OUTPUT.value:

@@ -98,6 +98,7 @@ def check_replicas(
     (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   weights = jnp.linspace(0.5, 1.5, devices)
+  weights /= weights.mean()  # It is 0.5 on one device.
 
   def estimates(weight, keys):
     local = problem._replace(extra_args=extra_args_of(weight[0]))
