@@ -236,6 +236,7 @@ def test_wrong_estimator_is_found(make, problem, found):
 def test_sum_over_replicas_is_found():
   if jax.device_count() == 1:
     pytest.skip('With one replica the sum is the mean.')
+
   # Derivatives with respect to replicated parameters are already sums.
   def make(key):
     average = optax.stateless(
