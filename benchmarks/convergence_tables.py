@@ -283,15 +283,16 @@ def render(results: list[dict], times: dict) -> str:
       ],
       [_row(name, row, task, times) for name, row in rows.items()],
     )
-    found = [row['best'] for row in rows.values() if row['best']]
+    found = {name: row for name, row in rows.items() if row['best']}
     if found:
-      lines += ['Settings:', '']
-      for case in found:
+      lines += ['Settings, and devices of the runs:', '']
+      for name, row in found.items():
         chosen = ', '.join(
           f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
-          for k, v in protocol.settings(case).items()
+          for k, v in protocol.settings(row['best']).items()
         )
-        lines.append(f'* {LABELS[case.optimizer]}: {chosen}')
+        devices = ', '.join(sorted({r['device'] for r in row['runs'].values()}))
+        lines.append(f'* {LABELS[name]}: {chosen}; {devices or "no runs"}')
       lines.append('')
     variants = [
       [

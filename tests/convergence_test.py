@@ -87,6 +87,7 @@ def test_settings_to_copy_are_those_of_the_examples(name):
       num_steps=4800,
       learning_rate=adamw['learning_rate'],
       warmup_steps=round(adamw['warmup'] * 4800),
+      b1=adamw['b1'],
       b2=adamw['b2'],
       weight_decay=adamw['weight_decay'],
     ),
@@ -130,6 +131,7 @@ def fake_run(case):
   return dataclasses.asdict(case) | {
     'settings': drawn,
     'steps': protocol.TASKS[case.task].steps,
+    'device': 'cpu',
     'curve': curve,
     'loss': loss,
     'seconds': 10.0,
@@ -265,6 +267,17 @@ def test_continues_where_it_was_killed(in_threads, monkeypatch, tmp_path):
   assert len(runs) == count
 
 
+@pytest.mark.slow
+def test_runs_only_the_tasks_asked_for(in_threads, monkeypatch, tmp_path):
+  del in_threads
+  monkeypatch.setattr(convergence, 'run', fake_run)
+  path = tmp_path / 'record.json'
+  convergence.run_all([], path, 2, 4, ['axes'])
+  runs = json.loads(path.read_text())['runs']
+  assert {r['task'] for r in runs} == {'axes'}
+  assert {r['optimizer'] for r in runs} == set(protocol.TASKS['axes'].peers)
+
+
 def test_best_of_n():
   assert convergence_tables.best_of([3.0, 1.0, 2.0], 1) == pytest.approx(2)
   assert convergence_tables.best_of([3.0, 1.0, 2.0], 2) == pytest.approx(4 / 3)
@@ -385,6 +398,8 @@ def test_committed_record_is_of_this_protocol():
     case = protocol.case_of(result)
     assert result['settings'] == protocol.settings(case)
     assert result['steps'] == protocol.TASKS[case.task].steps
+    assert result['device']
+    assert result['jax']
     assert len(result['curve']) == 20
   cases = [protocol.case_of(r) for r in record['runs']]
   assert len(set(cases)) == len(cases)
@@ -392,12 +407,12 @@ def test_committed_record_is_of_this_protocol():
 
 @pytest.mark.parametrize('task', protocol.TASKS)
 def test_committed_record_has_the_reported_runs(task):
-  if task == 'large_model':
-    pytest.skip('It has not run yet.')
   runs = json.loads(RECORD.read_text())['runs']
   rows = convergence_tables.summary(runs, task)
+  # Not all seeds of the largest model have run yet.
+  seeds = protocol.SEEDS[:1] if task == 'large_model' else protocol.SEEDS
   for name in protocol.TASKS[task].peers:
-    assert sorted(rows[name]['runs']) == list(protocol.SEEDS)
+    assert set(seeds) <= set(rows[name]['runs'])
 
 
 def test_committed_times_are_of_all_optimizers():
