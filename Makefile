@@ -45,7 +45,7 @@ accelerator: $(VENV)/installed-test
 	  " https://docs.jax.dev/en/latest/installation.html" \
 	  if d[0].platform == "cpu" else None)'
 	JAX_PLATFORMS= $(BIN)/python -m pytest $(ACCELERATED:%=tests/%_test.py)
-	$(BIN)/python benchmarks/step_cost.py --sizes=accelerator
+	$(BIN)/python benchmarks/step_cost.py
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --fresh-env --nitpicky docs site

@@ -9,8 +9,9 @@ batch, on every tenth step.
 
 A run is written as soon as it ends, and runs that are in the file are not run
 again, so a benchmark that was stopped continues where it was. --jobs runs go on
-side by side, in one thread each. Seconds are of the processor, without
-compilation and validation; convergence_times.py compares the optimizers' times.
+side by side, in one thread each. Seconds are of the host's processor, without
+compilation and validation. On a GPU they do not measure the run.
+convergence_times.py compares the optimizers' times.
 """
 
 from collections.abc import Callable, Collection
@@ -396,7 +397,8 @@ if __name__ == '__main__':
     'task',
     list(protocol.TASKS),
     list(protocol.TASKS),
-    'Task to run; may be repeated. All by default.',
+    'Task to run; may be repeated. All by default. The output must have the '
+    'runs of the task from which its settings come.',
   )
   _JOBS = flags.DEFINE_integer('jobs', 1, 'Parallel runs, one core each.')
   app.run(main)

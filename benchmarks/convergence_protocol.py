@@ -6,7 +6,9 @@ It is the same for every optimizer:
    of a scrambled Halton sequence in the optimizer's space (SPACES). The three
    best are run with a second seed, and the mean of both decides. The learning
    rate of the best is then multiplied by powers of √2, down and up, with both
-   seeds, until the loss is 0.03 above the best on both sides.
+   seeds, until the loss is 0.03 above the best on both sides. The autoencoder
+   has the same search, but its sweep ends as in 2. Least squares has one seed
+   and no sweep.
 2. Longer runs, larger batches and models. The two best trials of the task
    before (one, where runs are long) are run; the better one's learning rate is
    multiplied by powers of √2 until one that is lower and one that is higher are
@@ -48,7 +50,7 @@ _PEERS = (
 )
 # The optimizers that are closest to AdamW in the shortest runs.
 _FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', 'copied_g', 'copied_h'
-# In runs of ten minutes and more.
+# In the longest runs and with the largest model.
 _LONG = 'adamw', 'nadamw', 'copied_g', 'copied_h'
 
 

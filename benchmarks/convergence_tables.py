@@ -313,15 +313,11 @@ def render(results: list[dict], times: dict) -> str:
     if variants:
       lines += _table(['', 'variant', 'difference'], variants)
   lines += ['### Cost', '']
-  lines += _table(
-    ['', 'runs', 'hours of a core'],
-    [
-      [
-        task,
-        str(sum(r['task'] == task for r in results)),
-        f'{sum(r["seconds"] for r in results if r["task"] == task) / 3600:.2f}',
-      ]
-      for task in summaries
-    ],
-  )
+  costs = []
+  for task in summaries:
+    of_task = [r for r in results if r['task'] == task]
+    on_cpu = [r['seconds'] for r in of_task if r['device'] == 'cpu']
+    hours = f'{sum(on_cpu) / 3600:.2f}' if on_cpu else '–'
+    costs.append([task, str(len(of_task)), hours])
+  lines += _table(['', 'runs', 'hours of a core, without GPUs'], costs)
   return '\n'.join(lines)

@@ -7,7 +7,7 @@ Two tables. The first is of the update alone, parameters and optimizer state
 donated, on 32 leaves of 1024 × 1024 float32. The second is of the whole train
 step of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words). An accelerator
 needs larger arrays to be busy: --sizes=accelerator has leaves of 3072 × 3072,
-width 1024 and 16 × 512 tokens.
+width 1024 and 16 × 512 tokens, and needs 45 GB on the device.
 
 Memory is what the compiled program needs beside its arguments, by XLA's memory
 analysis: temporaries + outputs - what is aliased to a donated argument. JAX
@@ -289,9 +289,11 @@ def measure_update(
       columns['time/contrib, kept'] = median_ratio(
         times_kept, row.name, row.over
       )
-      base = programs[row.over].megabytes
-      if base > 1:  # Less is scalars.
-        columns['MB/contrib'] = programs[row.name].megabytes / base
+      # Less than a megabyte is scalars.
+      ours, base = (
+        max(programs[name].megabytes, 1.0) for name in (row.name, row.over)
+      )
+      columns['MB/contrib'] = ours / base
   return table
 
 
@@ -445,7 +447,7 @@ def main(argv):
   calls = len(update_rows()) + len(step_rows()) + 2 * rounds + step_rounds + 3
   with tqdm.tqdm(total=calls, desc='compile and time') as bar:
     update = measure_update(sizes.side, rounds, bar)
-    if records.OUTPUT.value:
+    if records.OUTPUT.value:  # In case the second table is stopped.
       records.write(records.OUTPUT.value, update=update, step={})
     step = measure_step(sizes, step_rounds, bar)
   print(render(update, step))

@@ -329,6 +329,8 @@ def test_tables():
   assert rows['AdamW'][1] == '+0.000 ± 0.000'
   assert rows['Sophia-G'][1:5] == ['-0.050 ± 0.000', '0.95', '1.25', '1.19']
   assert rows['Sophia-H'][3:5] == ['–', '–']  # It was not measured
+  settings = [s for s in table.splitlines() if s.startswith('* AdamW: ')]
+  assert settings[0].endswith('; cpu')
 
 
 @pytest.mark.slow
@@ -410,7 +412,7 @@ def test_committed_record_has_the_reported_runs(task):
   runs = json.loads(RECORD.read_text())['runs']
   rows = convergence_tables.summary(runs, task)
   names, seeds = protocol.TASKS[task].peers, protocol.SEEDS
-  if task == 'large_model':  # The others have not run yet.
+  if task == 'large_model':  # Other seeds and Sophia-H have not run yet.
     names, seeds = ('adamw', 'nadamw', 'copied_g'), (1,)
   for name in names:
     assert set(seeds) <= set(rows[name]['runs'])
