@@ -179,8 +179,9 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   )
 
 
-# Takes five to eight minutes on two CPU cores. AdamW's settings are those of the
-# best trial in benchmarks/convergence.json, before its learning rate is swept.
+# Takes five to eight minutes on two CPU cores. AdamW's settings are those of
+# the best trial in benchmarks/convergence.json, before its learning rate is
+# swept.
 _DEMO = Config(
   unroll=2,
   learning_rate=0.00922,
