@@ -324,7 +324,7 @@ def run_all(
   runs: list[dict],
   path: pathlib.Path,
   jobs: int,
-  num_trials: int = protocol.NUM_TRIALS,
+  num_trials: int,
   tasks: Collection[str] = tuple(protocol.TASKS),
 ):
   """Runs all cases that are not in `runs`, and writes the file after each.

@@ -7,7 +7,7 @@ Two tables. The first is of the update alone, parameters and optimizer state
 donated, on 32 leaves of 1024 × 1024 float32. The second is of the whole train
 step of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words). An accelerator
 needs larger arrays to be busy: --sizes=accelerator has leaves of 3072 × 3072,
-width 1024 and 16 × 512 tokens, and needs 45 GB on the device.
+width 1024 and 16 × 512 tokens, and needs some 45 GB of memory.
 
 Memory is what the compiled program needs beside its arguments, by XLA's memory
 analysis: temporaries + outputs - what is aliased to a donated argument. JAX
@@ -27,8 +27,7 @@ random bits, which multiply nothing.
 
 Times are paired: in each round the optimizers take turns call by call, and a
 ratio is the median over rounds of the ratios within a round. Compile time is
-of the processor, tracing included, so that other load does not count. It is
-left out if JAX has a cache of compiled programs.
+of the processor, tracing included, so that other load does not count.
 """
 
 from collections.abc import Callable
@@ -360,7 +359,7 @@ def measure_step(
     program = programs[row.name]
     refresh = program.flops - ordinary[row.tx]
     mean = ordinary[row.tx] + refresh / _K
-    table[row.name] = columns = {
+    table[row.name] = {
       'GFLOPs': mean / 1e9,
       'FLOPs/adamw': mean / base.flops,
       'refresh/gradient': refresh / gradient_flops,
@@ -368,10 +367,9 @@ def measure_step(
       'MB/adamw': program.megabytes / base.megabytes,
       'ms': statistics.median(t[row.name] for t in times),
       'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
+      'compile s': program.compile_seconds,
+      'compile/adamw': program.compile_seconds / base.compile_seconds,
     }
-    if not jax.config.jax_compilation_cache_dir:
-      columns['compile s'] = program.compile_seconds
-      columns['compile/adamw'] = program.compile_seconds / base.compile_seconds
   return table
 
 
@@ -392,7 +390,7 @@ def _lay_out(
       value = table[row.name].get(name)
       digits = 3 if '/' in name else 1
       cell = '' if value is None else f'{value:.{digits}f}'
-      if value is not None and name in row.goals:
+      if name in row.goals:
         cell += f' (≤ {row.goals[name]:g})' + '!' * (value > row.goals[name])
       cells.append(cell)
     lines.append(cells)
