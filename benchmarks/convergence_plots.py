@@ -103,7 +103,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
 def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   """Draws mean and range over seeds of the losses, over steps and over time.
 
-  Tasks on problems whose steps were not timed are left out.
+  It has the three lengths and the autoencoder, whose steps were timed.
 
   Args:
     results: All runs.
@@ -111,8 +111,8 @@ def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   """
   tasks = [
     task
-    for task, spec in protocol.TASKS.items()
-    if spec.problem in times
+    for task in (*protocol.LENGTHS, 'photographs')
+    if protocol.TASKS[task].problem in times
     and any(row['runs'] for row in tables.summary(results, task).values())
   ]
   fig = figure.Figure(

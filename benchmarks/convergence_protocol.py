@@ -13,7 +13,8 @@ It is the same for every optimizer:
    before (one, where runs are long) are run; the better one's learning rate is
    multiplied by powers of √2 until one that is lower and one that is higher are
    worse. In the longest runs and with the largest model, only AdamW and NAdamW
-   have this search.
+   have this search. Runs of three quarters of the steps have the best settings
+   of all steps, and no sweep.
 3. Report. The best of a task is run with three seeds that had no part in the
    search; a seed decides parameters, batches and probes.
 
@@ -50,7 +51,7 @@ _PEERS = (
 )
 # The optimizers that are closest to AdamW in the shortest runs.
 _FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', 'copied_g', 'copied_h'
-# In the longest runs and with the largest model.
+# In the longest runs, the largest model, and three quarters of the steps.
 _LONG = 'adamw', 'nadamw', 'copied_g', 'copied_h'
 
 
@@ -125,6 +126,27 @@ TASKS = {  # in the order in which they are run
     'language_1200',
     carried=1,
     rate=-1,
+    peers=_LONG,
+  ),
+  # Three quarters of the steps, to compare with AdamW's loss after all steps.
+  'language_900': Task(
+    f'{_SMALL}, 900 steps',
+    'language',
+    900,
+    15.5,
+    'language_1200',
+    carried=1,
+    margin=None,
+    peers=_LONG,
+  ),
+  'language_3600': Task(
+    f'{_SMALL}, 3,600 steps',
+    'language',
+    3600,
+    61.9,
+    'language_4800',
+    carried=1,
+    margin=None,
     peers=_LONG,
   ),
 }
