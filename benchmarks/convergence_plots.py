@@ -107,7 +107,7 @@ def plot_curves(results: list[dict], times: dict) -> figure.Figure:
 
   Args:
     results: All runs.
-    times: `ms` of convergence_times.json.
+    times: `ratio` of convergence_times.json.
   """
   tasks = [
     task
@@ -212,7 +212,7 @@ def main(argv):
   records.check_only_flags(argv)
   path = pathlib.Path(records.SHOW.value or 'benchmarks/convergence.json')
   results = records.read(path)['runs']
-  times = records.read(path.with_name('convergence_times.json'))['ms']
+  times = records.read(path.with_name('convergence_times.json'))['ratio']
   print(tables.render(results, times))
   if _PLOTS.value:
     folder = pathlib.Path(_PLOTS.value)

@@ -205,12 +205,11 @@ def time_of_a_step(times: dict, task: str, name: str) -> float | None:
   """Returns the time of a step relative to AdamW's, or None if not measured.
 
   Args:
-    times: `ms` of convergence_times.json.
+    times: `ratio` of convergence_times.json.
     task: A key of `protocol.TASKS`.
     name: The optimizer.
   """
-  of_problem = times.get(protocol.TASKS[task].problem, {})
-  return of_problem[name] / of_problem['adamw'] if name in of_problem else None
+  return times.get(protocol.TASKS[task].problem, {}).get(name)
 
 
 def _row(name, row, task, times):
@@ -259,7 +258,7 @@ def render(results: list[dict], times: dict) -> str:
 
   Args:
     results: All runs.
-    times: `ms` of convergence_times.json.
+    times: `ratio` of convergence_times.json.
   """
   lines = []
   summaries = {

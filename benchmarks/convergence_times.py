@@ -5,15 +5,17 @@
 
 The runs of convergence.py go on side by side for hours, so their times can't
 be compared. Here the optimizers take turns. In each round every optimizer makes
-the first 30 steps of a run, of which three refresh, in one thread. The time of
-a step can differ by a fifth from round to round, so the lowest one counts.
-Nothing else should run on the machine.
+the first 30 steps of a run, of which three refresh, in one thread. A ratio is
+the median over rounds of the ratios to AdamW's time in the same round, because
+the time of a step can differ by a fifth from round to round. Nothing else
+should run on the machine.
 
 With a larger batch or model an update is a smaller part of a step, so Sophia's
 steps are then closer to AdamW's than here.
 """
 
 import os
+import statistics
 import time
 
 from absl import app
@@ -43,8 +45,8 @@ def _measure_once(task, name):
 
 def measure(
   problem: str, bar: tqdm.tqdm, rounds: int = _ROUNDS
-) -> dict[str, float]:
-  """Returns the milliseconds of a step, by optimizer.
+) -> list[dict[str, float]]:
+  """Returns the milliseconds of a step, by optimizer, for each round.
 
   Args:
     problem: A name for `convergence_problems.get`.
@@ -57,14 +59,13 @@ def measure(
     if spec.problem == problem
     for name in spec.peers
   }
-  times = []
+  names, times = list(tasks), []
   for _ in range(rounds + 1):
-    times.append({name: _measure_once(tasks[name], name) for name in tasks})
+    names.append(names.pop(0))  # So that none always follows the same.
+    of_round = {name: _measure_once(tasks[name], name) for name in names}
+    times.append({name: of_round[name] for name in tasks})
     bar.update()
-  return {
-    name: round(min(of_round[name] for of_round in times[1:]), 3)
-    for name in tasks
-  }
+  return times[1:]
 
 
 def main(argv):
@@ -73,14 +74,20 @@ def main(argv):
   if records.SHOW.value:
     raise app.UsageError('convergence_plots.py shows the times.')
   os.environ['NPROC'] = '1'  # Number of XLA threads.
-  found = {}
+  ms, ratio = {}, {}
   with tqdm.tqdm(total=len(_PROBLEMS) * (_ROUNDS + 1)) as bar:
     for problem in _PROBLEMS:
       bar.set_description(problem)
-      found[problem] = measure(problem, bar)
-      bar.write(f'{problem}, ms a step: {found[problem]}')
+      times = measure(problem, bar)
+      ms[problem], ratio[problem] = {}, {}
+      for name in times[0]:
+        of_name = [t[name] for t in times]
+        ratios = [t[name] / t['adamw'] for t in times]
+        ms[problem][name] = round(statistics.median(of_name), 3)
+        ratio[problem][name] = round(statistics.median(ratios), 3)
+      bar.write(f'{problem}, relative to AdamW: {ratio[problem]}')
       if records.OUTPUT.value:
-        records.write(records.OUTPUT.value, ms=found)
+        records.write(records.OUTPUT.value, ms=ms, ratio=ratio)
 
 
 if __name__ == '__main__':
