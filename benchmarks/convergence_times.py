@@ -10,8 +10,8 @@ the median over rounds of the ratios to AdamW's time in the same round, because
 the time of a step can differ by a fifth from round to round. Nothing else
 should run on the machine.
 
-With a larger batch or model an update is a smaller part of a step, so Sophia's
-steps are then closer to AdamW's than here.
+With a larger batch or model the update is a smaller part of a step. The part of
+the refresh stays the same.
 """
 
 import os
@@ -53,17 +53,15 @@ def measure(
     bar: Is moved by one each round.
     rounds: Number of rounds, after one that compiles.
   """
-  tasks = {
-    name: task
-    for task, spec in protocol.TASKS.items()
-    if spec.problem == problem
-    for name in spec.peers
-  }
-  names, times = list(tasks), []
+  task = next(
+    t for t, spec in protocol.TASKS.items() if spec.problem == problem
+  )
+  peers = protocol.TASKS[task].peers
+  names, times = list(peers), []
   for _ in range(rounds + 1):
-    names.append(names.pop(0))  # So that none always follows the same.
-    of_round = {name: _measure_once(tasks[name], name) for name in names}
-    times.append({name: of_round[name] for name in tasks})
+    names.append(names.pop(0))  # So that none is always the first.
+    of_round = {name: _measure_once(task, name) for name in names}
+    times.append({name: of_round[name] for name in peers})
     bar.update()
   return times[1:]
 

@@ -220,7 +220,7 @@ def take_turns(
   for _ in range(rounds + 1):
     spent = dict.fromkeys(names, 0.0)
     for _ in range(calls):
-      names.append(names.pop(0))  # So that none always follows the same.
+      names.append(names.pop(0))  # So that none is always the first.
       for name in names:
         start = time.perf_counter()
         carries[name] = jax.block_until_ready(

@@ -38,7 +38,7 @@ def test_trials_are_points_of_a_stated_space():
       if 'cap' in space and name == 'learning_rate':
         ends[0] *= 0.3
       assert ends[0] <= min(values) < max(values) <= ends[1] * (1 + 1e-6)
-      assert all(len(f'{x:.3g}') <= 8 for x in values)
+      assert all(x == float(f'{x:.3g}') for x in values)
 
 
 def test_a_case_changes_the_learning_rate_only():
@@ -52,7 +52,7 @@ def test_a_case_changes_the_learning_rate_only():
   assert faster.items() < drawn.items()
 
 
-def test_a_variant_changes_what_its_name_says():
+def test_every_variant_changes_something():
   case = Case('language_1200', 'copied_g', 1)
   drawn = protocol.settings(case)
   for variant, changed in protocol.VARIANTS.items():
@@ -100,8 +100,9 @@ def test_settings_to_copy_are_those_of_the_examples(name):
 
 
 def test_tokens_for_each_parameter():
-  for task in 'language_1200', 'language_19200', 'large_batch', 'large_model':
-    spec = protocol.TASKS[task]
+  for task, spec in protocol.TASKS.items():
+    if not spec.tokens:
+      continue
     sequences = {'large_batch': 256, 'large_model': 64}.get(task, 32)
     params = convergence_problems.num_params(spec.problem)
     assert spec.tokens == pytest.approx(
@@ -110,7 +111,7 @@ def test_tokens_for_each_parameter():
 
 
 @pytest.mark.slow
-def test_every_optimizer_has_the_same_search():
+def test_searches():
   results = fake_runs.complete()
   losses = convergence_tables.losses_of(results)
   assert len(losses) == len(results)
@@ -129,6 +130,10 @@ def test_every_optimizer_has_the_same_search():
           assert sum(not c.variant for c in cases) == len(protocol.SEEDS)
           continue
       searched = [c for c in cases if c.seed == 0]
+      if not searched:
+        _, of_parent = protocol.search(spec.parent, name, losses, 4)
+        assert best == dataclasses.replace(of_parent, task=task)
+        continue
       assert losses[best] == min(losses[c] for c in searched)
       if name not in protocol.UNTUNED:
         trials = {c.trial for c in searched}

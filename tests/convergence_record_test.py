@@ -1,4 +1,4 @@
-"""The committed runs of benchmarks/convergence.py are those of its protocol."""
+"""The committed runs, times and breakdowns are those of the protocol."""
 
 import json
 import pathlib
@@ -35,6 +35,9 @@ def test_committed_record_has_the_reported_runs(task):
   expected = dict.fromkeys(protocol.TASKS[task].peers, protocol.SEEDS)
   found = {name: tuple(sorted(row['runs'])) for name, row in rows.items()}
   assert found == expected
+  for name in protocol.VARIED.get(task, ()):
+    variants = {v: tuple(sorted(r)) for v, r in rows[name]['variants'].items()}
+    assert variants == dict.fromkeys(protocol.VARIANTS, protocol.SEEDS)
 
 
 @pytest.mark.parametrize('task', ['language_1200', 'photographs'])
