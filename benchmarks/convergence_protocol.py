@@ -227,15 +227,19 @@ _FIXED = {
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
-VARIANTS = {
-  'without Nesterov momentum': {'nesterov': False},
-  'γ not adapted': {'target_win_rate': None},
-  'without curvature': {'gamma': 0.0, 'target_win_rate': None},
-  'without the limit': {'adam_b2': None},
-  'a constant limit': {'adam_b2': None, 'cap': _CAP},
-  'warm-up of a tenth': {'warmup': 0.1},
+VARIANTS = {  # by task and optimizer
+  ('language_1200', 'copied_g'): {
+    'without Nesterov momentum': {'nesterov': False},
+    'γ not adapted': {'target_win_rate': None},
+    'without curvature': {'gamma': 0.0, 'target_win_rate': None},
+    'without the limit': {'adam_b2': None},
+    'a constant limit': {'adam_b2': None, 'cap': _CAP},
+    'warm-up of a tenth': {'warmup': 0.1},
+  },
+  ('photographs', 'copied_h'): {
+    'γ adapted': {'gamma_end': 1.0, 'target_win_rate': 0.45}
+  },
 }
-VARIED = {'language_1200': ('copied_g',)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +252,7 @@ class Case:
     trial: Index of the point in the space. For `UNTUNED`, in AdamW's space.
     rate: Power of √2 by which the learning rate is multiplied.
     seed: Seed of parameters, batches and probes.
-    variant: A key of `VARIANTS`, or ''.
+    variant: One of the `VARIANTS` of task and optimizer, or ''.
   """
 
   task: str
@@ -284,7 +288,7 @@ def settings(case: Case) -> dict:
     drawn['adam_b2'] = drawn['b2']
   drawn |= _FIXED.get(case.optimizer, {})
   if case.variant:
-    drawn |= VARIANTS[case.variant]
+    drawn |= VARIANTS[case.task, case.optimizer][case.variant]
   return {
     name: float(f'{x:.3g}') if isinstance(x, float) else x
     for name, x in drawn.items()
@@ -414,7 +418,6 @@ def plan(results: list[dict], num_trials: int = NUM_TRIALS) -> Iterator[Case]:
     ):
       yield from filter(None, row)
     best = [case for _, case in searches.values() if case]
-    varied = [c for c in best if c.optimizer in VARIED.get(task, ())]
-    for seed, variant in itertools.product(SEEDS, ('', *VARIANTS)):
-      for case in varied if variant else best:
+    for seed, case in itertools.product(SEEDS, best):
+      for variant in ('', *VARIANTS.get((task, case.optimizer), ())):
         yield dataclasses.replace(case, seed=seed, variant=variant)

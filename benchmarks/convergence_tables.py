@@ -303,7 +303,7 @@ def render(results: list[dict], times: dict) -> str:
             for seed, r in runs.items()
             if seed in row['runs']
           ],
-          '+.3f',
+          '+' + _form(task),
         ),
       ]
       for name, row in rows.items()

@@ -53,11 +53,12 @@ def test_a_case_changes_the_learning_rate_only():
 
 
 def test_every_variant_changes_something():
-  case = Case('language_1200', 'copied_g', 1)
-  drawn = protocol.settings(case)
-  for variant, changed in protocol.VARIANTS.items():
-    other = protocol.settings(dataclasses.replace(case, variant=variant))
-    assert other == drawn | changed != drawn
+  for (task, optimizer), variants in protocol.VARIANTS.items():
+    case = Case(task, optimizer, 1)
+    drawn = protocol.settings(case)
+    for variant, changed in variants.items():
+      other = protocol.settings(dataclasses.replace(case, variant=variant))
+      assert other == drawn | changed != drawn
 
 
 @pytest.mark.parametrize('name', ['copied_g', 'copied_h'])

@@ -35,9 +35,11 @@ def test_committed_record_has_the_reported_runs(task):
   expected = dict.fromkeys(protocol.TASKS[task].peers, protocol.SEEDS)
   found = {name: tuple(sorted(row['runs'])) for name, row in rows.items()}
   assert found == expected
-  for name in protocol.VARIED.get(task, ()):
-    variants = {v: tuple(sorted(r)) for v, r in rows[name]['variants'].items()}
-    assert variants == dict.fromkeys(protocol.VARIANTS, protocol.SEEDS)
+  for name, row in rows.items():
+    variants = {v: tuple(sorted(r)) for v, r in row['variants'].items()}
+    assert variants == dict.fromkeys(
+      protocol.VARIANTS.get((task, name), ()), protocol.SEEDS
+    )
 
 
 @pytest.mark.parametrize('task', ['language_1200', 'photographs'])
