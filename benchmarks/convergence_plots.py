@@ -103,7 +103,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
 def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   """Draws mean and range over seeds of the losses, over steps and over time.
 
-  It has the three lengths and the autoencoder, whose steps were timed.
+  It has the three lengths and the autoencoder.
 
   Args:
     results: All runs.
@@ -112,8 +112,7 @@ def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   tasks = [
     task
     for task in (*protocol.LENGTHS, 'photographs')
-    if protocol.TASKS[task].problem in times
-    and any(row['runs'] for row in tables.summary(results, task).values())
+    if any(row['runs'] for row in tables.summary(results, task).values())
   ]
   fig = figure.Figure(
     figsize=(10, 3.6 * max(len(tasks), 1)), layout='constrained'

@@ -69,7 +69,8 @@ class Task:
     carried: Number of trials to use from the parent.
     rate: Power of √2 by which to multiply their learning rates first.
     margin: The sweep of the learning rate ends when the loss is this much above
-      the best. None means no sweep.
+      the best. None means no sweep, and with a parent no search: its best
+      settings are used.
     peers: The optimizers, AdamW first.
   """
 
@@ -136,7 +137,6 @@ TASKS = {  # in the order in which they are run
     900,
     15.5,
     'language_1200',
-    carried=1,
     margin=None,
     peers=_LONG,
   ),
@@ -146,7 +146,6 @@ TASKS = {  # in the order in which they are run
     3600,
     61.9,
     'language_4800',
-    carried=1,
     margin=None,
     peers=_LONG,
   ),
@@ -377,6 +376,8 @@ def search(
     tried, best = search(spec.parent, optimizer, losses, num_trials)
     if best is None:
       return [], None
+    if spec.margin is None:
+      return [], dataclasses.replace(best, task=task)
     scores = {
       case: score(case, losses)
       for case in tried
@@ -389,8 +390,6 @@ def search(
       dataclasses.replace(case, task=task, rate=case.rate + spec.rate)
       for case in list(first_of_trial.values())[: spec.carried]
     ]
-    if len(cases) == 1 and spec.margin is None:
-      return [], cases[0]  # There is nothing to select.
   if any(case not in losses for case in cases):
     return cases, None
   finalists = sorted(cases, key=losses.get)[:_NUM_FINALISTS]

@@ -8,6 +8,8 @@ convergence_plots.py prints them. Their columns:
   final loss with the same seed, averaged over seeds.
 * Time of a step, relative to AdamW's; time to AdamW's loss: steps times this.
 * Best of n: expected lowest loss of n trials drawn at random.
+* Steps to AdamW's loss, of runs of three quarters of the steps: fraction of all
+  steps, as `fraction_of_steps` computes it for each seed.
 * Rates: the largest learning rate whose loss is within 0.03 of the best,
   divided by the smallest one.
 """
@@ -75,6 +77,22 @@ def part_to(curve: list[float], target: float) -> float | None:
       inside = (before - target) / (before - loss) if before > loss else 1.0
       return (i + inside) / len(curve)
   return None
+
+
+def fraction_of_steps(
+  part: float, shorter: float, full: float, target: float
+) -> float:
+  """Returns the fraction of the steps with which a run ends at a loss.
+
+  The final loss is interpolated linearly over the logarithm of the steps.
+
+  Args:
+    part: Steps of the shorter run, as a fraction of those of the full run.
+    shorter: Final loss of the shorter run.
+    full: Final loss of the full run.
+    target: The loss.
+  """
+  return part ** ((target - full) / (shorter - full))
 
 
 def rates(results: list[dict], best: protocol.Case) -> dict[float, float]:
@@ -253,6 +271,25 @@ def _row(name, row, task, times):
   ]
 
 
+def _steps_table(rows, spec, parent_rows):
+  """Returns a table of the steps to the loss that AdamW has after all steps."""
+  parent = protocol.TASKS[spec.parent]
+  full = {name: row['runs'] for name, row in parent_rows.items()}
+  cells = []
+  for name, row in rows.items():
+    fractions = [
+      fraction_of_steps(
+        spec.steps / parent.steps,
+        row['runs'][seed]['loss'],
+        full[name][seed]['loss'],
+        full['adamw'][seed]['loss'],
+      )
+      for seed in row['runs'].keys() & full[name].keys() & full['adamw'].keys()
+    ]
+    cells.append([LABELS[name], _mean(fractions, '.2f')])
+  return _table(['', f"steps to AdamW's loss, {parent.title}"], cells)
+
+
 def render(results: list[dict], times: dict) -> str:
   """Returns Markdown tables of all runs.
 
@@ -293,6 +330,9 @@ def render(results: list[dict], times: dict) -> str:
         devices = ', '.join(sorted({r['device'] for r in row['runs'].values()}))
         lines.append(f'* {LABELS[name]}: {chosen}; {devices or "no runs"}')
       lines.append('')
+    spec = protocol.TASKS[task]
+    if spec.parent in summaries and spec.margin is None:
+      lines += _steps_table(rows, spec, summaries[spec.parent])
     variants = [
       [
         LABELS[name],

@@ -77,12 +77,14 @@ def main(argv):
     for problem in _PROBLEMS:
       bar.set_description(problem)
       times = measure(problem, bar)
-      ms[problem], ratio[problem] = {}, {}
-      for name in times[0]:
-        of_name = [t[name] for t in times]
-        ratios = [t[name] / t['adamw'] for t in times]
-        ms[problem][name] = round(statistics.median(of_name), 3)
-        ratio[problem][name] = round(statistics.median(ratios), 3)
+      ms[problem] = {
+        name: round(statistics.median(t[name] for t in times), 3)
+        for name in times[0]
+      }
+      ratio[problem] = {
+        name: round(statistics.median(t[name] / t['adamw'] for t in times), 3)
+        for name in times[0]
+      }
       bar.write(f'{problem}, relative to AdamW: {ratio[problem]}')
       if records.OUTPUT.value:
         records.write(records.OUTPUT.value, ms=ms, ratio=ratio)

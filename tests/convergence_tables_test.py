@@ -23,6 +23,14 @@ def test_part_of_the_steps_to_a_loss():
   assert convergence_tables.part_to(curve, 1.9) is None
 
 
+def test_fraction_of_steps():
+  loss = lambda steps: 2 - 0.3 * np.log(steps)
+  found = convergence_tables.fraction_of_steps(
+    0.75, loss(900), loss(1200), loss(960)
+  )
+  assert found == pytest.approx(0.8)
+
+
 def test_width_of_the_learning_rates():
   losses = {1.0: 0.06, 2.0: 0.0, 4.0: 0.06}
   # Half of the way, in the logarithm, on both sides.
@@ -62,6 +70,17 @@ def test_tables():
   assert rows['Sophia-H'][3:5] == ['–', '–']  # It was not measured
   settings = [s for s in table.splitlines() if s.startswith('* AdamW: ')]
   assert settings[0].endswith('; cpu')
+  table = text[text.index(' 900 steps') :]
+  assert '| AdamW | 1.00 ± 0.00 |' in table[: table.index('###')]
+  # Without the runs of all steps there is nothing to compare with.
+  results = [
+    r
+    for r in fake_runs.complete()
+    if r['task'] != 'language_1200' or r['seed'] not in protocol.SEEDS
+  ]
+  text = convergence_tables.render(results, {})
+  table = text[text.index(' 900 steps') :]
+  assert '| AdamW | – |' in table[: table.index('###')]
 
 
 @pytest.mark.slow
