@@ -179,7 +179,7 @@ def sophia_like(adamw: Config, optimizer: str) -> Config:
   )
 
 
-# Takes five to eight minutes on two CPU cores. AdamW's settings are those of
+# Takes five to ten minutes on two CPU cores. AdamW's settings are those of
 # the best trial in benchmarks/convergence.json, before its learning rate is
 # swept.
 _DEMO = Config(
