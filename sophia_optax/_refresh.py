@@ -11,6 +11,7 @@ import operator
 from typing import Any
 
 import jax
+from jax import custom_batching
 import jax.numpy as jnp
 import optax
 
@@ -20,7 +21,7 @@ from sophia_optax import _rule
 
 
 def is_due(count: jax.Array, interval: Any, refresh: Any, may: Any) -> Any:
-  """Returns whether to refresh; a bool if Python bools alone decide it.
+  """Returns whether to refresh; a bool unless it depends on a traced value.
 
   Args:
     count: Number of steps before this one.
@@ -30,10 +31,21 @@ def is_due(count: jax.Array, interval: Any, refresh: Any, may: Any) -> Any:
   """
   if refresh is None:
     refresh = count % whole(interval) == 0
-  conditions = refresh, may
-  traced = [c for c in conditions if isinstance(c, jax.Array)]
-  known = [c for c in conditions if not isinstance(c, jax.Array)]
-  return all(known) and functools.reduce(operator.and_, traced, True)
+  conditions = list(map(known, (refresh, may)))
+  traced = [c for c in conditions if not isinstance(c, bool)]
+  is_excluded = any(c is False for c in conditions)
+  return not is_excluded and functools.reduce(operator.and_, traced, True)
+
+
+def known(condition: Any) -> Any:
+  """Returns a bool unless the condition is traced.
+
+  Outside of `jit`, a conditional of JAX would compile its branches in each
+  call.
+  """
+  return (
+    condition if isinstance(condition, jax.core.Tracer) else bool(condition)
+  )
 
 
 def whole(value: Any) -> Any:
@@ -50,18 +62,55 @@ def when(due: Any, refreshed: Callable[[Any], Any], state: Any) -> Any:
   compute anything from them before it, such as m̂: XLA would keep that in memory
   for both branches.
   """
-  if not isinstance(due, jax.Array):
+  if isinstance(due, bool):
     return refreshed(state) if due else state
   names = 'count', 'mu', 'second_moment'
   rest = {name: getattr(state, name) for name in names}
   without = dict.fromkeys(rest)
-  new = jax.lax.cond(
-    due,
-    lambda state: refreshed(state._replace(**rest))._replace(**without),
-    lambda state: state,
-    state._replace(**without),
-  )
-  return new._replace(**rest)
+
+  def branch(state):
+    new = refreshed(state._replace(**rest))._replace(**without)
+    own = _own_condition(due)
+    return jax.tree.map(lambda x, y: jnp.where(own, x, y), new, state)
+
+  return conditional(due, branch, state._replace(**without))._replace(**rest)
+
+
+def conditional(condition: Any, branch: Callable[[Any], Any], x: Any) -> Any:
+  """Returns `branch(x)` if the condition holds, else x.
+
+  With a batched condition, `vmap` would compute the branch on every step. Here
+  the members of a `vmap` decide together: the branch is computed if the
+  condition holds for any of them.
+  """
+  condition = known(_any_condition(condition))
+  if isinstance(condition, bool):
+    return branch(x) if condition else x
+  return jax.lax.cond(condition, branch, lambda x: x, x)
+
+
+@custom_batching.custom_vmap
+def _any_condition(condition):
+  """Returns the condition, and under `vmap` whether it holds for any member."""
+  return condition
+
+
+@_any_condition.def_vmap
+def _(axis_size, in_batched, conditions):
+  del axis_size, in_batched
+  return _any_condition(jnp.any(conditions)), False
+
+
+@custom_batching.custom_vmap
+def _own_condition(condition):
+  """Returns True, and under `vmap` the condition of the member."""
+  return jnp.ones_like(condition)
+
+
+@_own_condition.def_vmap
+def _(axis_size, in_batched, conditions):
+  del axis_size, in_batched
+  return conditions, True
 
 
 def average(rule: _rule.Rule, state: Any, estimate: Any) -> Any:

@@ -116,7 +116,9 @@ class Rule:
     bounds = []
     if self.adam_b2 is not None:
       v = _bias_corrected(state.second_moment, self.adam_b2, state.count)
-      bounds.append(jax.tree.map(jnp.sqrt, v))
+      # At 0 the derivative of a square root is infinite.
+      positive = lambda v: jnp.maximum(v, jnp.finfo(v.dtype).tiny)
+      bounds.append(jax.tree.map(lambda v: jnp.sqrt(positive(v)), v))
 
     def clip(ratio):
       if self.clip_threshold is None:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from sophia_optax import _fractions
+from sophia_optax import _refresh
 from sophia_optax import _rule
 
 _GAIN = 0.5
@@ -56,12 +57,12 @@ def print_every(rule: _rule.Rule, state: Any, grads: Any, n: Any):
   """Prints the win rate every n steps; never if n is 0. n may be an array."""
   if not isinstance(n, jax.Array) and n == 0:
     return
-  jax.lax.cond(
+  _refresh.conditional(
     (n > 0) & (state.count % jnp.maximum(n, 1) == 0),
-    lambda: jax.debug.print(
+    lambda _: jax.debug.print(
       'Sophia optimizer win rate: {}', measure(rule, state, grads)
     ),
-    lambda: None,
+    None,
   )
 
 
