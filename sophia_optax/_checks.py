@@ -1,9 +1,8 @@
 """Checks of arguments. Errors say what is needed, what was given and a fix.
 
-Only Python and NumPy numbers are checked. Arrays and tracers, which
-`optax.inject_hyperparams` passes, are accepted without a check. This module
-also checks device axes. A check with a single caller is in the module of that
-caller.
+Numbers and known arrays are checked. Tracers, which `optax.inject_hyperparams`
+passes under `jit`, are accepted without a check. This module also checks device
+axes. A check with a single caller is in the module of that caller.
 """
 
 from collections.abc import Callable, Collection
@@ -11,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sophia_optax import _collectives
@@ -19,13 +19,19 @@ from sophia_optax import _collectives
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-_ARRAY = (jax.Array, np.ndarray)
-
-
 def _number(name: str, value: Any, is_valid: Callable[[Any], bool], need: str):
-  """Raises unless `value` is an array or a valid number."""
-  if not isinstance(value, _ARRAY) and not is_valid(value):
-    raise ValueError(f'{name} must be {need}, got {value!r}.')
+  """Raises unless `value` is traced or a valid number."""
+  if isinstance(value, jax.core.Tracer):
+    return
+  if not is_valid(np.asarray(value) if hasattr(value, 'dtype') else value):
+    is_rounded = getattr(value, 'dtype', None) in (jnp.bfloat16, jnp.float16)
+    fix = (
+      ' It is rounded: pass hyperparam_dtype=jnp.float32 to'
+      ' optax.inject_hyperparams.'
+    )
+    raise ValueError(
+      f'{name} must be {need}, got {value!r}.{fix if is_rounded else ""}'
+    )
 
 
 def decay(name: str, value: Any):
@@ -53,7 +59,7 @@ def whole_number(name: str, value: Any, at_least: int) -> Any:
   """Returns a number as an int, and an array unchanged."""
   is_valid = lambda x: math.isfinite(x) and x == int(x) and x >= at_least
   _number(name, value, is_valid, f'a whole number of at least {at_least}')
-  return value if isinstance(value, _ARRAY) else int(value)
+  return value if hasattr(value, 'dtype') else int(value)
 
 
 def one_of(name: str, value: Any, known: Collection[str]):

@@ -34,6 +34,13 @@ class EstimatorState(NamedTuple):
   key: jax.Array
 
 
+class DrawTools(NamedTuple):
+  """What `make_draw` gets beside θ and the user's function."""
+
+  random_like: Callable[..., Any]
+  params_of: Callable[[Any], Any]
+
+
 def sampled_estimator(
   make_draw: Callable[..., Callable[[jax.Array], Any]],
   random_seed: Any | None = None,
@@ -54,21 +61,22 @@ def sampled_estimator(
   :func:`hutchinson_estimator_diag_hessian`, and works in :func:`microbatched`.
 
   Args:
-    make_draw: ``(theta, fn, **extra_args) -> draw``, where ``draw(key)``
+    make_draw: ``(theta, fn, tools, /, **extra_args) -> draw``, where ``draw(key)``
       returns one estimate, a tree like ``theta``. All draws share the values
       that ``make_draw`` computes.
 
       * ``theta`` is the tree of parameters, with a pair (real part, imaginary
         part) for a complex leaf and None for an integer leaf.
       * ``fn(theta)`` calls the function that was passed to ``update``.
-      * ``extra_args`` are ``random_like``, ``params_of``, ``label_mask``,
-        ``loss_scale`` and the other extra arguments of ``update``.
-      * ``random_like(key, theta, sampler)`` draws random arrays like ``theta``.
-        ``sampler(key, shape, dtype)`` is a function such as
+      * ``tools.random_like(key, theta, sampler)`` draws random arrays like
+        ``theta``. ``sampler(key, shape, dtype)`` is a function such as
         :func:`jax.random.normal`. If an array is divided over devices, its
         shards get independent draws.
-      * ``params_of(theta)`` returns the tree that ``fn`` passes to the
+      * ``tools.params_of(theta)`` returns the tree that ``fn`` passes to the
         function.
+      * ``extra_args`` are ``label_mask``, ``loss_scale`` and the other extra
+        arguments of ``update``. Make the first three arguments positional-only,
+        so that an extra argument may have any name.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
     fn_name: ``'obj_fn'`` for a function that returns the loss, or
       ``'predict_fn'`` for one that returns the outputs of the model. With
@@ -94,9 +102,9 @@ def sampled_estimator(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import sophia_optax
-    >>> def make_draw(theta, loss, *, random_like, **extra_args):
+    >>> def make_draw(theta, loss, tools, /, **extra_args):
     ...   def draw(key):
-    ...     probe = random_like(key, theta, jax.random.normal)
+    ...     probe = tools.random_like(key, theta, jax.random.normal)
     ...     _, curvature = jax.jvp(jax.grad(loss), (theta,), (probe,))
     ...     return optax.tree.mul(probe, curvature)
     ...   return draw
@@ -149,8 +157,7 @@ def sampled_estimator(
       draw = make_draw(
         theta,
         fn_of_theta,
-        random_like=random_like,
-        params_of=params_of,
+        DrawTools(random_like, params_of),
         label_mask=label_mask,
         loss_scale=loss_scale,
         **extra_args,
@@ -178,9 +185,10 @@ def _make_key(random_seed):
   """Returns a new copy of the key, because states may be donated."""
   seed = 0 if random_seed is None else random_seed
   is_typed = jnp.issubdtype(getattr(seed, 'dtype', int), jax.dtypes.prng_key)
-  return (
-    jnp.copy(seed) if is_typed or np.ndim(seed) else jax.random.PRNGKey(seed)
-  )
+  if is_typed or np.ndim(seed):
+    return jnp.copy(seed)
+  allows_raw_keys = jax.config.jax_legacy_prng_key == 'allow'
+  return (jax.random.PRNGKey if allows_raw_keys else jax.random.key)(seed)
 
 
 def _value(name, result, has_aux):

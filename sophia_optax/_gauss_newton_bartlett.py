@@ -156,11 +156,11 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     num_chunks = _checks.whole_number('num_chunks', num_chunks, 1)
 
   def make_draw(
-    theta, predict, *, params_of, label_mask, loss_scale, head_fn=None, **rest
+    theta, predict, tools, /, *, label_mask, loss_scale, head_fn=None, **rest
   ):
     del rest
     _check_together(head_fn, num_chunks)
-    head = lambda theta, hidden: head_fn(params_of(theta), hidden)
+    head = lambda theta, hidden: head_fn(tools.params_of(theta), hidden)
 
     if num_chunks is None:
       outputs = _outputs.at_once(predict, theta)

@@ -168,7 +168,7 @@ def hutchinson_estimator_diag_hessian(
   _checks.one_of('hvp', hvp, _PRODUCTS)
   sampler = _PROBES[distribution]
 
-  def make_draw(theta, loss, *, random_like, **extra_args):
+  def make_draw(theta, loss, tools, /, **extra_args):
     del extra_args
     multiply = _PRODUCTS[hvp]
     if hvp == 'finite_difference':
@@ -176,7 +176,7 @@ def hutchinson_estimator_diag_hessian(
       multiply = functools.partial(multiply, delta=_step(theta, axis_name))
 
     def draw(key):
-      probe = random_like(key, theta, sampler)
+      probe = tools.random_like(key, theta, sampler)
       try:
         product = multiply(loss, theta, probe)
       except _REFUSALS as error:

@@ -262,6 +262,12 @@ def scale_by_sophia(
   ):
     _checks.given('params', params, 'scale_by_sophia')
     _checks.same_shapes('The gradient', updates, params)
+    _check_options(
+      state,
+      second_moment=('adam_b2', adam_b2),
+      gamma_factor=('target_win_rate', target_win_rate),
+      by_leaf=('diagnostics', diagnostics or None),
+    )
     if loss_scale is not None:
       extra_args['loss_scale'] = loss_scale
     updates = jax.tree.map(_gradient_of, params, updates)
@@ -330,6 +336,19 @@ def _estimate(estimator, state, grads, params, extra_args):
   estimate = _coordinates.split(params, estimate)
   _checks.averaged(estimate, state.nu)
   return estimate, estimator_state
+
+
+def _check_options(state, **options):
+  """Raises unless the state has a field for each option, and no other."""
+  for field, (option, value) in options.items():
+    found = getattr(state, field)
+    if (value is None) != (found is None):
+      raise ValueError(
+        f'{option}={value!r} does not fit the state, whose {field} is'
+        f' {"None" if found is None else "not None"}. To change an option of a'
+        ' running job, copy the fields that stay into a new state:'
+        ' optax.tree.set(tx.init(params), count=..., mu=..., nu=...).'
+      )
 
 
 def _check_steerable(rule):
