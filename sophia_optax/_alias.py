@@ -1,4 +1,4 @@
-"""The optimizers `sophia` and `sophia_g`, built with `optax.chain`."""
+"""The optimizers, `sophia`, `sophiaw` and `sophia_g`, as plain chains."""
 
 from collections.abc import Callable
 import functools
@@ -11,6 +11,7 @@ from sophia_optax import _checks
 from sophia_optax import _coordinates
 from sophia_optax import _gauss_newton_bartlett
 from sophia_optax import _hutchinson
+from sophia_optax import _microbatched
 from sophia_optax import _sophia
 
 
@@ -169,6 +170,136 @@ def _decays(mask, params):
   )
 
 
+_CURVATURES: dict[str, dict[str, Any]] = {
+  'gauss_newton': {
+    'hessian_diagonal_fn': (
+      _gauss_newton_bartlett.gauss_newton_bartlett_estimator_diag_hessian()
+    ),
+    'gamma': 0.1,
+    'target_win_rate': 0.3,
+  },
+  'hessian': {
+    'hessian_diagonal_fn': _hutchinson.hutchinson_estimator_diag_hessian(),
+    'gamma': 0.05,
+    'target_win_rate': 0.45,
+  },
+}
+
+
+def sophiaw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  eps: jax.typing.ArrayLike = 1e-8,
+  *,
+  mu_dtype: Any | None = None,
+  weight_decay: optax.ScalarOrSchedule = 1e-4,
+  mask: Any | Callable[[optax.Params], Any] | None = None,
+  curvature: str | optax.GradientTransformation = 'gauss_newton',
+  curvature_fraction: float = 0.25,
+  curvature_parts: int = 8,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Sophia with the arguments of AdamW, and settings that need no tuning.
+
+  .. math::
+    \theta_{t+1} = \theta_t - \eta \left( \mathrm{clip}\left(
+    \frac{\tilde m_t}{\max(\gamma h, \sqrt{\hat v_t}, \epsilon)}, -1, 1
+    \right) + \lambda \theta_t \right)
+
+  with Nesterov momentum m̃ and the second moment v of :func:`optax.nadamw`. It
+  is :func:`sophia_optax.sophia` with ``nesterov``, corrected m and h,
+  ``adam_b2``, ``b2=0.95``, a refresh of h every 10 steps, and a γ that adapts.
+  Pass the values that you have for AdamW, and the batch to ``update``::
+
+    tx.update(grads, state, params, predict_fn=predict_fn, batch=batch)
+
+  ``predict_fn(params, batch)`` returns the outputs of the model, here logits.
+  The optimizer takes the examples 0, 4, 8, ... of ``batch`` for the curvature,
+  and averages estimates on up to 8 parts of them. ``batch`` is a tree of
+  arrays, all with a leading axis of examples. Use a closure for other values.
+  Without ``batch`` the curvature is that of ``predict_fn(params)``.
+
+  Args:
+    learning_rate: Step size η, a number or a schedule.
+    b1: Decay rate of m.
+    b2: Decay rate of v. It is not the ``b2`` of :func:`sophia_optax.sophia`.
+    eps: Lower bound of the denominator.
+    mu_dtype: dtype of m.
+    weight_decay: Rate λ of the decoupled weight decay.
+    mask: Parameters to decay, see :func:`sophia_optax.sophia`.
+    curvature: ``'gauss_newton'`` for logits over classes
+      (:func:`sophia_optax.gauss_newton_bartlett_estimator_diag_hessian`);
+      ``'hessian'`` for any loss, in which case ``update`` needs ``obj_fn``
+      in place of ``predict_fn``
+      (:func:`sophia_optax.hutchinson_estimator_diag_hessian`); or an estimator,
+      such as one of these with other arguments.
+    curvature_fraction: Fraction of the batch for the curvature, in (0, 1]. It
+      is rounded to 1 / n for a whole number n.
+    curvature_parts: Largest number of parts. The number is reduced to a divisor
+      of the number of examples.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
+    ``params`` and the arguments of the estimator.
+
+  Raises:
+    ValueError: If an argument is out of range, unless it is traced. In
+      ``update``, if ``params`` or an argument of the estimator is missing.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sophia_optax
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+    >>> batch = {'x': x, 'y': jnp.argmax(x, axis=-1)}
+    >>> predict_fn = lambda w, batch: batch['x'] @ w
+    >>> loss_fn = lambda w, batch: jnp.mean(
+    ...     optax.softmax_cross_entropy_with_integer_labels(
+    ...         predict_fn(w, batch), batch['y']))
+    >>> tx = sophia_optax.sophiaw(learning_rate=0.05)
+    >>> w = jnp.zeros((3, 3))
+    >>> state = tx.init(w)
+    >>> step = jax.jit(lambda w, s: tx.update(
+    ...     jax.grad(loss_fn)(w, batch), s, w,
+    ...     predict_fn=predict_fn, batch=batch))
+    >>> for _ in range(100):
+    ...   updates, state = step(w, state)
+    ...   w = optax.apply_updates(w, updates)
+    >>> print(bool(loss_fn(w, batch) < 0.2))
+    True
+
+  References:
+    Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
+    Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
+  """
+  if isinstance(curvature, str):
+    _checks.one_of('curvature', curvature, _CURVATURES)
+    settings = _CURVATURES[curvature]
+  else:
+    settings = _CURVATURES['gauss_newton'] | {'hessian_diagonal_fn': curvature}
+  estimator = _microbatched.on_part_of_batch(
+    settings['hessian_diagonal_fn'],
+    stride=_checks.whole_number(
+      '1 / curvature_fraction', round(1 / curvature_fraction), 1
+    ),
+    max_parts=_checks.whole_number('curvature_parts', curvature_parts, 1),
+  )
+  return sophia(
+    learning_rate,
+    b1=b1,
+    b2=0.95,
+    eps=eps,
+    weight_decay=weight_decay,
+    weight_decay_mask=mask,
+    mu_dtype=mu_dtype,
+    nu_bias_correction=True,
+    nesterov=True,
+    adam_b2=b2,
+    **(settings | {'hessian_diagonal_fn': estimator}),
+  )
+
+
 def sophia_g(
   learning_rate: optax.ScalarOrSchedule = 1e-4,
   b1: jax.typing.ArrayLike = 0.965,
@@ -303,15 +434,19 @@ def _maximizing(tx):
   )
   tx = optax.chain(negated, tx)
 
-  def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
-    def negative(*args):
-      value = obj_fn(*args)
+  def negative(fn):
+    def negative_fn(*args):
+      value = fn(*args)
       if isinstance(value, tuple):  # The loss and aux.
         return (-value[0], *value[1:])
       return -value
 
-    if obj_fn is not None:
-      extra_args['obj_fn'] = negative
+    return negative_fn
+
+  def update_fn(updates, state, params=None, **extra_args):
+    for name in ('obj_fn', 'value_fn'):
+      if extra_args.get(name) is not None:
+        extra_args[name] = negative(extra_args[name])
     return tx.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update_fn)

@@ -68,10 +68,13 @@ def one_of(name: str, value: Any, known: Collection[str]):
 
 
 _EXAMPLES = {
-  'params': '...',
-  'batch': 'batch=batch, ...',
-  'obj_fn': 'obj_fn=lambda params: loss(params, batch)',
-  'predict_fn': 'predict_fn=lambda params: logits(params, batch)',
+  'params': '...)',
+  'batch': 'batch=batch, ...)',
+  'obj_fn': 'obj_fn=loss_fn, batch=batch) with loss_fn(params, batch) -> loss',
+  'predict_fn': (
+    'predict_fn=predict_fn, batch=batch) with predict_fn(params, batch) ->'
+    ' outputs, such as logits'
+  ),
 }
 
 
@@ -80,7 +83,7 @@ def given(name: str, value: Any, user: str, others: Collection[str] = ()):
     got = f'only {", ".join(others)}' if others else 'None'
     raise ValueError(
       f'{user} needs {name}, got {got}. Pass it to update:'
-      f' update(grads, state, params, {_EXAMPLES[name]}).'
+      f' update(grads, state, params, {_EXAMPLES[name]}.'
     )
 
 

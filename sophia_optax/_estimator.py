@@ -61,9 +61,9 @@ def sampled_estimator(
   :func:`hutchinson_estimator_diag_hessian`, and works in :func:`microbatched`.
 
   Args:
-    make_draw: ``(theta, fn, tools, /, **extra_args) -> draw``, where ``draw(key)``
-      returns one estimate, a tree like ``theta``. All draws share the values
-      that ``make_draw`` computes.
+    make_draw: ``(theta, fn, tools, /, **extra_args) -> draw``, where
+      ``draw(key)`` returns one estimate, a tree like ``theta``. All draws share
+      the values that ``make_draw`` computes.
 
       * ``theta`` is the tree of parameters, with a pair (real part, imaginary
         part) for a complex leaf and None for an integer leaf.
@@ -138,6 +138,8 @@ def sampled_estimator(
     del updates
     _checks.given('params', params, 'the estimator')
     fn = extra_args.pop(fn_name, None)
+    if fn is None and fn_name == 'obj_fn':  # Line searches get a value_fn.
+      fn = extra_args.get('value_fn')
     _checks.given(fn_name, fn, 'the estimator', extra_args)
     _checks.mapped_axes(axis_name)
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)

@@ -90,3 +90,37 @@ def microbatched(
     return _averages.over_microbatches(estimate, microbatches, zeros, state)
 
   return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def on_part_of_batch(
+  estimator: optax.GradientTransformation, stride: int, max_parts: int
+) -> optax.GradientTransformationExtraArgs:
+  """Estimates on every `stride`-th example, in as many microbatches as fit.
+
+  Without `batch`, the estimator gets all arguments as they are.
+
+  Args:
+    estimator: The estimator.
+    stride: Distance of the examples. Strided examples of a batch that is
+      sharded over devices stay where they are.
+    max_parts: Largest number of microbatches. It is reduced to a divisor of the
+      number of examples.
+  """
+  inner = optax.with_extra_args_support(estimator)
+
+  def update_fn(
+    updates, state, params=None, *, batch=None, label_mask=None, **extra_args
+  ):
+    if batch is None:
+      if label_mask is not None:
+        extra_args['label_mask'] = label_mask
+      return inner.update(updates, state, params, **extra_args)
+    whole = _averages.one_microbatch(batch, label_mask)
+    part = jax.tree.map(lambda x: x[:, ::stride], whole)
+    size = jax.tree.leaves(part)[0].shape[1]
+    num_parts = max(n for n in range(1, max_parts + 1) if size % n == 0)
+    return microbatched(inner, num_parts).update(
+      updates, state, params, microbatches=part, **extra_args
+    )
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
