@@ -212,7 +212,7 @@ def test_independent_trainings_have_independent_win_rates(params):
     hessian_diagonal_fn=ones,
   )
 
-  states = jax.vmap(lambda p, _: tx.init(p))(params, np.arange(8))
+  states = jax.jit(jax.vmap(lambda p, _: tx.init(p)))(params, np.arange(8))
   win_rates = jax.vmap(lambda p, s: tx.update(p, s, p)[1].win_rate)
   mapped = jax.shard_map(
     win_rates, mesh=mesh(), in_specs=P('data'), out_specs=P('data')
