@@ -318,10 +318,6 @@ def loss_averaged_already(params, shard):
       lambda params, shard: update(ESTIMATORS['hutchinson'](), shard),
       r"\['data'\], .* Pass .* axis_name",
     ),
-    (
-      lambda _, shard: update(ESTIMATORS['gauss_newton'](axis_name='x'), shard),
-      r"got 'x'; .* are \('data',\)",
-    ),
   ],
 )
 def test_errors_in_shard_map(fn, match):
@@ -331,7 +327,7 @@ def test_errors_in_shard_map(fn, match):
 
 def test_axis_that_does_not_exist():
   average = sophia_optax.average_over_replicas('batch')
-  with pytest.raises(ValueError, match=r"got 'batch'; .* here are \(\)"):
+  with pytest.raises(NameError, match='unbound axis name: batch'):
     average.update(PARAMS, average.init(PARAMS))
-  with pytest.raises(ValueError, match=r"got 'batch'; .* here are \(\)"):
+  with pytest.raises(NameError, match='unbound axis name: batch'):
     update(ESTIMATORS['hutchinson'](axis_name='batch'), INPUTS[0])
