@@ -70,9 +70,7 @@ def test_divided_parameters_have_an_unbiased_estimate(layout):
     estimators = [
       make(num_samples=2000, axis_name='data') for make in ESTIMATORS.values()
     ]
-    return [
-      e.update(None, e.init(params), params, **extra)[0] for e in estimators
-    ]
+    return [oracles.first(e, params, **extra) for e in estimators]
 
   hutchinson, gauss_newton = map_grid(
     update, params, inputs, specs=(specs, P(axes)), out_specs=[specs, specs]
@@ -94,12 +92,9 @@ def test_parts_of_one_array_have_independent_probes():
   # estimate would be 4 on average.
   estimator = HUTCHINSON(num_samples=2000, axis_name='data')
   got = map_grid(
-    lambda x: estimator.update(
-      None,
-      estimator.init(x),
-      x,
-      obj_fn=lambda x: jax.lax.psum(jnp.sum(x), 'model') ** 2 / 2,
-    )[0],
+    lambda x: oracles.first(
+      estimator, x, obj_fn=lambda x: jax.lax.psum(jnp.sum(x), 'model') ** 2 / 2
+    ),
     jnp.ones(8),
     specs=P('model'),
     out_specs=P('model'),
@@ -165,9 +160,9 @@ def test_predictions_divided_over_two_axes():
   estimator = ONES()
   x, inputs = jnp.zeros(16), jnp.arange(1.0, 17.0)
   got = map_grid(
-    lambda x, inputs: estimator.update(
-      None, estimator.init(x), x, predict_fn=lambda x: x * inputs
-    )[0],
+    lambda x, inputs: oracles.first(
+      estimator, x, predict_fn=lambda x: x * inputs
+    ),
     x,
     inputs,
     specs=P(axes),
@@ -182,14 +177,9 @@ def test_parts_of_masked_predictions_divided_over_two_axes():
   estimator = sophia_optax.microbatched(ONES(), 2)
 
   def update(w, x, mask):
-    return estimator.update(
-      None,
-      estimator.init(w),
-      w,
-      predict_fn=lambda w, x: w * x,
-      batch=x,
-      label_mask=mask,
-    )[0]
+    return oracles.first(
+      estimator, w, predict_fn=lambda w, x: w * x, batch=x, label_mask=mask
+    )
 
   x = np.arange(1, 33, dtype=np.float32)
   args = np.float32(1), x, x % 5 > 1
@@ -203,12 +193,9 @@ def test_parts_of_masked_predictions_divided_over_two_axes():
 
 def test_axis_of_one_device_divides_nothing():
   estimator = ESTIMATORS['gauss_newton'](axis_name='data')
-  update = lambda params, inputs: estimator.update(
-    None,
-    estimator.init(params),
-    params,
-    predict_fn=lambda p: dense_predict(p, inputs),
-  )[0]
+  update = lambda params, inputs: oracles.first(
+    estimator, params, predict_fn=lambda p: dense_predict(p, inputs)
+  )
 
   def run(*axes):
     sizes = (8, 1)[: len(axes)]
@@ -237,12 +224,9 @@ def test_errors(model, check_vma, match):
   estimator = HUTCHINSON(axis_name='data')
   with pytest.raises(ValueError, match=match):
     map_grid(
-      lambda params, inputs: estimator.update(
-        None,
-        estimator.init(params),
-        params,
-        obj_fn=lambda p: jnp.mean(model(p, inputs) ** 2),
-      )[0],
+      lambda params, inputs: oracles.first(
+        estimator, params, obj_fn=lambda p: jnp.mean(model(p, inputs) ** 2)
+      ),
       PARAMS,
       BATCH,
       specs=(SPECS, P('data')),

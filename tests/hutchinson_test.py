@@ -28,11 +28,8 @@ def test_memory_does_not_grow_with_the_samples():
 
   def temporary(num_samples):
     estimator = hutchinson(num_samples=num_samples)
-    step = lambda p: estimator.update(
-      None, estimator.init(p), p, obj_fn=lambda x: jnp.sum(x**4)
-    )[0]
-    compiled = jax.jit(step).lower(params).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    step = lambda p: oracles.first(estimator, p, obj_fn=lambda x: jnp.sum(x**4))
+    return oracles.temporary_bytes(step, params)
 
   assert temporary(64) <= temporary(2) + 64 * 64
 

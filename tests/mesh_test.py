@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import shutil
 
 import chex
 import jax
@@ -68,17 +67,16 @@ def test_ordinary_step_communicates_parameters_as_adamw_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
-def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
+def test_mesh_changes_the_results_by_round_off_only(data_dir):
   config = tiny_gpt.config(
-    optimizer=optimizer,
+    optimizer='sophia_g',
     data_dir=data_dir,
     num_steps=4,
     update_interval=2,
     eval_interval=4,
     unroll=1,
     learning_rate=1e-3,
-    head_chunks=2 if optimizer == 'sophia_g' else 1,
+    head_chunks=2,
     **tiny_gpt.DIVISIBLE,
   )
   one = train_gpt.train(config)
@@ -102,34 +100,6 @@ def test_mesh_changes_the_results_by_round_off_only(data_dir, optimizer):
   for tree in several.state.params, nu:
     kernel = tree['layers']['Dense_0']['kernel']  # (L, C, 3·C)
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
-
-
-@pytest.mark.slow
-def test_run_is_resumed_on_another_mesh(tmp_path, data_dir):
-  config = tiny_gpt.config(
-    optimizer='adamw',
-    data_dir=data_dir,
-    out_dir=str(tmp_path / 'run'),
-    num_steps=4,
-    eval_interval=4,
-    checkpoint_interval=2,
-    unroll=1,
-    mesh='data:2,fsdp:4',
-    learning_rate=1e-3,
-    **tiny_gpt.DIVISIBLE,
-  )
-  whole = train_gpt.train(config)
-  shutil.rmtree(tmp_path / 'run' / '4')
-  resumed = train_gpt.train(dataclasses.replace(config, mesh='fsdp:2'))
-  assert {
-    len(x.sharding.device_set) for x in jax.tree.leaves(resumed.state)
-  } == {2}
-  chex.assert_trees_all_close(
-    jax.device_get(resumed.state),
-    jax.device_get(whole.state),
-    rtol=1e-4,
-    atol=1e-6,
-  )
 
 
 def test_mesh_of_too_many_devices_is_a_clear_error():

@@ -167,16 +167,12 @@ def hutchinson(num_microbatches):
 def test_memory_falls_with_the_number_of_parts():
   def temporary(num_microbatches):
     estimator = hutchinson(num_microbatches)
-    step = lambda p, batch: estimator.update(
-      None,
-      estimator.init(p),
-      p,
-      batch=batch,
-      obj_fn=lambda p, x: jnp.mean(jnp.tanh(jnp.tanh(x @ p) @ p) ** 2),
-    )[0]
-    shapes = jnp.ones((256, 256)), jnp.ones((512, 256))
-    compiled = jax.jit(step).lower(*shapes).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    obj_fn = lambda p, x: jnp.mean(jnp.tanh(jnp.tanh(x @ p) @ p) ** 2)
+    step = lambda p, batch: oracles.first(
+      estimator, p, batch=batch, obj_fn=obj_fn
+    )
+    args = np.ones((256, 256), np.float32), np.ones((512, 256), np.float32)
+    return oracles.temporary_bytes(step, *args)
 
   assert temporary(8) < 0.6 * temporary(1)
 
@@ -189,9 +185,9 @@ def test_split_keeps_the_sharding():
   batch = jnp.concatenate([BATCH] * 4)
   sharded = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
   estimator = hutchinson(4)
-  step = lambda batch: estimator.update(
-    None, estimator.init(PARAMS), PARAMS, obj_fn=obj_fn, batch=batch
-  )[0]
+  step = lambda batch: oracles.first(
+    estimator, PARAMS, obj_fn=obj_fn, batch=batch
+  )
   compiled = jax.jit(step).lower(sharded).compile()
   assert 'all-gather' not in compiled.as_text()
   assert 'all-to-all' not in compiled.as_text()

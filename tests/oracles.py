@@ -21,15 +21,21 @@ def flat(tree):
   return jax.flatten_util.ravel_pytree(tree)[0]
 
 
+def first(estimator, params, **extra_args):
+  """Returns the estimate of the first update."""
+  state = estimator.init(params)
+  return estimator.update(None, state, params, **extra_args)[0]
+
+
 def estimate(estimator, params, **extra_args):
   """Returns the estimate of the first update, compiled as one program."""
+  return jax.jit(lambda params: first(estimator, params, **extra_args))(params)
 
-  @jax.jit
-  def update(params):
-    state = estimator.init(params)
-    return estimator.update(None, state, params, **extra_args)[0]
 
-  return update(params)
+def temporary_bytes(fn, *args):
+  """Returns the memory that the compiled function needs beside its results."""
+  compiled = jax.jit(fn).lower(*args).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
 
 
 def hessian(loss, params):

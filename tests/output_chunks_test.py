@@ -126,13 +126,9 @@ def test_hidden_parameters():
 
 def numbers(estimator, hidden):
   """Returns squared scores, for a model that outputs its parameters."""
-  return estimator.update(
-    None,
-    estimator.init(hidden),
-    hidden,
-    predict_fn=lambda p: p,
-    head_fn=lambda p, hidden: hidden,
-  )[0]
+  return oracles.first(
+    estimator, hidden, predict_fn=lambda p: p, head_fn=lambda p, hidden: hidden
+  )
 
 
 def noise(key, outputs):
@@ -177,9 +173,9 @@ def test_predictions_divided_over_another_axis_are_one_estimate():
   )
   divided = estimator(2, axis_name='data')
   chunked = map_grid(
-    lambda params, tokens: divided.update(
-      None, divided.init(params), params, batch=tokens, **model(2)
-    )[0],
+    lambda params, tokens: oracles.first(
+      divided, params, batch=tokens, **model(2)
+    ),
     PARAMS,
     tokens,
     specs=(P(), P('data', 'model')),
@@ -204,7 +200,7 @@ def test_vocabulary_divided_over_another_axis():
     fns = {'predict_fn': lambda p: head(p, hidden(p))}
     if num_chunks:
       fns = {'predict_fn': hidden, 'head_fn': head}
-    return estimator.update(None, estimator.init(params), params, **fns)[0]
+    return oracles.first(estimator, params, **fns)
 
   specs = {'table': P('model'), 'layer': P()}
   whole, chunked = map_grid(
@@ -231,9 +227,7 @@ def program(num_chunks, num_classes, num_samples=1):
   tokens = jax.ShapeDtypeStruct((16, 32), jnp.int32)
 
   def update(params, tokens):
-    return estimator.update(
-      None, estimator.init(params), params, batch=tokens, **model(num_chunks)
-    )[0]
+    return oracles.first(estimator, params, batch=tokens, **model(num_chunks))
 
   return update, params, tokens
 
@@ -244,9 +238,7 @@ def test_memory_that_grows_with_classes_is_divided_by_the_chunks():
   for num_chunks in (None, 8):
     sizes = []
     for num_classes in (2048, 4096):
-      update, *args = program(num_chunks, num_classes)
-      compiled = jax.jit(update).lower(*args).compile()
-      sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+      sizes.append(oracles.temporary_bytes(*program(num_chunks, num_classes)))
     growth[num_chunks] = sizes[1] - sizes[0]
   assert growth[None] >= 2 * 4 * 16 * 32 * 2048  # Logits and scores.
   assert growth[8] <= 1.05 * growth[None] / 8

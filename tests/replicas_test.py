@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
+import oracles
 import pytest
 
 import sophia_optax
@@ -31,7 +32,7 @@ def functions(shard):
 def update(estimator, shard, params=PARAMS, **extra):
   """Returns the first estimate of a replica."""
   extra = extra or functions(shard)
-  return estimator.update(None, estimator.init(params), params, **extra)[0]
+  return oracles.first(estimator, params, **extra)
 
 
 def one_draw(name, key, params, shard):

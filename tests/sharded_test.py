@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 
 import sophia_optax
@@ -166,14 +167,13 @@ def test_outputs_in_chunks_equal_one_device(layout, shape, axis_types):
   inputs = BATCH['x'].reshape(shape)
 
   def update(params, inputs, matmuls=PLAIN):
-    return estimator.update(
-      None,
-      estimator.init(params),
+    return oracles.first(
+      estimator,
       params,
       predict_fn=lambda p, x: jnp.tanh(matmuls[0](x, p['w1'])),
       head_fn=lambda p, hidden: matmuls[1](hidden, p['w2']),
       batch=inputs,
-    )[0]
+    )
 
   def spread(spec):  # Over the first and the last axis.
     first, *last = spec
@@ -198,9 +198,9 @@ def test_outputs_in_chunks_equal_one_device(layout, shape, axis_types):
 def program(estimator, shape, spec, mesh, batch=None, **extra_args):
   """Returns the HLO of one estimate, which is divided like the parameters."""
   w = place(jnp.ones(shape), spec, mesh)
-  update = lambda w, batch: estimator.update(
-    None, estimator.init(w), w, batch=batch, **extra_args
-  )[0]
+  update = lambda w, batch: oracles.first(
+    estimator, w, batch=batch, **extra_args
+  )
   step = jax.jit(update, out_shardings=w.sharding)
   return step.lower(w, batch).compile().as_text()
 
@@ -274,9 +274,7 @@ def test_sampler_without_a_sharding():
 
   estimator = sophia_optax.sampled_estimator(make_draw)
   w = jnp.ones((8, 4))
-  update = lambda w: estimator.update(
-    None, estimator.init(w), w, obj_fn=lambda w: w.sum()
-  )[0]
+  update = lambda w: oracles.first(estimator, w, obj_fn=lambda w: w.sum())
   expected = jax.jit(update)(w)
   with jax.set_mesh(make_mesh('explicit')):
     sharding = jax.NamedSharding(jax.sharding.get_mesh(), P(*BOTH))
