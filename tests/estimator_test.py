@@ -36,9 +36,9 @@ def noise_like(key, theta):
   )
 
 
-def make_draw(theta, loss, **extra_args):
+def make_draw(theta, loss, tools, /, **extra_args):
   """Exact for a diagonal Hessian, plus noise that depends on the key."""
-  del extra_args
+  del tools, extra_args
   ones = optax.tree.ones_like(theta)
   _, hvp = jax.jvp(jax.grad(loss), (theta,), (ones,))
   return lambda key: optax.tree.add(hvp, noise_like(key, theta))
@@ -113,8 +113,14 @@ def test_seeds(make_seed):
     key.delete()
 
 
+def test_seed_where_raw_keys_are_forbidden():
+  with jax.legacy_prng_key('error'):
+    key = own(5).init(PARAMS).key
+    assert key == jax.random.key(5)
+
+
 def test_draws_in_half_precision():
-  def make_draw(theta, loss, **extra_args):
+  def make_draw(theta, loss, tools, /, **extra_args):
     return lambda key: jax.grad(loss)(theta)
 
   params = jnp.array([1.0, 2.0], jnp.bfloat16)
@@ -134,8 +140,8 @@ def test_draws_in_half_precision():
 def test_predictions_and_extra_arguments():
   seen = {}
 
-  def make_draw(theta, predict, *, label_mask, loss_scale, heat, **rest):
-    seen.update(mask=label_mask, scale=loss_scale, heat=heat)
+  def make_draw(theta, predict, tools, /, **extra_args):
+    seen.update(extra_args)
     grad = jax.grad(lambda theta: predict(theta).sum())(theta)
     return lambda key: jax.tree.map(jnp.square, grad)
 
@@ -148,11 +154,16 @@ def test_predictions_and_extra_arguments():
     predict_fn=lambda p: (p['w'] ** 2, {'name': 'aux'}),
     loss_scale=8.0,
     label_mask='mask',
-    heat=0.5,
+    theta=0.5,  # It may have any name.
   )
   # Estimates from predict_fn do not depend on the scale, so are not divided.
   chex.assert_trees_all_close(estimate, {'w': 4 * PARAMS['w'] ** 2})
-  assert seen == {'mask': 'mask', 'scale': 8.0, 'heat': 0.5}
+  assert seen == {'label_mask': 'mask', 'loss_scale': 8.0, 'theta': 0.5}
+
+
+def test_value_fn_of_line_searches():
+  estimate = oracles.estimate(own(), PARAMS, value_fn=loss_fn)
+  chex.assert_trees_all_close(estimate, CURVATURE, atol=0.01)
 
 
 def test_unknown_function():

@@ -268,9 +268,9 @@ def test_every_device_has_a_part_of_each_chunk(rows, classes, here, axis_types):
 
 def test_sampler_without_a_sharding():
   # Regression: a mesh with explicit axes passed out_sharding to the sampler.
-  def make_draw(theta, loss, *, random_like, **extra_args):
+  def make_draw(theta, loss, tools, /, **extra_args):
     sampler = lambda key, shape, dtype: jax.random.normal(key, shape, dtype)
-    return lambda key: random_like(key, theta, sampler)
+    return lambda key: tools.random_like(key, theta, sampler)
 
   estimator = sophia_optax.sampled_estimator(make_draw)
   w = jnp.ones((8, 4))
