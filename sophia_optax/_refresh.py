@@ -43,9 +43,9 @@ def known(condition: Any) -> Any:
   Outside of `jit`, a conditional of JAX would compile its branches in each
   call.
   """
-  return (
-    condition if isinstance(condition, jax.core.Tracer) else bool(condition)
-  )
+  if isinstance(condition, jax.core.Tracer):
+    return condition
+  return bool(condition)
 
 
 def whole(value: Any) -> Any:
