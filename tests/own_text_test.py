@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_gpt
 import tokenizers
 
 import demo
@@ -292,11 +293,7 @@ def test_window_is_the_last_tokens():
   config = gpt_configs.Config(vocab_size=64, **TINY)
   model = gpt_program.make_model(config)
   tokens = [7, 1, 9, 4, 2, 5, 3]  # one fewer than the window has
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.array([tokens]))
-  rng = np.random.default_rng(5)
-  # Large, so that every token and its position matters.
-  params = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes['params'])
-  params = jax.tree.map(np.float32, params)
+  params = tiny_gpt.random_params(model)
   window = np.full(8, 63, np.int32)
   window[: len(tokens)] = tokens
   generate = jax.jit(sample.make_generate(model, 4, 0.0, 0, 64))
