@@ -249,7 +249,7 @@ def _render_gamma(cases):
   for case in cases:
     rows.setdefault((case['optimizer'], case['start']), []).append(case)
   for (optimizer, start), pair in rows.items():
-    line = f'{optimizer:9}{start:.6g}'
+    line = f'{optimizer:9}{start:15g}'
     for case in pair:
       line += f'{case["val_loss"]:12.3f}{case["win_rate"][-1]:12.2f}'
       if case['target_win_rate']:
