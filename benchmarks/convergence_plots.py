@@ -91,11 +91,11 @@ def plot_curves(results: list[dict], times: dict) -> figure.Figure:
     results: All runs.
     times: `optimizers` of convergence_times.json.
   """
-  summaries = {
-    task: {name: row for name, row in rows.items() if row['runs']}
-    for task in (*protocol.LENGTHS, 'photographs')
-    if (rows := tables.summary(results, task))
-  }
+  summaries = {}
+  for task in (*protocol.LENGTHS, 'photographs'):
+    rows = tables.summary(results, task)
+    if rows := {name: row for name, row in rows.items() if row['runs']}:
+      summaries[task] = rows
   count = max(len(summaries), 1)
   fig = figure.Figure(figsize=(10, 3.6 * count), layout='constrained')
   grid = fig.subplots(count, 2, squeeze=False, sharey='row')
@@ -142,9 +142,8 @@ def plot_tuning(results: list[dict]) -> figure.Figure:
     elif row['runs']:
       loss = statistics.mean(r['loss'] for r in row['runs'].values())
       top.axhline(loss, **_style(name))
-    bottom.plot(
-      row['rates'].keys(), row['rates'].values(), **_style(name, marker='o')
-    )
+    if rates := row['rates']:
+      bottom.plot(list(rates), rates.values(), **_style(name, marker='o'))
   if lowest := [row['searched'] for row in rows.values() if row['searched']]:
     top.set_ylim(min(lowest) - 0.03, min(lowest) + 0.3)
   _finish(

@@ -99,13 +99,15 @@ def fraction_of_steps(
   return part ** ((target - full) / (shorter - full))
 
 
-def rates(results: list[dict], best: protocol.Case) -> dict[float, float]:
+def rates(
+  losses: dict[protocol.Case, float], best: protocol.Case
+) -> dict[float, float]:
   """Returns losses by learning rate, with the other settings of the best."""
-  losses = losses_of(results)
   found = {
     protocol.settings(case)['learning_rate']: protocol.score(case, losses)
     for case in losses
-    if dataclasses.replace(case, rate=best.rate) == best
+    if case.trial == best.trial
+    and dataclasses.replace(case, rate=best.rate) == best
   }
   return dict(sorted((x, y) for x, y in found.items() if y is not None))
 
@@ -181,7 +183,7 @@ def summary(results: list[dict], task: str) -> dict[str, dict]:
       'searched': min(searched.values(), default=None),
       'runs': runs.pop(''),
       'variants': runs,
-      'rates': rates(results, best) if best else {},
+      'rates': rates(losses, best) if best else {},
     }
   first = rows.get('adamw', {'runs': {}})['runs']
   for row in rows.values():
