@@ -35,7 +35,7 @@ import sharding
 SIZE = 4096  # rows and columns of a matrix of the update alone
 LABELS = (8 * 1024, 768, 50304)  # predictions, width, classes
 # A program: what it passes to the optimizer.
-_DECISIONS = {
+DECISIONS = {
   'one': {},
   'ordinary': {'refresh': False},
   'refresh': {'refresh': True},
@@ -335,11 +335,11 @@ def cases() -> list[Case]:
   found = []
 
   def add(table, row, program, lower, *args, **kwargs):
-    run = functools.partial(lower, *args, **kwargs, **_DECISIONS[program])
+    run = functools.partial(lower, *args, **kwargs, **DECISIONS[program])
     found.append(Case(table, row, program, run))
 
   for row, tx in optimizers().items():
-    for program in _DECISIONS if row.startswith('sophia') else ('one',):
+    for program in DECISIONS if row.startswith('sophia') else ('one',):
       add('update', row, program, lower_update, tx)
   for row, options in _PROBES.items():
     add('probes', row, 'one', lower_probe, **options)
