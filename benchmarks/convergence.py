@@ -224,16 +224,9 @@ def start(
 ) -> tuple[Any, Any, Callable, Callable, Callable]:
   """Returns the start of a run, and what continues and validates it.
 
-  Args:
-    task: A key of `protocol.TASKS`, whose length the schedules have.
-    optimizer: A key of `OPTIMIZERS`.
-    settings: Its hyperparameters.
-    seed: Seed of parameters, batches and probes.
-
-  Returns:
-    Parameters and optimizer state; a function from these two, donated, and the
-    number of the next step to both after `CHUNK` steps; and the problem's
-    `validate` and `validate_all`.
+  They are parameters and optimizer state; a function from these two, donated,
+  and the number of the next step to both after `CHUNK` steps; and the problem's
+  `validate` and `validate_all`.
   """
   spec = protocol.TASKS[task]
   static = {k: v for k, v in settings.items() if not isinstance(v, float)}
@@ -257,14 +250,10 @@ def _rounded(x, digits=5):
 def run(case: protocol.Case) -> dict:
   """Trains once.
 
-  Args:
-    case: The run.
-
-  Returns:
-    The case, without default values; `device`, `jax`, `loss` (the final loss on
-    all held-out data) and `seconds`. For a run of the report also `settings`,
-    `curve` (losses on a part of the held-out data, evenly spaced) and, with
-    this library's Sophia, `win_rate` at the same steps.
+  Returns the case, without default values, `device`, `jax`, `loss` (the final
+  loss on all held-out data) and `seconds`. For a run of the report also
+  `settings`, `curve` (losses on a part of the held-out data, evenly spaced)
+  and, with this library's Sophia, `win_rate` at the same steps.
   """
   spec = protocol.TASKS[case.task]
   settings = protocol.settings(case)
@@ -305,15 +294,7 @@ def run_all(
   num_trials: int,
   tasks: Collection[str] = tuple(protocol.TASKS),
 ):
-  """Runs all cases that are not in `runs`, and saves after each.
-
-  Args:
-    runs: Finished runs. New ones are appended.
-    save: Writes them.
-    jobs: Number of processes.
-    num_trials: Number of trials for each optimizer.
-    tasks: Keys of `protocol.TASKS`.
-  """
+  """Adds all cases that are missing in `runs`, and calls `save` after each."""
   os.environ['NPROC'] = '1'  # Number of XLA threads in each process.
   with concurrent.futures.ProcessPoolExecutor(
     jobs, multiprocessing.get_context('spawn')

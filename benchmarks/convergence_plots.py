@@ -85,11 +85,8 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
 def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   """Draws mean and range over seeds of the losses, over steps and over time.
 
-  It has the three lengths and the autoencoder.
-
-  Args:
-    results: All runs.
-    times: `optimizers` of convergence_times.json.
+  It has the three lengths and the autoencoder. The times are `optimizers` of
+  convergence_times.json.
   """
   summaries = {}
   for task in (*protocol.LENGTHS, 'photographs'):

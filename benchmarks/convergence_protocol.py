@@ -302,17 +302,11 @@ def is_reported(case: Case) -> bool:
 
 
 def score(case: Case, losses: dict[Case, float]) -> float | None:
-  """Returns the loss that a search minimizes, the mean over its seeds.
+  """Returns the loss that a search minimizes, or None if a run is missing.
 
-  The searches of the shortest language task and of the autoencoder use two
-  seeds, so that settings that diverge with one of them do not win.
-
-  Args:
-    case: A case of a search.
-    losses: Final losses of the finished cases.
-
-  Returns:
-    The mean, or None if a run is missing.
+  It is the mean over the seeds of the search. Those of the shortest language
+  task and of the autoencoder use two, so that settings that diverge with one of
+  them do not win.
   """
   found = [losses.get(twin) for twin in twins(case)]
   return None if None in found else sum(found) / len(found)
@@ -331,15 +325,8 @@ def search(
 ) -> tuple[list[Case], Case | None]:
   """Returns the cases of a search for an optimizer's settings, and the best.
 
-  Args:
-    task: A key of `TASKS`.
-    optimizer: One of its peers.
-    losses: Final losses of the finished cases.
-    num_trials: Number of trials.
-
-  Returns:
-    All cases that are known to be needed, finished or not; and the best case if
-    the search is complete, else None.
+  The cases are all that are known to be needed, finished (in `losses`) or not.
+  The best is None before the search is complete.
   """
   spec = TASKS[task]
   key = functools.partial(score, losses=losses)

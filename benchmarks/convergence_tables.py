@@ -66,14 +66,9 @@ def best_of(losses: list[float], n: int) -> float:
 
 
 def part_to(curve: list[float], target: float) -> float | None:
-  """Returns the fraction of a run after which its curve reaches a loss.
+  """Returns the fraction of a run after which its curve reaches a loss, if so.
 
-  Args:
-    curve: Losses at evenly spaced steps. The last one is at the end.
-    target: The loss to reach.
-
-  Returns:
-    The fraction, or None if the curve does not reach the loss.
+  The losses of a curve are at evenly spaced steps, the last one at the end.
   """
   for i, loss in enumerate(curve):
     if loss <= target:
@@ -86,15 +81,10 @@ def part_to(curve: list[float], target: float) -> float | None:
 def fraction_of_steps(
   part: float, shorter: float, full: float, target: float
 ) -> float:
-  """Returns the fraction of the steps with which a run ends at a loss.
+  """Returns the fraction of the steps with which a run ends at `target`.
 
-  The final loss is interpolated linearly over the logarithm of the steps.
-
-  Args:
-    part: Steps of the shorter run, as a fraction of those of the full run.
-    shorter: Final loss of the shorter run.
-    full: Final loss of the full run.
-    target: The loss.
+  The final loss is interpolated linearly over the logarithm of the steps,
+  between a run of all steps (`full`) and one of a part of them (`shorter`).
   """
   return part ** ((target - full) / (shorter - full))
 
@@ -115,11 +105,8 @@ def rates(
 def width(losses: dict[float, float], within: float = _WITHIN) -> float:
   """Returns the ratio of the largest to the smallest rate with a good loss.
 
-  The limits are interpolated linearly over the logarithm of the rate.
-
-  Args:
-    losses: losses by learning rate.
-    within: largest distance of a good loss from the lowest one.
+  A good loss is at most `within` above the lowest one. The limits are
+  interpolated linearly over the logarithm of the rate.
   """
   limit = min(losses.values()) + within
   edges = []
@@ -138,18 +125,13 @@ def width(losses: dict[float, float], within: float = _WITHIN) -> float:
 
 
 def summary(results: list[dict], task: str) -> dict[str, dict]:
-  """Collects the data of a task for tables and plots.
+  """Collects the data of a task for tables and plots, by optimizer.
 
-  Args:
-    results: all runs.
-    task: a key of `protocol.TASKS`.
-
-  Returns:
-    For each optimizer with runs: `tried` (losses of the trials), `best` (the
-    best case, or None before the search has ended), `searched` (the lowest loss
-    of the search, or None), `runs` (by seed), `variants` (by name and seed),
-    `parts` (fraction of the steps to AdamW's loss, by seed), `differences`
-    (from AdamW, by seed) and `rates`.
+  They are `tried` (losses of the trials), `best` (the best case, or None before
+  the search has ended), `searched` (the lowest loss of the search, or None),
+  `runs` (by seed), `variants` (by name and seed), `parts` (fraction of the
+  steps to AdamW's loss, by seed), `differences` (from AdamW, by seed) and
+  `rates`.
   """
   losses = losses_of(results)
   spec = protocol.TASKS[task]
@@ -220,10 +202,7 @@ def _form(task):
 def time_of_a_step(times: dict, task: str, name: str) -> float | None:
   """Returns the time of a step relative to AdamW's, or None if not measured.
 
-  Args:
-    times: `optimizers` of convergence_times.json.
-    task: A key of `protocol.TASKS`.
-    name: The optimizer.
+  The times are `optimizers` of convergence_times.json.
   """
   of_problem = times.get(protocol.TASKS[task].problem, {})
   return of_problem.get(name, {}).get('time/adamw')
@@ -357,12 +336,7 @@ def _render_task(results, summaries, task, times):
 
 
 def render(results: list[dict], times: dict) -> str:
-  """Returns Markdown tables of all runs.
-
-  Args:
-    results: All runs.
-    times: `optimizers` of convergence_times.json.
-  """
+  """Returns Markdown tables of all runs, and of times as above."""
   tasks = {r['task'] for r in results}
   summaries = {t: summary(results, t) for t in protocol.TASKS if t in tasks}
   parts = []

@@ -131,17 +131,10 @@ def parse(hlo: str) -> tuple[str, Computations]:
 
 
 def count_collectives(hlo: str) -> tuple[Cost, Cost]:
-  """Counts what one run of a compiled program sends.
+  """Counts how often each collective runs in one run of a program.
 
-  Args:
-    hlo: The text of the optimized module, `compiled.as_text()`.
-
-  Returns:
-    How often each collective runs with the branches that send least, and with
-    those that send most.
-
-  Raises:
-    ValueError: If a loop that sends runs an unknown number of times.
+  The two counters are with the branches that send least, and with those that
+  send most. It raises if a loop that sends runs an unknown number of times.
   """
   return _count(hlo, _collective_of, sent)
 
@@ -154,14 +147,8 @@ def sent(collectives: collections.Counter[Collective]) -> float:
 def traffic(hlo: str) -> tuple[float, float]:
   """Counts the bytes that one run reads and writes in HBM.
 
-  Args:
-    hlo: The text of the optimized module, `compiled.as_text()`.
-
-  Returns:
-    The bytes with the branches that move least, and with those that move most.
-
-  Raises:
-    ValueError: If a loop that moves runs an unknown number of times.
+  Returns those with the branches that move least, and that move most. It raises
+  if a loop that moves runs an unknown number of times.
   """
   low, high = _count(hlo, _moved, Cost.total)
   return low.total(), high.total()

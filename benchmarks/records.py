@@ -44,9 +44,9 @@ def main(
   """Runs a benchmark from the command line.
 
   Args:
-    measure: From the results in the output file (or {}), and a function that
-      writes them. It adds to the results.
-    render: From results to tables.
+    measure: Takes the results in the output file (or {}), to which it adds, and
+      a function that writes them.
+    render: Lays out results in tables.
     plot: Draws results into a file or folder.
   """
 

@@ -180,13 +180,8 @@ def compile_program(
 class Times:
   """Paired times of programs, in milliseconds of a call.
 
-  Args:
-    programs: From (params, state, arg) to the next (params, state), by name.
-    carries: The first (params, state), by name.
-    arg: What every call is given.
-    rounds: Number of rounds, after one that warms up.
-    calls: Calls of each program in a round.
-    bar: Is moved by one each round.
+  The programs go from (params, state, arg) to the next (params, state), which
+  `carries` has at first. A first round, which warms up, is left out.
   """
 
   def __init__(self, programs, carries, arg, rounds, calls, bar):  # noqa: D107
@@ -336,13 +331,7 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
 
 
 def measure_optimizers(problem: str, rounds: int, bar: tqdm.tqdm) -> Table:
-  """Returns the times of convergence.py's optimizers.
-
-  Args:
-    problem: A name for `convergence_problems.get`.
-    rounds: Number of rounds.
-    bar: Is moved by one each round.
-  """
+  """Returns the times of convergence.py's optimizers on one of its problems."""
   tasks = convergence_protocol.TASKS
   task = next(t for t, spec in tasks.items() if spec.problem == problem)
   calls, carries = {}, {}
