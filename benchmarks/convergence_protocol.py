@@ -210,29 +210,16 @@ _FIXED = {
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}
-# A limit that does not follow Adam's, and γ falls instead of adapting.
-_FIXED_LIMIT = {
-  'adam_b2': None,
-  'cap': _CAP,
-  'target_win_rate': None,
-  'gamma_end': 0.1,
-  'parts': 4,
-}
 VARIANTS = {  # by task and optimizer
   ('language_1200', 'copied_g'): {
     'without Nesterov momentum': {'nesterov': False},
     'γ not adapted': {'target_win_rate': None},
     'without curvature': {'gamma': 0.0, 'target_win_rate': None},
     'without the limit': {'adam_b2': None},
-    'a constant limit': {'adam_b2': None, 'cap': _CAP},
     'warm-up of a tenth': {'warmup': 0.1},
   },
   ('photographs', 'copied_h'): {
     'γ adapted': {'gamma_end': 1.0, 'target_win_rate': 0.45}
-  },
-  ('breakdowns', 'copied_g'): {
-    'a constant limit, warm-up of 3/8': _FIXED_LIMIT | {'warmup': 0.375},
-    'a constant limit, warm-up of 1/4': _FIXED_LIMIT | {'warmup': 0.25},
   },
 }
 

@@ -60,10 +60,8 @@ class Config:
   nesterov: bool = False  # Sophia: Nesterov momentum
   # Sophia: bias correction of h, and in Sophia-G of m. Sophia-H always has it.
   bias_correction: bool = False
-  # Sophia: b2 of Adam, whose update limits each element, and a limit on the
-  # root mean square of each array's update. 0: no limit.
+  # Sophia: b2 of Adam, whose update limits each element. 0: no limit.
   adam_b2: float = 0.0
-  max_update_rms: float = 0.0
 
   # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'. '': one
   # device.

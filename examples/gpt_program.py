@@ -97,7 +97,6 @@ def make_optimizer(config):
     'target_win_rate': config.target_win_rate or None,
     'nesterov': config.nesterov,
     'nu_bias_correction': config.bias_correction,
-    'max_update_rms': config.max_update_rms or None,
     'adam_b2': config.adam_b2 or None,
   }
   if config.optimizer == 'sophia_h':

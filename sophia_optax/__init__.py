@@ -5,6 +5,7 @@ import contextlib
 from sophia_optax import likelihoods as likelihoods
 from sophia_optax._alias import sophia as sophia
 from sophia_optax._alias import sophia_g as sophia_g
+from sophia_optax._alias import sophiaw as sophiaw
 from sophia_optax._averages import (
   average_over_replicas as average_over_replicas,
 )

@@ -1,6 +1,7 @@
-"""The optimizers `sophia` and `sophia_g`, built with `optax.chain`."""
+"""The optimizers, `sophia`, `sophiaw` and `sophia_g`, as plain chains."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from sophia_optax import _checks
 from sophia_optax import _coordinates
 from sophia_optax import _gauss_newton_bartlett
 from sophia_optax import _hutchinson
+from sophia_optax import _microbatched
 from sophia_optax import _sophia
 
 
@@ -35,7 +37,6 @@ def sophia(
   nu_bias_correction: bool = False,
   nesterov: bool = False,
   adam_b2: jax.typing.ArrayLike | None = None,
-  max_update_rms: jax.typing.ArrayLike | None = None,
   refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
   diagnostics: bool = False,
@@ -57,55 +58,38 @@ def sophia(
 
     tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)[0])
 
-  ``update`` forwards extra arguments to the estimator, except ``refresh`` and
-  ``may_refresh``. See :func:`sophia_optax.scale_by_sophia` for these and for
-  ``loss_scale``.
+  The learning rate and weight decay are added to the arguments of
+  :func:`sophia_optax.scale_by_sophia`, which describes all others and those of
+  ``update``.
 
   Args:
     learning_rate: Step size η, a number or a schedule. Any sign is accepted,
       as in :func:`optax.contrib.sophia`.
-    b1: Decay rate of the EMA of the gradient, in [0, 1).
-    b2: Decay rate of the EMA of the Hessian diagonal, in [0, 1), applied at
-      each refresh. Per step it is about ``1 - (1 - b2) / update_interval``.
-    eps: Lower bound of the denominator, greater than 0.
+    b1: Decay rate of m.
+    b2: Decay rate of h.
+    eps: Lower bound of the denominator.
     weight_decay: Rate λ of the decoupled weight decay, a number or a schedule,
       also of any sign. The learning rate multiplies it.
     weight_decay_mask: Parameters to decay: a tree of booleans with the
       structure of the parameters or a prefix of it, or a function that returns
-      such a tree for the parameters. None means all. Integer parameters never
-      decay.
-    gamma: Scale γ of the curvature, at least 0, or a schedule. Tune it so that
-      the win rate, the fraction of coordinates that are not clipped, is 0.1 to
-      0.5.
-    clip_threshold: Threshold c, greater than 0. Updates are clipped to [-c, c]
-      before the learning rate. None means no clipping.
+      such a tree for a tree like the parameters. None means all. Integer
+      parameters never decay.
+    gamma: Scale γ of the curvature. Tune it so that the win rate, the fraction
+      of coordinates that are not clipped, is 0.1 to 0.5.
+    clip_threshold: Threshold c.
     update_interval: Interval between refreshes of h, in steps.
     hessian_diagonal_fn: Estimator of the Hessian diagonal.
-    mu_dtype: dtype of m for real parameters. None means the parameter's dtype.
+    mu_dtype: dtype of m.
     verbose: Whether to print the win rate.
-    print_win_rate_every_n_steps: Interval between prints, in steps. 0 means no
-      prints.
-    nu_dtype: dtype of h for real parameters. None means float32, or the
-      parameter's dtype if that is wider.
+    print_win_rate_every_n_steps: Interval between prints, in steps.
+    nu_dtype: dtype of h.
     bias_correction: Whether to correct m for its initialization at zero.
     nu_bias_correction: Whether to correct h for its initialization at zero.
-    nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw`.
-    adam_b2: Decay rate in [0, 1) of the second moment of the gradient that
-      limits each element of the update to the size of Adam's, see
-      :func:`sophia_optax.scale_by_sophia`. So you can keep AdamW's learning
-      rate and warm-up. None means no limit.
-    max_update_rms: Limit on the root mean square (RMS) of the update of each
-      parameter array, greater than 0. A larger update is scaled down, before
-      weight decay and learning rate; see :func:`optax.clip_by_block_rms`.
-      AdamW's updates have an RMS of about 0.3. If ``shard_map`` divides an
-      array, each shard is scaled separately. None means no limit.
-    refresh_before_update: Whether a refresh comes before the update of its
-      step, as in Algorithm 3 of the paper. By default it comes after it.
-    target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
-      it, see :func:`sophia_optax.scale_by_sophia`. None means that γ is
-      ``gamma``.
-    diagnostics: Whether each refresh also measures what
-      :func:`sophia_optax.diagnose` returns.
+    nesterov: Whether to use Nesterov momentum.
+    adam_b2: Decay rate of a second moment that limits the update.
+    refresh_before_update: Whether a refresh comes before the update.
+    target_win_rate: Target for the win rate, to which γ is adjusted.
+    diagnostics: Whether to measure for :func:`sophia_optax.diagnose`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -114,7 +98,6 @@ def sophia(
   Raises:
     ValueError: If a hyperparameter is out of range, unless it is an array. In
       ``update``, if ``params`` or an argument of the estimator is missing.
-    TypeError: If an argument has the wrong type.
 
   Example:
     >>> import jax
@@ -141,11 +124,7 @@ def sophia(
   """
   _checks.number_or_schedule('learning_rate', learning_rate)
   _checks.number_or_schedule('weight_decay', weight_decay)
-  limits = []
-  if max_update_rms is not None:
-    _checks.positive('max_update_rms', max_update_rms)
-    limits.append(optax.clip_by_block_rms(max_update_rms))
-  scale_by_sophia = _sophia.scale_by_sophia(
+  scaling = _sophia.scale_by_sophia(
     b1=b1,
     b2=b2,
     eps=eps,
@@ -165,29 +144,160 @@ def sophia(
     target_win_rate=target_win_rate,
     diagnostics=diagnostics,
   )
+  # Partial functions, because Equinox makes pytrees of plain ones, which optax
+  # would take for trees of booleans.
+  decays = functools.partial(_decays, weight_decay_mask)
+  has_rate = functools.partial(_coordinates.where_differentiable)
+  return optax.chain(
+    scaling,
+    optax.add_decayed_weights(weight_decay, decays),
+    optax.masked(optax.scale_by_learning_rate(learning_rate), has_rate),
+  )
 
-  def chain(mask):
-    rest = optax.chain(
-      *limits,
-      optax.add_decayed_weights(weight_decay, mask),
-      optax.scale_by_learning_rate(learning_rate),
-    )
-    # Integer parameters are hidden from the rest.
-    hiding = optax.masked(rest, _coordinates.where_differentiable)
-    return optax.chain(scale_by_sophia, hiding)
 
-  # A function for the mask gets all parameters. A tree can be callable, too.
-  is_function = any(map(callable, jax.tree.leaves(weight_decay_mask)))
+def _decays(mask, params):
+  """Returns which parameters decay: those in the mask, if differentiable."""
+  # A function gets all parameters. A tree can be callable, too.
+  if any(map(callable, jax.tree.leaves(mask))):
+    mask = mask(params)
+  is_differentiable = _coordinates.where_differentiable(params)
+  if mask is None:
+    return is_differentiable
+  return jax.tree.map(
+    lambda m, tree: jax.tree.map(lambda x: bool(m) and x, tree),
+    mask,
+    is_differentiable,
+  )
 
-  def update_fn(updates, state, params=None, **extra_args):
-    _checks.given('params', params, 'sophia')
-    _sophia.find_state(state)
-    mask: Any = weight_decay_mask
-    tx = chain(mask(params) if is_function else mask)
-    return tx.update(updates, state, params, **extra_args)
 
-  init_fn = chain(True if is_function else weight_decay_mask).init
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+_CURVATURES: dict[str, dict[str, Any]] = {
+  'gauss_newton': {
+    'hessian_diagonal_fn': (
+      _gauss_newton_bartlett.gauss_newton_bartlett_estimator_diag_hessian()
+    ),
+    'gamma': 0.1,
+    'target_win_rate': 0.3,
+  },
+  'hessian': {
+    'hessian_diagonal_fn': _hutchinson.hutchinson_estimator_diag_hessian(),
+    'gamma': 0.05,
+    'target_win_rate': 0.45,
+  },
+}
+
+
+def sophiaw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  eps: jax.typing.ArrayLike = 1e-8,
+  *,
+  mu_dtype: Any | None = None,
+  weight_decay: optax.ScalarOrSchedule = 1e-4,
+  mask: Any | Callable[[optax.Params], Any] | None = None,
+  curvature: str | optax.GradientTransformation = 'gauss_newton',
+  curvature_fraction: float = 0.25,
+  curvature_parts: int = 8,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Sophia with the arguments of AdamW, and settings that need no tuning.
+
+  .. math::
+    \theta_{t+1} = \theta_t - \eta \left( \mathrm{clip}\left(
+    \frac{\tilde m_t}{\max(\gamma h, \sqrt{\hat v_t}, \epsilon)}, -1, 1
+    \right) + \lambda \theta_t \right)
+
+  with Nesterov momentum m̃ and the second moment v of :func:`optax.nadamw`. It
+  is :func:`sophia_optax.sophia` with ``nesterov``, corrected m and h,
+  ``adam_b2``, ``b2=0.95``, a refresh of h every 10 steps, and a γ that adapts.
+  Pass the values that you have for AdamW, and the batch to ``update``::
+
+    tx.update(grads, state, params, predict_fn=predict_fn, batch=batch)
+
+  ``predict_fn(params, batch)`` returns the outputs of the model, here logits.
+  The optimizer takes the examples 0, 4, 8, ... of ``batch`` for the curvature,
+  and averages estimates on up to 8 parts of them. ``batch`` is a tree of
+  arrays, all with a leading axis of examples. Use a closure for other values.
+  Without ``batch`` the curvature is that of ``predict_fn(params)``.
+
+  Args:
+    learning_rate: Step size η, a number or a schedule.
+    b1: Decay rate of m.
+    b2: Decay rate of v. It is not the ``b2`` of :func:`sophia_optax.sophia`.
+    eps: Lower bound of the denominator.
+    mu_dtype: dtype of m.
+    weight_decay: Rate λ of the decoupled weight decay.
+    mask: Parameters to decay, see :func:`sophia_optax.sophia`.
+    curvature: ``'gauss_newton'`` for logits over classes
+      (:func:`sophia_optax.gauss_newton_bartlett_estimator_diag_hessian`);
+      ``'hessian'`` for any loss, in which case ``update`` needs ``obj_fn``
+      in place of ``predict_fn``
+      (:func:`sophia_optax.hutchinson_estimator_diag_hessian`); or an estimator,
+      such as one of these with other arguments.
+    curvature_fraction: Fraction of the batch for the curvature, in (0, 1]. It
+      is rounded to 1 / n for a whole number n.
+    curvature_parts: Largest number of parts. The number is reduced to a divisor
+      of the number of examples.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
+    ``params`` and the arguments of the estimator.
+
+  Raises:
+    ValueError: If an argument is out of range, unless it is traced. In
+      ``update``, if ``params`` or an argument of the estimator is missing.
+
+  Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sophia_optax
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+    >>> batch = {'x': x, 'y': jnp.argmax(x, axis=-1)}
+    >>> predict_fn = lambda w, batch: batch['x'] @ w
+    >>> loss_fn = lambda w, batch: jnp.mean(
+    ...     optax.softmax_cross_entropy_with_integer_labels(
+    ...         predict_fn(w, batch), batch['y']))
+    >>> tx = sophia_optax.sophiaw(learning_rate=0.05)
+    >>> w = jnp.zeros((3, 3))
+    >>> state = tx.init(w)
+    >>> step = jax.jit(lambda w, s: tx.update(
+    ...     jax.grad(loss_fn)(w, batch), s, w,
+    ...     predict_fn=predict_fn, batch=batch))
+    >>> for _ in range(100):
+    ...   updates, state = step(w, state)
+    ...   w = optax.apply_updates(w, updates)
+    >>> print(bool(loss_fn(w, batch) < 0.2))
+    True
+
+  References:
+    Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
+    Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
+  """
+  if isinstance(curvature, str):
+    _checks.one_of('curvature', curvature, _CURVATURES)
+    settings = _CURVATURES[curvature]
+  else:
+    settings = _CURVATURES['gauss_newton'] | {'hessian_diagonal_fn': curvature}
+  estimator = _microbatched.on_part_of_batch(
+    settings['hessian_diagonal_fn'],
+    stride=_checks.whole_number(
+      '1 / curvature_fraction', round(1 / curvature_fraction), 1
+    ),
+    max_parts=_checks.whole_number('curvature_parts', curvature_parts, 1),
+  )
+  return sophia(
+    learning_rate,
+    b1=b1,
+    b2=0.95,
+    eps=eps,
+    weight_decay=weight_decay,
+    weight_decay_mask=mask,
+    mu_dtype=mu_dtype,
+    nu_bias_correction=True,
+    nesterov=True,
+    adam_b2=b2,
+    **(settings | {'hessian_diagonal_fn': estimator}),
+  )
 
 
 def sophia_g(
@@ -209,10 +319,7 @@ def sophia_g(
   nu_bias_correction: bool = False,
   nesterov: bool = False,
   adam_b2: jax.typing.ArrayLike | None = None,
-  max_update_rms: jax.typing.ArrayLike | None = None,
-  refresh_before_update: bool = False,
   target_win_rate: jax.typing.ArrayLike | None = None,
-  diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Sophia-G optimizer, with the arguments of PyTorch's ``SophiaG``.
 
@@ -239,38 +346,27 @@ def sophia_g(
 
   Args:
     learning_rate: Step size η, at least 0, or a schedule.
-    b1: Decay rate of the EMA of the gradient, in [0, 1).
-    b2: Decay rate of the EMA of the curvature, in [0, 1), applied at each
-      refresh.
+    b1: Decay rate of m.
+    b2: Decay rate of the EMA of the curvature, applied at each refresh.
     rho: Scale ρ of the curvature, at least 0, or a schedule. The other
       functions of this library call it ``gamma``.
     weight_decay: Rate λ of the decoupled weight decay, at least 0, or a
       schedule.
     weight_decay_mask: Parameters to decay, see :func:`sophia_optax.sophia`.
     update_interval: Interval k between refreshes of h, in steps.
-    maximize: Whether to maximize the objective instead of minimizing it. The
-      estimator then gets the negated ``obj_fn``. The Gauss-Newton-Bartlett
-      estimate does not depend on the sign.
+    maximize: Whether to maximize the objective instead of minimizing it.
+      Gradients and ``obj_fn`` are those of the objective, and are negated. The
+      Gauss-Newton-Bartlett estimate does not depend on the sign.
     hessian_diagonal_fn: Estimator of the diagonal of the curvature.
-    mu_dtype: dtype of m for real parameters. None means the parameter's dtype.
-    nu_dtype: dtype of h for real parameters. None means float32, or the
-      parameter's dtype if that is wider.
+    mu_dtype: dtype of m.
+    nu_dtype: dtype of h.
     bias_correction: Whether to correct m for its initialization at zero.
       PyTorch's ``SophiaG`` does not.
     nu_bias_correction: Whether to correct h for its initialization at zero.
     nesterov: Whether to use Nesterov momentum, as in :func:`optax.nadamw` if
       ``bias_correction`` is set.
-    adam_b2: Decay rate of the second moment of the gradient that limits the
-      update, see :func:`sophia_optax.sophia`. None means no limit.
-    max_update_rms: Limit on the root mean square of the update of each
-      parameter array, see :func:`sophia_optax.sophia`. None means no limit.
-    refresh_before_update: Whether a refresh comes before the update of its
-      step, as in Algorithm 3 of the paper. By default it comes after it.
-    target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
-      it, see :func:`sophia_optax.scale_by_sophia`. None means that γ is
-      ``rho``.
-    diagnostics: Whether each refresh also measures what
-      :func:`sophia_optax.diagnose` returns.
+    adam_b2: Decay rate of a second moment that limits the update.
+    target_win_rate: Target for the win rate, to which ρ is adjusted.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -279,7 +375,6 @@ def sophia_g(
   Raises:
     ValueError: If a hyperparameter is out of range, unless it is an array. In
       ``update``, if ``params`` or an argument of the estimator is missing.
-    TypeError: If an argument has the wrong type.
 
   Example:
     >>> import jax
@@ -327,31 +422,31 @@ def sophia_g(
     nu_bias_correction=nu_bias_correction,
     nesterov=nesterov,
     adam_b2=adam_b2,
-    max_update_rms=max_update_rms,
-    refresh_before_update=refresh_before_update,
     target_win_rate=target_win_rate,
-    diagnostics=diagnostics,
   )
   return _maximizing(tx) if maximize else tx
 
 
 def _maximizing(tx):
-  """Returns an optimizer that maximizes what `tx` would minimize."""
+  """Returns an optimizer that minimizes the negated objective."""
+  negated = optax.masked(
+    optax.scale(-1), functools.partial(_coordinates.where_differentiable)
+  )
+  tx = optax.chain(negated, tx)
 
-  def negate(x):
-    is_array = isinstance(x, float) or hasattr(x, 'dtype')
-    return -x if is_array and _coordinates.is_differentiable(x) else x
+  def negative(fn):
+    def negative_fn(*args):
+      value = fn(*args)
+      if isinstance(value, tuple):  # The loss and aux.
+        return (-value[0], *value[1:])
+      return -value
 
-  def update_fn(updates, state, params=None, *, obj_fn=None, **extra_args):
-    def negated(*args):
-      value = obj_fn(*args)
-      if isinstance(value, tuple):
-        return (*map(negate, value[:1]), *value[1:])
-      return negate(value)
+    return negative_fn
 
-    if obj_fn is not None:
-      extra_args['obj_fn'] = negated
-    updates = jax.tree.map(negate, updates)
+  def update_fn(updates, state, params=None, **extra_args):
+    for name in ('obj_fn', 'value_fn'):
+      if extra_args.get(name) is not None:
+        extra_args[name] = negative(extra_args[name])
     return tx.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update_fn)

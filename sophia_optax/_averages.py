@@ -39,38 +39,56 @@ def over_draws(
   return optax.tree.scale(1 / num_samples, total)
 
 
-def split_batch(
-  batch: Any,
-  label_mask: jax.Array | None,
-  num_parts: int,
-  axis_name: _collectives.AxisName = None,
-) -> tuple[dict[str, Any], jax.Array]:
-  """Splits a batch into equal parts: part m holds batch[m::num_parts].
+def one_microbatch(batch: Any, label_mask: Any | None) -> dict[str, Any]:
+  """Returns the whole batch in the form that `split` takes and returns.
 
   Args:
     batch: Tree of arrays, all with a leading axis of n examples.
-    label_mask: Predictions to count, or None for all.
-    num_parts: Number M of parts, a divisor of n.
-    axis_name: The axes over which estimates are averaged afterwards.
+    label_mask: Predictions to count, broadcasts to (n, ...). None means all.
 
   Returns:
-    A dict of `batch` and, if given, `label_mask`, with shapes (M, n / M, ...);
-    and the weights of the parts, (M,), float32: the fraction of the counted
-    predictions that is in each part.
+    `batch` and, if given, `label_mask`, with shapes (M, n, ...) for M = 1
+    microbatch.
   """
-  size = _leading_axis(batch, num_parts)
-  split = lambda x: cut(x, num_parts)
-  parts = {'batch': jax.tree.map(split, batch)}
-  if label_mask is None:
-    return parts, jnp.full(num_parts, 1 / num_parts)
-  shape = (size, *jnp.shape(label_mask)[1:])
-  _checks.broadcasts('label_mask', label_mask, shape)
-  mask = split(jnp.broadcast_to(jnp.asarray(label_mask, bool), shape))
-  counts = jnp.sum(mask.reshape(num_parts, -1), axis=1, dtype=jnp.float32)
-  axes = _collectives.other_axes(counts, axis_name)
-  counts = _collectives.total(counts, axes)
-  weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
-  return parts | {'label_mask': mask}, weights
+  shapes = {np.shape(x) for x in jax.tree.leaves(batch)}
+  sizes = {shape[:1] for shape in shapes}
+  if len(sizes) != 1 or sizes == {()}:
+    raise ValueError(
+      'batch must contain arrays with the same leading axis, got shapes'
+      f' {sorted(shapes)}. Use a closure for values without an axis of'
+      ' examples.'
+    )
+  arguments = {'batch': batch}
+  if label_mask is not None:
+    shape = (*sizes.pop(), *jnp.shape(label_mask)[1:])
+    mask = jnp.broadcast_to(jnp.asarray(label_mask, bool), shape)
+    arguments['label_mask'] = mask
+  return jax.tree.map(lambda x: x[None], arguments)
+
+
+def split(microbatches: dict[str, Any], num_parts: int) -> dict[str, Any]:
+  """Splits each of M microbatches into N equal parts, strided.
+
+  Args:
+    microbatches: Arrays of shape (M, n, ...).
+    num_parts: Number N of parts, a divisor of n.
+
+  Returns:
+    The same with shapes (M N, n / N, ...).
+  """
+  size = jax.tree.leaves(microbatches)[0].shape[1]
+  if size % num_parts:
+    raise ValueError(
+      f'A batch of {size} examples must split into {num_parts} equal parts,'
+      f' but {num_parts} does not divide {size}. Choose a divisor of {size} as'
+      ' num_microbatches.'
+    )
+
+  def split_leaf(x):
+    parts = cut(x, num_parts, axis=1)  # (N, M, n / N, ...)
+    return parts.reshape(-1, *parts.shape[2:])
+
+  return jax.tree.map(split_leaf, microbatches)
 
 
 def cut(x: jax.Array, num_parts: int, axis: int = 0) -> jax.Array:
@@ -83,54 +101,49 @@ def cut(x: jax.Array, num_parts: int, axis: int = 0) -> jax.Array:
   return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
 
-def over_parts(
+def over_microbatches(
   estimate: Callable[..., tuple[Any, Any]],
-  parts: dict[str, Any],
-  weights: jax.Array,
+  microbatches: dict[str, Any],
   zeros: Any,
   state: Any,
+  axis_name: _collectives.AxisName = None,
 ) -> tuple[Any, Any]:
-  """Averages `estimate(state, **part)`, one part at a time.
+  """Averages `estimate(state, **microbatch)`, one microbatch at a time.
+
+  A microbatch has the weight of its predictions that count.
 
   Args:
     estimate: Returns an estimate and the next state.
-    parts: The dict that `split_batch` returns.
-    weights: Weights of the parts, (M,).
+    microbatches: Arrays with a leading axis of M microbatches.
     zeros: Zeros like the estimate. The average has their dtypes.
     state: The initial state.
+    axis_name: The axes over which the average is averaged afterwards.
 
   Returns:
     The weighted average and the final state.
   """
 
-  def add_part(carry, xs):
+  def add(carry, xs):
     total, state = carry
-    part, weight = xs
-    new, state = estimate(state, **part)
-    add = lambda t, e: t + weight.astype(t.dtype) * jnp.asarray(e, t.dtype)
-    return (jax.tree.map(add, total, new), state), None
+    microbatch, weight = xs
+    new, state = estimate(state, **microbatch)
+    add_leaf = lambda t, e: t + weight.astype(t.dtype) * jnp.asarray(e, t.dtype)
+    return (jax.tree.map(add_leaf, total, new), state), None
 
-  return jax.lax.scan(add_part, (zeros, state), (parts, weights))[0]
+  xs = microbatches, _weights(microbatches, axis_name)
+  return jax.lax.scan(add, (zeros, state), xs)[0]
 
 
-def _leading_axis(batch, num_parts):
-  """Returns the size of the leading axis, or raises if it does not split."""
-  shapes = {np.shape(x) for x in jax.tree.leaves(batch)}
-  sizes = {shape[:1] for shape in shapes}
-  if len(sizes) != 1 or sizes == {()}:
-    raise ValueError(
-      'batch must contain arrays with the same leading axis, got shapes'
-      f' {sorted(shapes)}. Use a closure for values without an axis of'
-      ' examples.'
-    )
-  ((size,),) = sizes
-  if size % num_parts:
-    raise ValueError(
-      f'A batch of {size} examples must split into {num_parts} equal parts,'
-      f' but {num_parts} does not divide {size}. Choose a divisor of {size} as'
-      ' num_microbatches.'
-    )
-  return size
+def _weights(microbatches, axis_name):
+  """Returns the fraction of predictions in each microbatch, (M,), float32."""
+  num_parts = len(jax.tree.leaves(microbatches)[0])
+  if 'label_mask' not in microbatches:
+    return jnp.full(num_parts, 1 / num_parts)
+  mask = microbatches['label_mask'].reshape(num_parts, -1)
+  counts = jnp.sum(mask, axis=1, dtype=jnp.float32)
+  axes = _collectives.other_axes(counts, axis_name)
+  counts = _collectives.total(counts, axes)
+  return counts / jnp.maximum(jnp.sum(counts), 1.0)
 
 
 def average_over_replicas(

@@ -1,9 +1,8 @@
 """Checks of arguments. Errors say what is needed, what was given and a fix.
 
-Only Python and NumPy numbers are checked. Arrays and tracers, which
-`optax.inject_hyperparams` passes, are accepted without a check. This module
-also checks device axes. A check with a single caller is in the module of that
-caller.
+Numbers and known arrays are checked. Tracers, which `optax.inject_hyperparams`
+passes under `jit`, are accepted without a check. This module also checks device
+axes. A check with a single caller is in the module of that caller.
 """
 
 from collections.abc import Callable, Collection
@@ -20,21 +19,19 @@ from sophia_optax import _collectives
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-_ARRAY = (jax.Array, np.ndarray)
-
-
 def _number(name: str, value: Any, is_valid: Callable[[Any], bool], need: str):
-  """Raises unless `value` is an array or a valid number."""
-  if isinstance(value, _ARRAY):
+  """Raises unless `value` is traced or a valid number."""
+  if isinstance(value, jax.core.Tracer):
     return
-  if not isinstance(value, (int, float, np.number)):
-    raise TypeError(
-      f'{name} must be {need}, got {value!r}. Pass a Python number,'
-      ' or wrap the factory in optax.inject_hyperparams to change it over'
-      ' time.'
+  if not is_valid(np.asarray(value) if hasattr(value, 'dtype') else value):
+    is_rounded = getattr(value, 'dtype', None) in (jnp.bfloat16, jnp.float16)
+    fix = (
+      ' It is rounded: pass hyperparam_dtype=jnp.float32 to'
+      ' optax.inject_hyperparams.'
     )
-  if not is_valid(value):
-    raise ValueError(f'{name} must be {need}, got {value!r}.')
+    raise ValueError(
+      f'{name} must be {need}, got {value!r}.{fix if is_rounded else ""}'
+    )
 
 
 def decay(name: str, value: Any):
@@ -58,33 +55,11 @@ def fraction(name: str, value: Any):
   _number(name, value, lambda x: 0 < x < 1, 'a number in (0, 1)')
 
 
-def whole_number(name: str, value: Any, at_least: int) -> int:
-  """Returns the number as an int. Unlike the other checks, rejects arrays."""
-  if isinstance(value, _ARRAY):
-    raise TypeError(
-      f'{name} must be a Python number, got {value!r}. The compiled program'
-      ' depends on it.'
-    )
-  return whole_number_or_array(name, value, at_least)
-
-
-def whole_number_or_array(name: str, value: Any, at_least: int) -> Any:
+def whole_number(name: str, value: Any, at_least: int) -> Any:
   """Returns a number as an int, and an array unchanged."""
-  _number(
-    name,
-    value,
-    lambda x: math.isfinite(x) and x == int(x) and x >= at_least,
-    f'a number that is whole and at least {at_least}',
-  )
-  return value if isinstance(value, _ARRAY) else int(value)
-
-
-def floating(name: str, dtype: Any):
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(
-      f'{name} must be a real floating point dtype, got {dtype!r}. Pass'
-      ' jnp.float32, or None for the default.'
-    )
+  is_valid = lambda x: math.isfinite(x) and x == int(x) and x >= at_least
+  _number(name, value, is_valid, f'a whole number of at least {at_least}')
+  return value if hasattr(value, 'dtype') else int(value)
 
 
 def one_of(name: str, value: Any, known: Collection[str]):
@@ -92,21 +67,14 @@ def one_of(name: str, value: Any, known: Collection[str]):
     raise ValueError(f'{name} must be one of {sorted(known)}, got {value!r}.')
 
 
-def boolean(name: str, value: Any):
-  is_array = isinstance(value, (*_ARRAY, np.bool_))
-  is_one = is_array and value.dtype == bool and value.shape == ()
-  if not is_one and not isinstance(value, bool):
-    raise TypeError(
-      f'{name} must be a bool or an array of dtype bool and shape (), got'
-      f' {value!r}. Pass a comparison, such as {name}=step % 10 == 0.'
-    )
-
-
 _EXAMPLES = {
-  'params': '...',
-  'batch': 'batch=batch, ...',
-  'obj_fn': 'obj_fn=lambda params: loss(params, batch)',
-  'predict_fn': 'predict_fn=lambda params: logits(params, batch)',
+  'params': '...)',
+  'batch': 'batch=batch, ...)',
+  'obj_fn': 'obj_fn=loss_fn, batch=batch) with loss_fn(params, batch) -> loss',
+  'predict_fn': (
+    'predict_fn=predict_fn, batch=batch) with predict_fn(params, batch) ->'
+    ' outputs, such as logits'
+  ),
 }
 
 
@@ -115,45 +83,14 @@ def given(name: str, value: Any, user: str, others: Collection[str] = ()):
     got = f'only {", ".join(others)}' if others else 'None'
     raise ValueError(
       f'{user} needs {name}, got {got}. Pass it to update:'
-      f' update(grads, state, params, {_EXAMPLES[name]}).'
+      f' update(grads, state, params, {_EXAMPLES[name]}.'
     )
-
-
-def transformation(name: str, value: Any):
-  if not (hasattr(value, 'init') and hasattr(value, 'update')):
-    fix = 'Call the factory: pass estimator(), not estimator.'
-    raise TypeError(
-      f'{name} must be a gradient transformation with init and update, got'
-      f' {value!r}. {fix if callable(value) else ""}'.rstrip()
-    )
-
-
-def call(name: str, fn: Any, arguments: dict[str, Any]) -> Any:
-  """Calls the user's function, and adds to its errors how it was called."""
-  try:
-    return fn(*arguments.values())
-  except (AttributeError, TypeError) as error:
-    types = [f'{key} a {type(x).__name__}' for key, x in arguments.items()]
-    error.add_note(
-      f'{name} was called as {name}({", ".join(arguments)}), with'
-      f' {", ".join(types)}. If it needs other arguments, bind them with a'
-      ' lambda. If it needs a model object, build it from params inside the'
-      ' function.'
-    )
-    raise
 
 
 def same_shapes(name: str, tree: Any, params: Any):
   """Raises unless `tree` has the structure and the leaf shapes of `params`."""
-  got: Any = jax.tree.structure(tree)
-  need: Any = jax.tree.structure(params)
-  if got != need:
-    raise ValueError(
-      f'{name} must be a tree like params. Needed: {need}, got: {got}. It has'
-      ' one array for each parameter.'
-    )
-  leaves = jax.tree.leaves_with_path(params), jax.tree.leaves(tree)
-  for (path, p), x in zip(*leaves, strict=True):
+
+  def check(path, p, x):
     if np.shape(x) != np.shape(p):
       raise ValueError(
         f'{name} must be a tree like params, but its leaf'
@@ -161,19 +98,7 @@ def same_shapes(name: str, tree: Any, params: Any):
         f' {np.shape(x)}, and that of params has shape {np.shape(p)}.'
       )
 
-
-def broadcasts(name: str, value: Any, shape: tuple[int, ...]):
-  """Raises unless `value` broadcasts to exactly this shape."""
-  try:
-    fits = np.broadcast_shapes(np.shape(value), shape) == shape
-  except ValueError:
-    fits = False
-  if not fits:
-    raise ValueError(
-      f'{name} must broadcast to the shape {shape} of the predictions, got'
-      f' shape {np.shape(value)}. Pass one entry for each prediction, without'
-      ' an axis of classes.'
-    )
+  jax.tree.map_with_path(check, params, tree)
 
 
 def mapped_axes(axis_name: _collectives.AxisName):
@@ -182,15 +107,7 @@ def mapped_axes(axis_name: _collectives.AxisName):
   names = _collectives.names(axis_name)
   others = [n for n in mesh.manual_axes if n not in names and mesh.shape[n] > 1]
   for name in names:
-    try:
-      index = _collectives.axis_index(name)
-    except NameError:
-      raise ValueError(
-        f'axis_name must be the name of a mapped axis, got {name!r}; the axes'
-        f' of the mesh here are {mesh.axis_names}. Call update under jax.pmap'
-        ' or jax.shard_map with an axis of that name, or leave axis_name out:'
-        ' jax.jit with sharded arrays does not need it.'
-      ) from None
+    index = _collectives.axis_index(name)
     tracked = name in _collectives.varying(index)
     if name in mesh.manual_axes and not tracked and others:
       raise ValueError(

@@ -64,12 +64,18 @@ def join(like: optax.Params, coordinates: Any) -> Any:
 
 def fill(tree: optax.Params, full: optax.Params | None) -> optax.Params:
   """Replaces each `optax.MaskedNode` in a tree by the leaf of a full tree."""
-  if full is None:
-    return tree
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
-  return jax.tree.map(
-    lambda x, f: f if is_hole(x) else x, tree, full, is_leaf=is_hole
-  )
+  if full is not None:
+    fill_leaf = lambda x, f: f if is_hole(x) else x
+    return jax.tree.map(fill_leaf, tree, full, is_leaf=is_hole)
+  if any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole))):
+    raise ValueError(
+      'obj_fn and predict_fn need all parameters, but optax.masked or'
+      ' optax.partition hides some of them. Pass all to update: update(grads,'
+      ' state, params, full_params=params, ...). Curvature is still estimated'
+      ' only for the parameters that are not hidden.'
+    )
+  return tree
 
 
 def widen(coordinates: Any) -> Any:

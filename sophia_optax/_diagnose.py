@@ -9,7 +9,6 @@ import optax
 from sophia_optax import _checks
 from sophia_optax import _coordinates
 from sophia_optax import _fractions
-from sophia_optax import _sophia
 
 
 class ModuleDiagnosis(NamedTuple):
@@ -42,22 +41,22 @@ def diagnose(
     \qquad \text{negative fraction} =
     \frac{1}{n} \left| \left\{ i : h_i < 0 \right\} \right|
 
-  over the n coordinates of a module. The optimizer measures both at each
-  refresh. This function averages them over the parameters of each module. It
-  computes the other figures from the current m and h. Call it when you log,
-  inside or outside of :func:`jax.jit`.
+  over the n coordinates of a module. The optimizer measures the win rate of
+  each parameter array at each refresh. This function averages it over the
+  arrays of a module, and computes the other figures from the current m and h.
+  Call it when you log, inside or outside of :func:`jax.jit`.
 
-  Figures for the whole model are in the state. Read them with
-  ``optax.tree.get(state, name)``, for the names 'win_rate',
-  'negative_fraction', 'refresh_count', 'nonfinite_count' and, with
-  ``target_win_rate``, 'gamma_factor'.
+  The win rate of the whole model is also in the state. Read it with
+  ``optax.tree.get(state, 'win_rate')``; other names are 'refresh_count',
+  'nonfinite_count' and, with ``target_win_rate``, 'gamma_factor'.
 
   Args:
     state: An optimizer state with one :class:`SophiaState`, from an optimizer
       with ``diagnostics=True``. If it has an axis of replicas, as from
       :func:`jax.pmap`, pass the state of one of them.
     depth: Number of keys, from the root of the parameters, that identify a
-      module: 2 for Flax's ``{'params': {'Dense_0': ...}}``.
+      module: 2 for Flax's ``{'params': {'Dense_0': ...}}``, and 0 for the whole
+      model as one module, whose name is ''.
 
   Returns:
     A :class:`ModuleDiagnosis` for each module, by name. If the parameters are a
@@ -65,9 +64,10 @@ def diagnose(
     fraction and norm are 0.
 
   Raises:
-    ValueError: If there is not exactly one :class:`SophiaState`, if the
-      optimizer does not have ``diagnostics=True``, if ``state`` has an axis of
-      replicas, or if ``depth`` is less than 1.
+    ValueError: If ``state`` has no :class:`SophiaState`, if the optimizer does
+      not have ``diagnostics=True``, if ``state`` has an axis of replicas, or if
+      ``depth`` is negative.
+    KeyError: If ``state`` has several :class:`SophiaState`.
 
   Example:
     >>> import jax
@@ -87,46 +87,37 @@ def diagnose(
     convex 1.0 0.0
     saddle 0.5 0.5
   """
-  sophia = _sophia.find_state(state)
-  if sophia.by_leaf is None:
+  sophia = optax.tree.get(state, 'SophiaState')
+  if sophia is None or sophia.by_leaf is None or sophia.by_leaf.ndim != 1:
     raise ValueError(
-      'diagnose needs the state of an optimizer with diagnostics=True, got'
-      ' that of one without. Pass diagnostics=True to the optimizer.'
+      'diagnose needs the state of one replica, from an optimizer with'
+      ' diagnostics=True. Pass diagnostics=True to the optimizer. Take one'
+      ' replica of a mapped state, as in jax.tree.map(lambda x: x[0], state).'
     )
-  if sophia.by_leaf.ndim != 2:
-    raise ValueError(
-      'diagnose needs the state of one replica, got one with additional axes:'
-      f' by_leaf has shape {sophia.by_leaf.shape}. Take one replica, as in'
-      ' jax.tree.map(lambda x: x[0], state), or call diagnose under jax.vmap.'
-    )
-  depth = _checks.whole_number('depth', depth, at_least=1)
+  depth = _checks.whole_number('depth', depth, 0)
 
   modules: dict[str, list[tuple[Any, ...]]] = {}
   mu, nu = jax.tree.leaves_with_path(sophia.mu), jax.tree.leaves(sophia.nu)
-  for (path, m), h, fractions in zip(mu, nu, sophia.by_leaf, strict=True):
+  for (path, m), h, win_rate in zip(mu, nu, sophia.by_leaf, strict=True):
     name = jax.tree_util.keystr(path[:depth], simple=True, separator='/')
-    modules.setdefault(name, []).append((m, h, fractions))
+    modules.setdefault(name, []).append((m, h, win_rate))
   return {name: _diagnose(leaves) for name, leaves in modules.items()}
 
 
 def _diagnose(leaves):
-  """Diagnoses one module, from (m, h, two fractions) of each parameter."""
-  mu, nu, fractions = map(list, zip(*leaves, strict=True))
-  like = fractions[0]
+  """Diagnoses one module, from (m, h, win rate) of each parameter array."""
+  mu, nu, win_rates = map(list, zip(*leaves, strict=True))
+  like = win_rates[0]
   mu, nu = _coordinates.split(mu, mu), _coordinates.split(mu, nu)
   nu = _coordinates.widen(nu)
   sizes = jnp.array([_fractions.size(h, like) for h in nu], jnp.float32)
-  average = sizes @ jnp.stack(fractions) / jnp.maximum(jnp.sum(sizes), 1)
-
-  def is_finite(m, h):
-    return jnp.isfinite(m) & jnp.isfinite(h)
-
+  is_finite = lambda m, h: jnp.isfinite(m) & jnp.isfinite(h)
   squares = _fractions.sum_over_shards(
-    lambda h: jnp.sum(jnp.square(h), dtype=jnp.float32), nu, like
+    lambda h: jnp.sum(jnp.square(h), dtype=jnp.float32), like, nu
   )
   return ModuleDiagnosis(
-    win_rate=average[0],
-    negative_fraction=average[1],
+    win_rate=sizes @ jnp.stack(win_rates) / jnp.maximum(jnp.sum(sizes), 1),
+    negative_fraction=_fractions.fraction(lambda h: h < 0, nu, like),
     nonfinite_fraction=_fractions.fraction(
       jnp.logical_not, jax.tree.map(is_finite, mu, nu), like
     ),

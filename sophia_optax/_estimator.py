@@ -34,6 +34,13 @@ class EstimatorState(NamedTuple):
   key: jax.Array
 
 
+class DrawTools(NamedTuple):
+  """What `make_draw` gets beside θ and the user's function."""
+
+  random_like: Callable[..., Any]
+  params_of: Callable[[Any], Any]
+
+
 def sampled_estimator(
   make_draw: Callable[..., Callable[[jax.Array], Any]],
   random_seed: Any | None = None,
@@ -54,21 +61,22 @@ def sampled_estimator(
   :func:`hutchinson_estimator_diag_hessian`, and works in :func:`microbatched`.
 
   Args:
-    make_draw: ``(theta, fn, **extra_args) -> draw``, where ``draw(key)``
-      returns one estimate, a tree like ``theta``. All draws share the values
-      that ``make_draw`` computes.
+    make_draw: ``(theta, fn, tools, /, **extra_args) -> draw``, where
+      ``draw(key)`` returns one estimate, a tree like ``theta``. All draws share
+      the values that ``make_draw`` computes.
 
       * ``theta`` is the tree of parameters, with a pair (real part, imaginary
         part) for a complex leaf and None for an integer leaf.
       * ``fn(theta)`` calls the function that was passed to ``update``.
-      * ``extra_args`` are ``random_like``, ``label_mask``, ``loss_scale`` and
-        the other extra arguments of ``update``.
-      * ``random_like(key, theta, sampler)`` draws random arrays like ``theta``.
-        ``sampler(key, shape, dtype)`` is a function such as
+      * ``tools.random_like(key, theta, sampler)`` draws random arrays like
+        ``theta``. ``sampler(key, shape, dtype)`` is a function such as
         :func:`jax.random.normal`. If an array is divided over devices, its
         shards get independent draws.
-      * ``head_fn(theta, hidden)`` calls the ``head_fn`` that was passed to
-        ``update``, if any.
+      * ``tools.params_of(theta)`` returns the tree that ``fn`` passes to the
+        function.
+      * ``extra_args`` are ``label_mask``, ``loss_scale`` and the other extra
+        arguments of ``update``. Make the first three arguments positional-only,
+        so that an extra argument may have any name.
     random_seed: Seed: an integer, a raw or a typed PRNG key. None means 0.
     fn_name: ``'obj_fn'`` for a function that returns the loss, or
       ``'predict_fn'`` for one that returns the outputs of the model. With
@@ -86,17 +94,17 @@ def sampled_estimator(
   Raises:
     ValueError: If ``num_samples`` is less than 1 or ``fn_name`` is unknown. In
       ``update``, if a required argument is missing.
-    TypeError: In ``update``, if the function can't be called as documented or
-      returns the wrong type.
+    TypeError: In ``update``, if the function returns a tuple without
+      ``has_aux``, or no tuple with it.
 
   Example:
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import sophia_optax
-    >>> def make_draw(theta, loss, *, random_like, **extra_args):
+    >>> def make_draw(theta, loss, tools, /, **extra_args):
     ...   def draw(key):
-    ...     probe = random_like(key, theta, jax.random.normal)
+    ...     probe = tools.random_like(key, theta, jax.random.normal)
     ...     _, curvature = jax.jvp(jax.grad(loss), (theta,), (probe,))
     ...     return optax.tree.mul(probe, curvature)
     ...   return draw
@@ -107,7 +115,7 @@ def sampled_estimator(
     >>> print(bool(jnp.allclose(estimate, 6 * x, rtol=0.1)))
     True
   """
-  num_samples = _checks.whole_number('num_samples', num_samples, at_least=1)
+  num_samples = _checks.whole_number('num_samples', num_samples, 1)
   _checks.one_of('fn_name', fn_name, ('obj_fn', 'predict_fn'))
   random_like = functools.partial(_collectives.random_like, axis_name=axis_name)
 
@@ -124,15 +132,15 @@ def sampled_estimator(
     full_params=None,
     loss_scale=None,
     label_mask=None,
-    head_fn=None,
-    sophia_request=None,
+    microbatches=None,
     **extra_args,
   ):
     del updates
     _checks.given('params', params, 'the estimator')
     fn = extra_args.pop(fn_name, None)
+    if fn is None and fn_name == 'obj_fn':  # Line searches get a value_fn.
+      fn = extra_args.get('value_fn')
     _checks.given(fn_name, fn, 'the estimator', extra_args)
-    _check_complete(fn_name, params, full_params)
     _checks.mapped_axes(axis_name)
     theta = _collectives.vary(_coordinates.split(params, params), axis_name)
     zeros = optax.tree.zeros_like(_coordinates.widen(theta))
@@ -140,36 +148,32 @@ def sampled_estimator(
     def params_of(theta):
       return _coordinates.fill(_coordinates.join(params, theta), full_params)
 
-    def head_of_theta(theta, hidden):
-      arguments = {'params': params_of(theta), 'hidden': hidden}
-      return _array_of('head_fn', _checks.call('head_fn', head_fn, arguments))
-
     def estimate(key, batch=None, label_mask=None):
       def fn_of_theta(theta):
-        arguments = {'params': params_of(theta)}
-        arguments |= {} if batch is None else {'batch': batch}
-        value = _checks.call(fn_name, fn, arguments)
-        value = _array_of(fn_name, value, has_aux)
+        arguments = (params_of(theta), batch)[: 1 if batch is None else 2]
+        value = _value(fn_name, fn(*arguments), has_aux)
         if fn_name == 'obj_fn':
           _checks.local(value, theta, axis_name)
         return value
 
-      extra = {'label_mask': label_mask, 'loss_scale': loss_scale}
-      if head_fn is not None:
-        extra['head_fn'] = head_of_theta
       draw = make_draw(
-        theta, fn_of_theta, random_like=random_like, **extra, **extra_args
+        theta,
+        fn_of_theta,
+        DrawTools(random_like, params_of),
+        label_mask=label_mask,
+        loss_scale=loss_scale,
+        **extra_args,
       )
       key, subkey = jax.random.split(key)
       subkey = _collectives.fold_in_index(subkey, _collectives.names(axis_name))
       return _averages.over_draws(draw, subkey, num_samples, zeros), key
 
-    num_parts = None if sophia_request is None else sophia_request.grant()
-    if num_parts is None:
+    if microbatches is None:
       mean, key = estimate(state.key, batch, label_mask)
     else:
-      split = _averages.split_batch(batch, label_mask, num_parts, axis_name)
-      mean, key = _averages.over_parts(estimate, *split, zeros, state.key)
+      mean, key = _averages.over_microbatches(
+        estimate, microbatches, zeros, state.key, axis_name
+      )
     if fn_name == 'obj_fn':
       mean = _coordinates.unscale(mean, loss_scale)
     mean = _collectives.mean(mean, axis_name)
@@ -179,94 +183,21 @@ def sampled_estimator(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@jax.tree_util.register_static
-class Request:
-  """A request to an estimator, and whether one has granted it.
-
-  It is passed as an extra argument of `update`. Chains and other wrappers
-  forward it to the estimator or ignore it. An estimator that grants the request
-  divides its estimate by `loss_scale`. If `num_parts` is not None, it also
-  averages over this number of parts of the batch. It is compared by identity,
-  so that :func:`jax.jit` does not reuse a trace that granted another request.
-  """
-
-  def __init__(self, num_parts: int | None = None):
-    self.num_parts = num_parts
-    self.is_granted = False
-
-  def grant(self) -> int | None:
-    self.is_granted = True
-    return self.num_parts
-
-
-def uses(fn: Callable[[Any], Any], x: Any) -> bool:
-  """Whether an operation of `fn(x)` has x as an operand. This traces `fn`."""
-  jaxpr = jax.make_jaxpr(fn)(x).jaxpr
-  return any(jaxpr.invars[0] in equation.invars for equation in jaxpr.eqns)
-
-
-def is_sampled(state: Any) -> bool:
-  """Whether a state is that of a sampled estimator, or contains one."""
-  is_ours = lambda x: isinstance(x, EstimatorState)
-  return any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))
-
-
 def _make_key(random_seed):
   """Returns a new copy of the key, because states may be donated."""
   seed = 0 if random_seed is None else random_seed
-  dtype = getattr(seed, 'dtype', np.result_type(type(seed)))
-  is_integer = jnp.issubdtype(dtype, jnp.integer)
-  is_typed_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-  if is_typed_key or (is_integer and np.ndim(seed)):
+  is_typed = jnp.issubdtype(getattr(seed, 'dtype', int), jax.dtypes.prng_key)
+  if is_typed or np.ndim(seed):
     return jnp.copy(seed)
-  if not is_integer:
+  allows_raw_keys = jax.config.read('jax_legacy_prng_key') == 'allow'
+  return (jax.random.PRNGKey if allows_raw_keys else jax.random.key)(seed)
+
+
+def _value(name, result, has_aux):
+  """Returns the value in the result of the user's function, or raises."""
+  if isinstance(result, tuple) != has_aux:
     raise TypeError(
-      f'random_seed must be an integer or a PRNG key, got {seed!r}. For'
-      ' example, pass random_seed=0 or random_seed=jax.random.key(0).'
+      f'{name} must return (value, aux) if has_aux=True is passed to the'
+      f' estimator, and the value alone if not, got {result!r}.'
     )
-  return jax.random.PRNGKey(seed)
-
-
-def _check_complete(name, params, full_params):
-  """Raises if parameters are masked and `full_params` is missing."""
-  is_hole = lambda x: isinstance(x, optax.MaskedNode)
-  holes = [
-    jax.tree_util.keystr(path) or 'the root'
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_hole)
-    if is_hole(leaf)
-  ]
-  if holes and full_params is None:
-    raise ValueError(
-      f'{name} needs all parameters, but optax.masked or optax.partition hides'
-      f' those at {", ".join(holes[:3])}{", ..." if holes[3:] else ""}. Pass'
-      ' all of them: update(grads, state, params, full_params=params, ...).'
-      ' Curvature is still estimated only for the parameters that are not'
-      ' hidden.'
-    )
-
-
-def _array_of(name, value, has_aux=False):
-  """Returns the array in the result of the user's function, or raises."""
-  is_pair = isinstance(value, tuple) and len(value) == 2
-  if has_aux and is_pair:
-    value = value[0]
-  is_array = isinstance(value, (jax.Array, np.ndarray, np.generic, float))
-  got, is_real = f'a {type(value).__name__}', False
-  if is_array:
-    dtype, shape = jnp.result_type(value), np.shape(value)
-    got = f'{dtype} of shape {shape}'
-    is_real = jnp.issubdtype(dtype, jnp.floating)
-  if has_aux and not is_pair:
-    need = 'a pair (value, aux)'
-    fix = 'Return a pair, or remove has_aux=True from the estimator.'
-  elif name == 'obj_fn' and not (is_real and shape == ()):
-    need = 'only the loss, a real floating point scalar'
-    fix = 'Reduce it, as in jnp.mean(losses), or cast it.'
-  elif not is_real:
-    need = 'one real floating point array, the logits or means'
-    fix = 'Return that array alone, or cast it.'
-  else:
-    return value
-  if not is_array and not has_aux and name != 'head_fn':
-    fix = 'If it returns (value, aux), pass has_aux=True to the estimator.'
-  raise TypeError(f'{name} must return {need}, got {got}. {fix}')
+  return result[0] if has_aux else result

@@ -21,32 +21,33 @@ def fraction(
     tree: The coordinates. Leaves may be divided over device axes.
     like: An array. Axes over which it varies are not summed over.
   """
-  met = sum_over_shards(lambda x: count(condition(x)), tree, like)
+  met = sum_over_shards(lambda x: count(condition(x)), like, tree)
   return met / max(size(tree, like), 1.0)
 
 
 def size(tree: Any, like: jax.Array) -> float:
   """Returns the number of coordinates as a float: int32 can be too small."""
   return sum(
-    float(x.size) * _collectives.total(1, _axes(x, like))
+    float(x.size) * _collectives.total(1, _axes(like, x))
     for x in jax.tree.leaves(tree)
   )
 
 
 def sum_over_shards(
-  fn: Callable[[jax.Array], jax.Array], tree: Any, like: jax.Array
+  fn: Callable[..., jax.Array], like: jax.Array, *trees: Any
 ) -> jax.Array:
-  """Sums `fn(shard)` over all leaves and all shards of each leaf.
+  """Sums `fn(*shards)` over all leaves and all shards of each leaf.
 
   Args:
-    fn: Returns a float32 array, of the same shape for each leaf.
-    tree: The coordinates. Leaves may be divided over device axes.
+    fn: Takes a leaf of each tree. Returns a float32 array, of the same shape
+      for each leaf.
     like: An array. Axes over which it varies are not summed over.
+    *trees: The coordinates. Leaves may be divided over device axes.
   """
   sums: dict[tuple[str, ...], Any] = {}
-  for x in jax.tree.leaves(tree):
-    axes = _axes(x, like)
-    sums[axes] = sums.get(axes, 0.0) + fn(x)
+  for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+    axes = _axes(like, *leaves)
+    sums[axes] = sums.get(axes, 0.0) + fn(*leaves)
   totals = [_collectives.total(x, axes) for axes, x in sums.items()]
   total = sum(totals, jnp.zeros([], jnp.float32))
   return _collectives.vary(total, tuple(_collectives.varying(like)))
@@ -65,5 +66,6 @@ def count(condition: jax.Array) -> jax.Array:
   return jnp.sum(rows, dtype=jnp.float32)
 
 
-def _axes(x, like):
-  return _collectives.other_axes(x, tuple(_collectives.varying(like)))
+def _axes(like, *leaves):
+  varying = frozenset().union(*map(_collectives.varying, leaves))
+  return tuple(sorted(varying - _collectives.varying(like)))

@@ -113,12 +113,10 @@ def gauss_newton_bartlett_estimator_diag_hessian(
     ValueError: If ``num_samples`` or ``num_chunks`` is less than 1 or
       ``likelihood`` is unknown. In ``update``, if ``params``, ``predict_fn`` or
       a required ``full_params`` is missing, if ``label_mask`` does not
-      broadcast to the predictions, if there is no axis ``axis_name``, if
-      ``num_chunks`` does not divide N, or if only one of ``num_chunks`` and
-      ``head_fn`` is given.
-    TypeError: In ``update``, if ``predict_fn`` or ``head_fn`` can't be called
-      with these arguments or does not return a floating point array, or if
-      ``head_fn`` returns the wrong shape.
+      broadcast to the predictions, if there is no axis ``axis_name``, or if
+      only one of ``num_chunks`` and ``head_fn`` is given.
+    TypeError: In ``update``, if ``predict_fn`` returns a tuple without
+      ``has_aux``, or if ``num_chunks`` does not divide N.
 
   Example:
     >>> import jax
@@ -155,18 +153,14 @@ def gauss_newton_bartlett_estimator_diag_hessian(
   """
   draw_score, event_ndim = _resolve(likelihood)
   if num_chunks is not None:
-    num_chunks = _checks.whole_number('num_chunks', num_chunks, at_least=1)
+    num_chunks = _checks.whole_number('num_chunks', num_chunks, 1)
 
   def make_draw(
-    theta, predict, *, label_mask, loss_scale, head_fn=None, **extra_args
+    theta, predict, tools, /, *, label_mask, loss_scale, head_fn=None, **rest
   ):
-    del extra_args
+    del rest
     _check_together(head_fn, num_chunks)
-
-    def head(theta, hidden):
-      outputs = head_fn(theta, hidden)
-      _check_predictions(outputs, hidden, event_ndim)
-      return outputs
+    head = lambda theta, hidden: head_fn(tools.params_of(theta), hidden)
 
     if num_chunks is None:
       outputs = _outputs.at_once(predict, theta)
@@ -174,12 +168,6 @@ def gauss_newton_bartlett_estimator_diag_hessian(
       outputs = _outputs.at_once(lambda t: head(t, predict(t)), theta)
     else:
       outputs = _outputs.in_chunks(predict, head, theta, num_chunks)
-    if len(outputs.shape) < event_ndim:
-      raise TypeError(
-        f'predict_fn must return outputs with at least {event_ndim} axes for'
-        f' this likelihood, got shape {outputs.shape}. Return logits whose last'
-        ' axis is the classes.'
-      )
     wide = _coordinates.wider(outputs.like.dtype, jnp.float32)
     mask = _mask_of_predictions(label_mask, outputs.shape, event_ndim)
     # Predictions that are divided over other axes are part of one estimate.
@@ -222,11 +210,6 @@ def _resolve(likelihood):
   """Returns a function that draws scores, and the `event_ndim`."""
   if isinstance(likelihood, likelihoods.Likelihood):
     return likelihood.draw_score, likelihood.event_ndim
-  if likelihood is likelihoods.gaussian:
-    raise TypeError(
-      'likelihood must be a Likelihood, got the function likelihoods.gaussian.'
-      ' Call it: pass likelihoods.gaussian().'
-    )
   if callable(likelihood):
     return likelihood, 0
   _checks.one_of('likelihood', likelihood, likelihoods.BY_NAME)
@@ -243,24 +226,10 @@ def _check_together(head_fn, num_chunks):
     )
 
 
-def _check_predictions(outputs, hidden, event_ndim):
-  """Raises unless there are predictions for each hidden state."""
-  axes = hidden.ndim - 1
-  too_few = outputs.ndim < axes + event_ndim
-  if too_few or outputs.shape[:axes] != hidden.shape[:axes]:
-    need = [*map(str, hidden.shape[:axes]), *event_ndim * ['classes']]
-    raise TypeError(
-      f'head_fn must return outputs of shape ({", ".join(need)}) from hidden'
-      f' states of shape {hidden.shape}, got shape {outputs.shape}. Replace the'
-      ' last axis of hidden, and keep the others.'
-    )
-
-
 def _mask_of_predictions(label_mask, shape, event_ndim):
   """Returns the mask of predictions, with axes of size 1 for the event."""
   predictions = shape[: len(shape) - event_ndim]
   if label_mask is None:
     label_mask = True
-  _checks.broadcasts('label_mask', label_mask, predictions)
   mask = jnp.broadcast_to(jnp.asarray(label_mask, bool), predictions)
   return mask.reshape(predictions + (1,) * event_ndim)

@@ -141,13 +141,12 @@ def hutchinson_estimator_diag_hessian(
       ``full_params`` is missing, or if there is no axis ``axis_name``. Also in
       ``update``, if ``shard_map`` tracks that the loss is already averaged over
       ``axis_name``, or that ``axis_name`` lacks an axis over which it differs.
-    TypeError: In ``update``, if ``obj_fn`` can't be called with these arguments
-      or does not return a real scalar, or if a parameter is in half precision
-      and ``hvp`` is ``'finite_difference'``.
-    NotImplementedError: In ``update``, if JAX can compute the gradient of
-      ``obj_fn``, but not the second derivative that ``hvp`` needs. JAX's error
-      is its cause. Under :func:`jax.jit`, JAX finds some of these cases only
-      when it compiles the step, and raises a TypeError.
+    TypeError: In ``update``, if ``obj_fn`` returns a tuple without ``has_aux``,
+      or if a parameter is in half precision and ``hvp`` is
+      ``'finite_difference'``. JAX raises other errors if ``obj_fn`` has no
+      second derivative; a note on the error says which ``hvp`` to choose. Under
+      :func:`jax.jit`, JAX finds some of these cases only when it compiles the
+      step.
 
   Example:
     >>> import jax.numpy as jnp
@@ -169,7 +168,7 @@ def hutchinson_estimator_diag_hessian(
   _checks.one_of('hvp', hvp, _PRODUCTS)
   sampler = _PROBES[distribution]
 
-  def make_draw(theta, loss, *, random_like, **extra_args):
+  def make_draw(theta, loss, tools, /, **extra_args):
     del extra_args
     multiply = _PRODUCTS[hvp]
     if hvp == 'finite_difference':
@@ -177,20 +176,13 @@ def hutchinson_estimator_diag_hessian(
       multiply = functools.partial(multiply, delta=_step(theta, axis_name))
 
     def draw(key):
-      probe = random_like(key, theta, sampler)
+      probe = tools.random_like(key, theta, sampler)
       try:
         product = multiply(loss, theta, probe)
       except _REFUSALS as error:
-        if hvp == 'finite_difference' or not _has_gradient(loss, theta):
-          raise
-        raise NotImplementedError(
-          f'hvp={hvp!r} needs a second derivative of obj_fn, but JAX can'
-          ' compute only its gradient, see the error above. Many fused kernels'
-          " have no second derivative. Pass hvp='finite_difference' to the"
-          ' estimator, which needs only gradients, or try another of'
-          f' {sorted(_PRODUCTS)}. Or use sophia_g, which needs no second'
-          ' derivative.'
-        ) from error
+        if hvp != 'finite_difference':
+          error.add_note(_KERNEL_NOTE.format(hvp=hvp, others=sorted(_PRODUCTS)))
+        raise
       return optax.tree.mul(
         _coordinates.widen(probe), _coordinates.widen(product)
       )
@@ -206,18 +198,15 @@ def hutchinson_estimator_diag_hessian(
   )
 
 
-# JAX raises these if a function has no derivative. Errors while a compiled
-# program runs have other types.
-_REFUSALS = (AssertionError, NotImplementedError, TypeError, ValueError)
-
-
-def _has_gradient(loss, theta):
-  """Whether JAX can compute the gradient of the loss."""
-  try:
-    jax.grad(loss)(theta)
-  except Exception:
-    return False
-  return True
+# JAX raises these if a function has no derivative.
+_REFUSALS = AssertionError, NotImplementedError, TypeError, ValueError
+_KERNEL_NOTE = (
+  'hvp={hvp!r} needs a second derivative of obj_fn. If JAX can compute its'
+  ' gradient, the second derivative is missing, as in many fused kernels. Then'
+  " pass hvp='finite_difference' to the estimator, which needs only gradients,"
+  ' or try another of {others}. Or use sophia_g, which needs no second'
+  ' derivative.'
+)
 
 
 def _check_wide(theta):
@@ -248,7 +237,7 @@ def _step(theta, axis_name):
     )
 
   like = _collectives.vary(jnp.zeros([]), axis_name)
-  sums = _fractions.sum_over_shards(log_sizes, theta, like)
+  sums = _fractions.sum_over_shards(log_sizes, like, theta)
   total, count = jnp.broadcast_to(sums, 2)  # A scalar if there are no leaves.
   is_single = any(x.dtype == jnp.float32 for x in jax.tree.leaves(theta))
   fraction = 2.0**-5 if is_single else 2.0**-17

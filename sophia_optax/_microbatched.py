@@ -7,7 +7,6 @@ from sophia_optax import _averages
 from sophia_optax import _checks
 from sophia_optax import _collectives
 from sophia_optax import _coordinates
-from sophia_optax import _estimator
 
 
 def microbatched(
@@ -46,7 +45,6 @@ def microbatched(
   Raises:
     ValueError: If ``num_microbatches`` is less than 1. In ``update``, if
       ``batch`` is missing or can't be split into equal parts.
-    TypeError: If ``estimator`` is not a transformation.
 
   Example:
     >>> import jax.numpy as jnp
@@ -60,10 +58,7 @@ def microbatched(
     >>> print(estimate)
     5.0
   """
-  _checks.transformation('estimator', estimator)
-  num_microbatches = _checks.whole_number(
-    'num_microbatches', num_microbatches, at_least=1
-  )
+  num_parts = _checks.whole_number('num_microbatches', num_microbatches, 1)
   inner = optax.with_extra_args_support(estimator)
 
   def update_fn(
@@ -73,36 +68,59 @@ def microbatched(
     *,
     batch=None,
     label_mask=None,
-    sophia_request=None,
+    microbatches=None,
     **extra_args,
   ):
     _checks.given('params', params, 'microbatched')
-    _checks.given('batch', batch, 'microbatched')
-    request = sophia_request or _estimator.Request()
-    asked = _estimator.Request(num_microbatches * (request.num_parts or 1))
+    if microbatches is None:
+      _checks.given('batch', batch, 'microbatched')
+      microbatches = _averages.one_microbatch(batch, label_mask)
+    microbatches = _averages.split(microbatches, num_parts)
 
-    def estimate(state, **part):
-      return inner.update(
-        updates, state, params, sophia_request=asked, **part, **extra_args
-      )
+    def estimate(state, **arguments):
+      return inner.update(updates, state, params, **arguments, **extra_args)
 
-    if _estimator.is_sampled(state):
-      # A sampled estimator averages over the parts itself, and over replicas
-      # only once. If a wrapper does not forward the request, this continues.
-      mask = {} if label_mask is None else {'label_mask': label_mask}
-      result = estimate(state, batch=batch, **mask)
-      if asked.is_granted:
-        request.grant()
-        return result
-    asked.num_parts = None
-    parts, weights = _averages.split_batch(batch, label_mask, num_microbatches)
-    first = jax.tree.map(lambda x: x[0], parts)
+    if optax.tree.get_all_with_path(state, 'EstimatorState'):
+      # A sampled estimator averages over replicas only once.
+      return estimate(state, microbatches=microbatches)
+    first = jax.tree.map(lambda x: x[0], microbatches)
     zeros, state = _collectives.vary_like(
       (_coordinates.zeros_like(params), state), lambda: estimate(state, **first)
     )
-    result = _averages.over_parts(estimate, parts, weights, zeros, state)
-    if asked.is_granted and request.num_parts is None:
-      request.grant()
-    return result
+    return _averages.over_microbatches(estimate, microbatches, zeros, state)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def on_part_of_batch(
+  estimator: optax.GradientTransformation, stride: int, max_parts: int
+) -> optax.GradientTransformationExtraArgs:
+  """Estimates on every `stride`-th example, in as many microbatches as fit.
+
+  Without `batch`, the estimator gets all arguments as they are.
+
+  Args:
+    estimator: The estimator.
+    stride: Distance of the examples. Strided examples of a batch that is
+      sharded over devices stay where they are.
+    max_parts: Largest number of microbatches. It is reduced to a divisor of the
+      number of examples.
+  """
+  inner = optax.with_extra_args_support(estimator)
+
+  def update_fn(
+    updates, state, params=None, *, batch=None, label_mask=None, **extra_args
+  ):
+    if batch is None:
+      if label_mask is not None:
+        extra_args['label_mask'] = label_mask
+      return inner.update(updates, state, params, **extra_args)
+    whole = _averages.one_microbatch(batch, label_mask)
+    part = jax.tree.map(lambda x: x[:, ::stride], whole)
+    size = jax.tree.leaves(part)[0].shape[1]
+    num_parts = max(n for n in range(1, max_parts + 1) if size % n == 0)
+    return microbatched(inner, num_parts).update(
+      updates, state, params, microbatches=part, **extra_args
+    )
 
   return optax.GradientTransformationExtraArgs(inner.init, update_fn)

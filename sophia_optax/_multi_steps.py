@@ -5,8 +5,6 @@ from typing import Any
 
 import optax
 
-from sophia_optax import _sophia
-
 
 class MultiSteps(optax.MultiSteps):
   """:class:`optax.MultiSteps` that estimates the curvature once per refresh.
@@ -72,7 +70,9 @@ class MultiSteps(optax.MultiSteps):
     ``value_fn`` needs an argument of that name.
     """
     # A line search would refuse this argument, so only Sophia gets it.
-    has_sophia = _sophia.states_in(state.inner_opt_state)
+    has_sophia = optax.tree.get_all_with_path(
+      state.inner_opt_state, 'SophiaState'
+    )
     if has_sophia and extra_args.get('refresh') is None:
       every_k = self._num_micro_steps
       n = every_k(state.gradient_step) if callable(every_k) else every_k

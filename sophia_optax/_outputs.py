@@ -67,7 +67,6 @@ def in_chunks(
 
   def cut_hidden(theta):
     hidden = predict(theta)
-    _check_divides(num_chunks, hidden.shape)
     return _averages.cut(hidden, num_chunks, hidden.ndim - 2)
 
   hidden, pull_back = jax.vjp(cut_hidden, theta)  # (M, ..., N / M, D)
@@ -93,13 +92,3 @@ def in_chunks(
     return optax.tree.add(total, _coordinates.widen(grads))
 
   return Outputs(tuple(shape), like, vjp)
-
-
-def _check_divides(num_chunks, shape):
-  if len(shape) < 2 or shape[-2] % num_chunks:
-    size = 'without an axis of N' if len(shape) < 2 else f'with N = {shape[-2]}'
-    raise ValueError(
-      'With head_fn, predict_fn must return hidden states (..., N, D) such that'
-      f' N splits into num_chunks={num_chunks} equal chunks, got shape {shape}'
-      f' {size}. Choose a divisor of N as num_chunks.'
-    )

@@ -1,20 +1,10 @@
-"""Sophia's update rule: momentum divided by the curvature, then clipped.
+"""`scale_by_sophia`: the update rule as an optax transformation.
 
-Symbols, all shaped like the parameters θ:
-
-  g       gradient
-  m, mu   EMA of g with decay b1; m̂ = m / (1 - b1^t)
-  ĥ       one estimate of the Hessian diagonal, from the estimator
-  h, nu   EMA of ĥ with decay b2, refreshed every k = update_interval steps
-  u       clip(m̂ / max(γ h, ε), -c, c), the update
-  v       EMA of g² with decay adam_b2; with it √v̂ is also in the maximum
-
-A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. The
-formulas act on trees of real coordinates, see `_coordinates`.
+A step computes g -> m -> (every k steps: estimator -> ĥ -> h) -> u. `_rule` has
+the symbols and the formulas, `_refresh` the step in parentheses.
 """
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +14,10 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax import _coordinates
-from sophia_optax import _estimator
-from sophia_optax import _fractions
-from sophia_optax import _gamma
 from sophia_optax import _hutchinson
+from sophia_optax import _refresh
+from sophia_optax import _rule
+from sophia_optax import _win_rate
 
 
 class SophiaState(NamedTuple):
@@ -47,11 +37,9 @@ class SophiaState(NamedTuple):
     refresh_count: Number of refreshes, shape (), int32.
     gamma_factor: Factor by which ``target_win_rate`` has multiplied ``gamma``,
       shape (), float32. None without a target.
-    negative_fraction: Fraction of coordinates with negative h after the last
-      refresh, shape (), float32. None without ``diagnostics``.
-    by_leaf: Win rate and negative fraction of each parameter array, in the
-      order of ``jax.tree.leaves``, shape (number of arrays, 2), float32. None
-      without ``diagnostics``.
+    by_leaf: Win rate of each parameter array, in the order of
+      ``jax.tree.leaves``, shape (number of arrays,), float32. None without
+      ``diagnostics``.
     second_moment: EMA of the squares of the gradients, a tree like the
       parameters, in float32, or the parameter's dtype if that is wider. The
       parts of a complex leaf hold the squares of its gradient's parts. None
@@ -66,7 +54,6 @@ class SophiaState(NamedTuple):
   nonfinite_count: jax.Array
   refresh_count: jax.Array
   gamma_factor: jax.Array | None = None
-  negative_fraction: jax.Array | None = None
   by_leaf: jax.Array | None = None
   second_moment: optax.Updates | None = None
 
@@ -148,9 +135,7 @@ def scale_by_sophia(
   ``update_interval`` then has no effect. With a Python bool there is no
   conditional: ``refresh=True`` compiles a step that refreshes, and
   ``refresh=False`` one that neither calls the estimator nor needs its
-  arguments. An array is the condition of a :func:`jax.lax.cond`. With
-  ``may_refresh=False`` the step never refreshes h, see
-  :class:`sophia_optax.MultiSteps`.
+  arguments. An array is the condition of a :func:`jax.lax.cond`.
 
   Conjugate the gradients of complex parameters, as for every optax optimizer.
   Their real and imaginary parts are clipped separately. Integer parameters get
@@ -192,9 +177,8 @@ def scale_by_sophia(
       step, as in Algorithm 3 of the paper. By default it comes after it.
     target_win_rate: Target for the win rate, in (0, 1). γ is adjusted to reach
       it. None means that γ is ``gamma``.
-    diagnostics: Whether each refresh also measures ``negative_fraction``, and
-      both fractions for each parameter array, for
-      :func:`sophia_optax.diagnose`.
+    diagnostics: Whether each refresh also measures the win rate of each
+      parameter array, for :func:`sophia_optax.diagnose`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with a
@@ -204,11 +188,9 @@ def scale_by_sophia(
   Raises:
     ValueError: If a hyperparameter is out of range, unless it is an array. In
       ``update``, if ``params`` is missing, if the gradient or the estimate is
-      not a tree like it, if ``state`` is not what ``init`` returned, or if
-      ``loss_scale`` is passed and the estimator does not divide by it.
-    TypeError: If a hyperparameter is not a number, or ``hessian_diagonal_fn``
-      is not a transformation. In ``update``, if ``refresh`` or ``may_refresh``
-      is not a boolean, or if a gradient is complex and its parameter is not,
+      not a tree like it, or if ``loss_scale`` is passed and the estimator does
+      not divide by it.
+    TypeError: In ``update``, if a gradient is complex and its parameter is not,
       or the reverse.
 
   Example:
@@ -228,135 +210,44 @@ def scale_by_sophia(
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023,
     Algorithm 3
   """
-  _checks.decay('b1', b1)
-  _checks.decay('b2', b2)
-  _checks.positive('eps', eps)
-  if adam_b2 is not None:
-    _checks.decay('adam_b2', adam_b2)
-  _checks.number_or_schedule('gamma', gamma, at_least=0)
-  if clip_threshold is not None:
-    _checks.positive('clip_threshold', clip_threshold)
-  update_interval = _checks.whole_number_or_array(
-    'update_interval', update_interval, at_least=1
+  rule = _rule.Rule(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    gamma=gamma,
+    clip_threshold=clip_threshold,
+    bias_correction=bias_correction,
+    nu_bias_correction=nu_bias_correction,
+    nesterov=nesterov,
+    adam_b2=adam_b2,
   )
-  print_interval = _checks.whole_number_or_array(
-    'print_win_rate_every_n_steps', print_win_rate_every_n_steps, at_least=0
+  interval = _checks.whole_number('update_interval', update_interval, 1)
+  print_interval = _checks.whole_number(
+    'print_win_rate_every_n_steps', print_win_rate_every_n_steps, 0
   )
-  _checks.transformation('hessian_diagonal_fn', hessian_diagonal_fn)
-  _checks.floating('mu_dtype', mu_dtype)
-  _checks.floating('nu_dtype', nu_dtype)
-  if target_win_rate is not None:
+  is_steered = target_win_rate is not None
+  if is_steered:
     _checks.fraction('target_win_rate', target_win_rate)
-    if (np.isscalar(gamma) and gamma == 0) or clip_threshold is None:
-      raise ValueError(
-        'target_win_rate needs gamma greater than 0 and a clip_threshold, got'
-        f' gamma={gamma!r} and clip_threshold={clip_threshold!r}. Pass both, or'
-        ' leave target_win_rate out.'
-      )
+    _check_steerable(rule)
   estimator = optax.with_extra_args_support(hessian_diagonal_fn)
-
-  def gamma_of(state):
-    # As in optax, schedules get the number of steps before this one.
-    gamma_t = gamma(state.count - 1) if callable(gamma) else gamma
-    if target_win_rate is not None:
-      gamma_t = jnp.asarray(gamma_t, jnp.float32) * state.gamma_factor
-    if nu_bias_correction:  # Corrects γ, because h occurs only in γ h.
-      num_refreshes = jnp.maximum(state.refresh_count, 1).astype(jnp.float32)
-      correction = 1 - jnp.asarray(b2, jnp.float32) ** num_refreshes
-      gamma_t = jnp.asarray(gamma_t, jnp.float32) / correction
-    return gamma_t
-
-  def momentum_of(state, grads):
-    def corrected(tree, count):
-      return _bias_corrected(tree, b1, count) if bias_correction else tree
-
-    if not nesterov:
-      return corrected(state.mu, state.count)
-    ahead = corrected(state.mu, optax.safe_increment(state.count))
-    return jax.tree.map(
-      lambda g, m: _ema(b1, g, m), corrected(grads, state.count), ahead
-    )
-
-  def ratios_of(state, grads, *bounds):
-    """Returns m̂ / max(γ h, ε). Trees of other lower bounds may follow."""
-    gamma_t = gamma_of(state)
-
-    def ratio(m, h, *bounds):
-      h = h.astype(m.dtype)
-      denominator = jnp.maximum(_cast(gamma_t, h) * h, _cast(eps, h))
-      for bound in bounds:
-        denominator = jnp.maximum(denominator, bound.astype(m.dtype))
-      return m / denominator
-
-    return jax.tree.map(ratio, momentum_of(state, grads), state.nu, *bounds)
-
-  def clip(ratio):
-    if clip_threshold is None:
-      return ratio
-    c = _cast(clip_threshold, ratio)
-    return jnp.clip(ratio, -c, c)
-
-  def wins(ratio):
-    if clip_threshold is None:
-      return jnp.full_like(ratio, True, bool)
-    return jnp.abs(ratio) < _cast(clip_threshold, ratio)
-
-  def steer(new, grads, has_gradient):
-    def outcome(has_gradient, m, h, ratio):
-      floor = _cast(clip_threshold, m) * _cast(eps, m)
-      return _gamma.outcome(
-        # Without a gradient m decays to 0, and the coordinate wins at any γ.
-        counted=has_gradient & jnp.isfinite(ratio),
-        # Uses m, because m̂ would be kept in memory. It matters only near ε.
-        affected=(h > 0) & (jnp.abs(m) >= floor),
-        won=wins(ratio),
-      )
-
-    ratios = ratios_of(new, grads)
-    outcomes = jax.tree.map(outcome, has_gradient, new.mu, new.nu, ratios)
-    target = jnp.asarray(target_win_rate, jnp.float32)
-    return _gamma.steer(new.gamma_factor, target, outcomes)
-
-  def measure(new, used, grads, params):
-    # `fraction` reads one leaf at a time, so not all ratios are in memory.
-    ratios, like = ratios_of(used, grads), new.count
-    new = new._replace(win_rate=_fractions.fraction(wins, ratios, like))
-    if not diagnostics:
-      return new
-    is_negative = lambda h: h < 0
-
-    def by_leaf(condition, tree):
-      fraction = lambda _, leaf: _fractions.fraction(condition, leaf, like)
-      return jax.tree.leaves(jax.tree.map(fraction, params, tree))
-
-    columns = by_leaf(wins, ratios), by_leaf(is_negative, new.nu)
-    return new._replace(
-      negative_fraction=_fractions.fraction(is_negative, new.nu, like),
-      by_leaf=jnp.array(columns, jnp.float32).T,
-    )
 
   def init_fn(params):
     mu = optax.tree.zeros_like(params)
     if mu_dtype is not None:
       mu = _coordinates.zeros_like(params, mu_dtype)
-    number = lambda dtype: jnp.zeros([], dtype)
-    size = len(jax.tree.leaves(params))
+    num_leaves = len(jax.tree.leaves(params))
+    second_moment = None if adam_b2 is None else _coordinates.zeros_like(params)
     return SophiaState(
-      count=number(jnp.int32),
+      count=jnp.zeros([], jnp.int32),
       mu=mu,
       nu=_coordinates.zeros_like(params, nu_dtype),
       hessian_fn_state=estimator.init(params),
-      win_rate=number(jnp.float32),
-      nonfinite_count=number(jnp.int32),
-      refresh_count=number(jnp.int32),
-      gamma_factor=(
-        None if target_win_rate is None else jnp.ones([], jnp.float32)
-      ),
-      negative_fraction=number(jnp.float32) if diagnostics else None,
-      by_leaf=jnp.zeros((size, 2), jnp.float32) if diagnostics else None,
-      second_moment=(
-        None if adam_b2 is None else _coordinates.zeros_like(params)
-      ),
+      win_rate=jnp.zeros([], jnp.float32),
+      nonfinite_count=jnp.zeros([], jnp.int32),
+      refresh_count=jnp.zeros([], jnp.int32),
+      gamma_factor=jnp.ones([], jnp.float32) if is_steered else None,
+      by_leaf=jnp.zeros(num_leaves, jnp.float32) if diagnostics else None,
+      second_moment=second_moment,
     )
 
   def update_fn(
@@ -370,205 +261,105 @@ def scale_by_sophia(
     **extra_args,
   ):
     _checks.given('params', params, 'scale_by_sophia')
-    _check_state(state)
     _checks.same_shapes('The gradient', updates, params)
-    request = _estimator.Request()
-    if loss_scale is not None:
-      extra_args |= {'loss_scale': loss_scale, 'sophia_request': request}
-    updates = jax.tree.map(_gradient_of, params, updates)
-    raw = _coordinates.split(params, updates)
-    grads = _coordinates.unscale(_coordinates.widen(raw), loss_scale)
-    mu = _coordinates.split(params, state.mu)
-
-    def averaged_gradient():
-      return jax.tree.map(lambda g, m: _ema(b1, g, m), grads, mu)
-
-    old = state._replace(
-      count=optax.safe_increment(state.count),
-      mu=averaged_gradient(),
-      nu=_coordinates.split(params, state.nu),
+    _check_options(
+      state,
+      second_moment=('adam_b2', adam_b2),
+      gamma_factor=('target_win_rate', target_win_rate),
+      by_leaf=('diagnostics', diagnostics or None),
     )
-    if adam_b2 is not None:
-      second_moment = jax.tree.map(
-        lambda g, v: _ema(adam_b2, jnp.square(g).astype(v.dtype), v),
-        grads,
-        _coordinates.split(params, state.second_moment),
-      )
-      old = old._replace(second_moment=second_moment)
-
-    if refresh is None:
-      refresh = state.count % _as_int(update_interval) == 0
-    _checks.boolean('refresh', refresh)
-    _checks.boolean('may_refresh', may_refresh)
-    is_due = _all(refresh, may_refresh)
-    estimator_args = updates, params
-    if is_due is True:
+    if loss_scale is not None:
+      extra_args['loss_scale'] = loss_scale
+    updates = jax.tree.map(_gradient_of, params, updates)
+    grads = _coordinates.widen(_coordinates.split(params, updates))
+    grads = _coordinates.unscale(grads, loss_scale)
+    before = _map_moments(lambda x: _coordinates.split(params, x), state)
+    old = rule.accumulate(before, grads)
+    due = _refresh.is_due(state.count, interval, refresh, may_refresh)
+    inputs = updates, params
+    if due is True:
       # Makes the estimate wait for the gradient. Without a conditional, XLA may
       # compute both at the same time, with the activations of both in memory.
       # The update does not wait: XLA for TPUs would then need more memory.
-      estimator_args = jax.lax.optimization_barrier(estimator_args)
+      inputs = jax.lax.optimization_barrier(inputs)
 
-    def refresh_state(old):
+    # The only fork in the flow of data: the h that the update uses.
+    choose = lambda old, new: new if refresh_before_update else old
+
+    def refreshed(old):
       if refresh_before_update:
         # Recompute m here. If the conditional used the m from outside, XLA
         # would write it to memory before the conditional on every step.
-        old = old._replace(mu=averaged_gradient())
-      grads_in, params_in = estimator_args
-      estimates = functools.partial(
-        estimator.update,
-        grads_in,
-        old.hessian_fn_state,
-        params_in,
-        **extra_args,
-      )
-      estimate, hessian_fn_state = estimates()
-      if loss_scale is not None and not request.is_granted:
-        _check_unscaled(estimates, loss_scale)
-      _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
-      _checks.averaged(estimate, state.nu)
-      new = _average(b2, old, _coordinates.split(params, estimate))
-      new = new._replace(hessian_fn_state=hessian_fn_state)
-      if target_win_rate is not None:
-        has_gradient = jax.tree.map(lambda g: g != 0, raw)
-        new = new._replace(gamma_factor=steer(new, grads, has_gradient))
-      used = new if refresh_before_update else old
-      return measure(new, used, grads, params)
+        old = old._replace(mu=rule.mean_gradient(before.mu, grads))
+      estimate, estimator_state = _estimate(estimator, old, *inputs, extra_args)
+      new = _refresh.average(rule, old, estimate)
+      new = new._replace(hessian_fn_state=estimator_state)
+      if is_steered:
+        factor = _win_rate.steer(rule, new, grads, target_win_rate)
+        new = new._replace(gamma_factor=factor)
+      used = choose(old, new)
+      new = new._replace(win_rate=_win_rate.measure(rule, used, grads))
+      if diagnostics:
+        by_leaf = _win_rate.measure_by_leaf(rule, used, grads, params)
+        new = new._replace(by_leaf=by_leaf)
+      return new
 
-    new = _cond(is_due, refresh_state, old)
-    used = new if refresh_before_update else old
+    new = _refresh.when(due, refreshed, old)
+    used = choose(old, new)
     if verbose:
-      ratios = ratios_of(used, grads)
-      _print_every(_as_int(print_interval), old.count, wins, ratios)
-    bounds = []
-    if adam_b2 is not None:
-      corrected = _bias_corrected(old.second_moment, adam_b2, old.count)
-      bounds.append(jax.tree.map(jnp.sqrt, corrected))
-      new = new._replace(
-        second_moment=_coordinates.join(state.second_moment, old.second_moment)
-      )
-    clipped = jax.tree.map(clip, ratios_of(used, grads, *bounds))
-    updates = _coordinates.join(updates, clipped)
-    mu = _coordinates.join(state.mu, new.mu)
-    return updates, new._replace(mu=mu, nu=_coordinates.join(state.nu, new.nu))
+      _win_rate.print_every(rule, used, grads, _refresh.whole(print_interval))
+    updates = _coordinates.join(updates, rule.update(used, grads))
+    return updates, _map_moments(_coordinates.join, state, new)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def states_in(state: optax.OptState) -> list[SophiaState]:
-  """Returns all SophiaStates in an optimizer state."""
-  is_sophia = lambda x: isinstance(x, SophiaState)
-  return list(filter(is_sophia, jax.tree.leaves(state, is_leaf=is_sophia)))
+def _map_moments(fn, *states):
+  """Returns the last state with `fn` of m, of h and, if there is a v, of v."""
+  moments = {
+    name: fn(*(getattr(state, name) for state in states))
+    for name in ('mu', 'nu', 'second_moment')
+    if getattr(states[0], name) is not None
+  }
+  return states[-1]._replace(**moments)
 
 
-def find_state(state: optax.OptState) -> SophiaState:
-  """Returns the only SophiaState in an optimizer state, or raises."""
-  found = states_in(state)
-  if len(found) != 1:
+def _estimate(estimator, state, grads, params, extra_args):
+  """Returns the coordinates of an estimate, and the estimator's next state."""
+  estimates = functools.partial(
+    estimator.update, grads, state.hessian_fn_state, params
+  )
+  if 'loss_scale' in extra_args:
+    _check_unscaled(estimates, **extra_args)
+  estimate, estimator_state = estimates(**extra_args)
+  _checks.same_shapes('The Hessian diagonal estimate', estimate, params)
+  estimate = _coordinates.split(params, estimate)
+  _checks.averaged(estimate, state.nu)
+  return estimate, estimator_state
+
+
+def _check_options(state, **options):
+  """Raises unless the state has a field for each option, and no other."""
+  for field, (option, value) in options.items():
+    found = getattr(state, field)
+    if (value is None) != (found is None):
+      raise ValueError(
+        f'{option}={value!r} does not fit the state, whose {field} is'
+        f' {"None" if found is None else "not None"}. To change an option of a'
+        ' running job, copy the fields that stay into a new state:'
+        ' optax.tree.set(tx.init(params), count=..., mu=..., nu=...).'
+      )
+
+
+def _check_steerable(rule):
+  """Raises if no γ can change the win rate."""
+  is_zero = np.isscalar(rule.gamma) and rule.gamma == 0
+  if is_zero or rule.clip_threshold is None:
     raise ValueError(
-      'state must contain exactly one SophiaState, got a'
-      f' {type(state).__name__} that contains {len(found)}. {_FIX_STATE}'
+      'target_win_rate needs gamma greater than 0 and a clip_threshold, got'
+      f' gamma={rule.gamma!r} and clip_threshold={rule.clip_threshold!r}. Pass'
+      ' both, or leave target_win_rate out.'
     )
-  return found[0]
-
-
-def _check_state(state):
-  if not isinstance(state, SophiaState):
-    got = f'a {type(state).__name__}'
-    raise ValueError(f'state must be a SophiaState, got {got}. {_FIX_STATE}')
-
-
-_FIX_STATE = (
-  'Pass the state that init or update returned, as in update(grads, state,'
-  ' params). Restore checkpoints into the structure that init returns.'
-)
-
-
-def _all(*conditions):
-  """Whether all conditions hold; a bool if Python bools alone decide it."""
-  traced = [c for c in conditions if isinstance(c, jax.Array)]
-  known = [c for c in conditions if not isinstance(c, jax.Array)]
-  return all(known) and functools.reduce(operator.and_, traced, True)
-
-
-def _cond(is_due, refresh_state, old):
-  """Refreshes the state if a refresh is due.
-
-  The count, m and v bypass the conditional, which would copy them. Do not
-  compute anything from them before it, such as m̂: XLA would keep that in memory
-  for both branches.
-  """
-  if not isinstance(is_due, jax.Array):
-    return refresh_state(old) if is_due else old
-  names = 'count', 'mu', 'second_moment'
-  rest = {name: getattr(old, name) for name in names}
-  without = dict.fromkeys(rest)
-  new = jax.lax.cond(
-    is_due,
-    lambda state: refresh_state(state._replace(**rest))._replace(**without),
-    lambda state: state,
-    old._replace(**without),
-  )
-  return new._replace(**rest)
-
-
-def _cast(value, like):
-  """Casts an array hyperparameter to the dtype of the operand."""
-  if hasattr(value, 'dtype'):
-    return jnp.asarray(value, like.dtype)
-  return value
-
-
-def _as_int(value):
-  """Casts an array hyperparameter to int32: counts need its precision."""
-  if hasattr(value, 'dtype'):
-    return jnp.round(value).astype(jnp.int32)
-  return value
-
-
-def _bias_corrected(tree, decay, count):
-  """Divides by 1 - decay^count. The decay may be an array of any dtype."""
-  decay = jnp.asarray(decay, float)
-  return optax.tree.bias_correction(tree, decay, count.astype(decay.dtype))
-
-
-def _ema(decay, new, old):
-  """Returns the next exponential moving average, in the wider dtype.
-
-  As in optax, `decay * old` is computed in the dtype of `old`.
-  """
-  dtype = _coordinates.wider(new.dtype, old.dtype)
-  decayed = (_cast(decay, old) * old).astype(dtype)
-  new = new.astype(dtype)
-  return (1 - _cast(decay, new)) * new + decayed
-
-
-def _average(b2, old, estimate):
-  """Adds an estimate to the average h, except where h would not be finite."""
-
-  def average(e, h):
-    return _ema(b2, e, _coordinates.widen(h)).astype(h.dtype)
-
-  def finite(new, h):
-    return jnp.where(jnp.isfinite(new), new, h)
-
-  def is_nonfinite(x):  # One number, not an array of booleans.
-    largest = jnp.max(jnp.abs(x), initial=0)
-    return (~jnp.isfinite(largest)).astype(jnp.float32)
-
-  def narrower(e, new):
-    # In the dtype of the estimate, h is finite where the estimate is. XLA for
-    # TPUs would write the new h to memory twice if it were counted there.
-    return e if e.dtype == new.dtype else new
-
-  estimate = optax.tree.cast_like(estimate, _coordinates.widen(old.nu))
-  nu = jax.tree.map(average, estimate, old.nu)
-  counted = jax.tree.map(narrower, estimate, nu)
-  nonfinite = _fractions.sum_over_shards(is_nonfinite, counted, old.count)
-  return old._replace(
-    nu=jax.tree.map(finite, nu, old.nu),
-    nonfinite_count=old.nonfinite_count + (nonfinite > 0).astype(jnp.int32),
-    refresh_count=old.refresh_count + 1,
-  )
 
 
 def _gradient_of(param, grad):
@@ -585,23 +376,12 @@ def _gradient_of(param, grad):
   return grad
 
 
-def _print_every(n, count, wins, ratios):
-  """Prints the win rate every n steps; never if n is 0. n may be an array."""
-  if not isinstance(n, jax.Array) and n == 0:
-    return
-  jax.lax.cond(
-    (n > 0) & (count % jnp.maximum(n, 1) == 0),
-    lambda r: jax.debug.print(
-      'Sophia optimizer win rate: {}', _fractions.fraction(wins, r, count)
-    ),
-    lambda r: None,
-    ratios,
-  )
-
-
-def _check_unscaled(estimates, loss_scale):
+def _check_unscaled(estimates, loss_scale, **extra_args):
   """Raises if an estimator does not use `loss_scale`, so can't divide by it."""
-  if not _estimator.uses(lambda s: estimates(loss_scale=s)[0], loss_scale):
+  jaxpr = jax.make_jaxpr(
+    lambda scale: estimates(loss_scale=scale, **extra_args)[0]
+  )(loss_scale).jaxpr
+  if not any(jaxpr.invars[0] in equation.invars for equation in jaxpr.eqns):
     raise ValueError(
       'loss_scale needs an estimator that divides its estimate by it, got one'
       ' that ignores it. Write the estimator with'

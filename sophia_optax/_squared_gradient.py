@@ -57,18 +57,8 @@ def squared_gradient_estimator_diag_hessian(
   """
   _checks.positive('batch_size', batch_size)
 
-  def update_fn(
-    updates,
-    state,
-    params=None,
-    *,
-    loss_scale=None,
-    sophia_request=None,
-    **extra_args,
-  ):
+  def update_fn(updates, state, params=None, *, loss_scale=None, **extra_args):
     del extra_args
-    if sophia_request is not None:
-      sophia_request.grant()
     _checks.given('params', params, 'the squared gradient estimator')
     grads = _coordinates.unscale(
       _coordinates.widen(_coordinates.split(params, updates)), loss_scale
