@@ -146,10 +146,6 @@ def test_the_record_is_complete_and_of_this_protocol():
     if protocol.is_reported(case):
       assert run['settings'] == protocol.settings(case)
       assert len(run['curve']) == 20
-  for task, spec in protocol.TASKS.items():
-    rows = tables.summary(runs, task)
-    for name in spec.peers:
-      assert spec.stop or set(rows[name]['runs']) == set(spec.seeds)
 
 
 # Tables and plots.
