@@ -1,6 +1,5 @@
 """Programs compiled for TPUs by the TPU compiler, without a TPU."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@functools.cache
-def figures():
+@pytest.fixture(name='figures', scope='module')
+def _figures():
   """Compiles all programs in a process that does not look for a TPU."""
   run = subprocess.run(
     [sys.executable, 'tests/tpu_programs.py'],
@@ -45,21 +44,21 @@ def figures():
     ('row of a matrix', 0),
     ('three steps of a loop', 6),
 ])  # fmt: skip
-def test_traffic_of_known_programs(name, words):
-  assert figures()['known'][name] == pytest.approx(words, abs=0.05)
+def test_traffic_of_known_programs(figures, name, words):
+  assert figures['known'][name] == pytest.approx(words, abs=0.05)
 
 
 @pytest.mark.parametrize('optimizer', ['H', 'G'])
 @pytest.mark.parametrize('way', ['jit', 'fsdp', 'explicit', 'shard_map'])
-def test_a_step_compiles(way, optimizer):
-  steps = figures()['steps'][f'{way}, {optimizer}']
+def test_a_step_compiles(figures, way, optimizer):
+  steps = figures['steps'][f'{way}, {optimizer}']
   # XLA keeps one conditional, and with a bool none.
   assert steps['one']['conditionals'] == 1
   assert steps['ordinary']['conditionals'] == 0
   assert steps['refresh']['conditionals'] == 0
   assert steps['ordinary']['moved'] < steps['refresh']['moved']
   # An ordinary step sends only what AdamW sends.
-  adamw = figures()['steps'][f'{way}, adamw']['one']
+  adamw = figures['steps'][f'{way}, adamw']['one']
   assert steps['ordinary']['sent'] == adamw['sent']
 
 
@@ -72,5 +71,5 @@ def test_a_step_compiles(way, optimizer):
     # If XLA stores the new h twice, it is 0.75 words more.
     ('sophia, H, refresh', 9.25),
 ])  # fmt: skip
-def test_words_of_an_update(program, words):
-  assert figures()['update'][program] == pytest.approx(words, abs=0.1)
+def test_words_of_an_update(figures, program, words):
+  assert figures['update'][program] == pytest.approx(words, abs=0.1)
