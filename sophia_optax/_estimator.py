@@ -189,8 +189,8 @@ def _make_key(random_seed):
   is_typed = jnp.issubdtype(getattr(seed, 'dtype', int), jax.dtypes.prng_key)
   if is_typed or np.ndim(seed):
     return jnp.copy(seed)
-  allows_raw_keys = jax.config.read('jax_legacy_prng_key') == 'allow'
-  return (jax.random.PRNGKey if allows_raw_keys else jax.random.key)(seed)
+  raw_keys = jax.config.jax_legacy_prng_key  # type: ignore[attr-defined]
+  return (jax.random.PRNGKey if raw_keys == 'allow' else jax.random.key)(seed)
 
 
 def _value(name, result, has_aux):

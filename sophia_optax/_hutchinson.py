@@ -96,7 +96,9 @@ def hutchinson_estimator_diag_hessian(
   magnitudes of the nonzero parameters, or :math:`2^{-17}` of it if all are
   float64. In a small network the bias is 0.06 % of the diagonal in float32, and
   3 % with activations in bfloat16. If a parameter is so large that δ does not
-  change it, its estimate is zero.
+  change it, its estimate is zero. Finite differences ignore
+  :func:`jax.lax.stop_gradient`: compute such a value outside of ``obj_fn``, or
+  choose another ``hvp``.
 
   ``update(grads, state, params, obj_fn=...)`` returns the estimate in place of
   the gradients. It has the structure of ``params``. Its leaves are float32 or
