@@ -65,8 +65,7 @@ lint: $(VENV)/installed-dev
 # For BUILD and its likes. With one that is there already, not npm's:
 # make BUILDIFIER=buildifier buildifier
 buildifier:
-	$(BUILDIFIER) -mode=check -lint=warn -r \
-	  BUILD MODULE.bazel WORKSPACE tests/pytest.bzl tools/bazel
+	$(BUILDIFIER) -mode=check -lint=warn -r BUILD WORKSPACE tools/bazel
 
 types: $(VENV)/installed-dev
 	$(BIN)/mypy

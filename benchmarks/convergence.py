@@ -1,7 +1,8 @@
 """How far optimizers get, after the same search for each, by length of the run.
 
   python benchmarks/convergence.py --output=benchmarks/convergence.json --jobs=2
-  python benchmarks/convergence_plots.py --show=benchmarks/convergence.json
+  python benchmarks/convergence.py --show=benchmarks/convergence.json \
+    --plot=docs/_static
 
 convergence_protocol.py says what is run. Every run ends with its schedule:
 linear warm-up, cosine to 5 %. Sophia's curvature is that of a quarter of the
@@ -10,8 +11,13 @@ batch, on every tenth step.
 A run is written as soon as it ends, and runs that are in the file are not run
 again, so a benchmark that was stopped continues where it was. --jobs runs go on
 side by side, in one thread each. Seconds are of the host's processor, without
-compilation and validation. On a GPU they do not measure the run.
-convergence_times.py compares the optimizers' times.
+compilation and validation. On a GPU they do not measure the run. `step_cost.py
+--tables=optimizers` compares the optimizers' times.
+
+A new optimizer needs an entry in OPTIMIZERS below, in `SPACES` (or `UNTUNED`,
+if its settings follow from AdamW's) and in the peers of tasks in
+convergence_protocol.py, a label in convergence_tables.py and a style in
+convergence_plots.py. The next call runs what is missing.
 """
 
 from collections.abc import Callable, Collection
@@ -26,15 +32,16 @@ import platform
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+import convergence_plots
 import convergence_problems
 import convergence_protocol as protocol
+import convergence_tables
 import records
 import sophia_optax
 import text
@@ -71,94 +78,89 @@ def _gamma(s):
   return schedule if 'gamma_end' in s else s['gamma']
 
 
-def _scale_by_sophia(s, estimator):
-  return optax.chain(
-    sophia_optax.scale_by_sophia(
-      s['b1'],
-      s['b2'],
-      s.get('eps', 1e-8),
-      gamma=_gamma(s),
-      hessian_diagonal_fn=estimator,
-      target_win_rate=s.get('target_win_rate'),
-      nesterov=s['nesterov'],
-      nu_bias_correction=s['nu_bias_correction'],
-      adam_b2=s.get('adam_b2'),
-    ),
-    optax.clip_by_block_rms(s.get('cap', np.inf)),
+def _from_optax(make, s, problem, key):
+  del key
+  return make(
+    _learning_rate(s),
+    s['b1'],
+    s['b2'],
+    weight_decay=s['weight_decay'],
+    mask=problem.decay_mask,
   )
 
 
-def make_optimizer(
-  name: str, s: dict, problem, seed
-) -> optax.GradientTransformationExtraArgs:
-  """Returns the optimizer with clipping, schedule and masked decay.
+def _contrib(s, problem, key):
+  return optax.contrib.sophia(
+    _learning_rate(s),
+    s['b1'],
+    s['b2'],
+    weight_decay=s['weight_decay'],
+    weight_decay_mask=problem.decay_mask,
+    gamma=s['gamma'],
+    hessian_diagonal_fn=optax.contrib.hutchinson_estimator_diag_hessian(
+      jax.random.key_data(key)
+    ),
+  )
 
-  Args:
-    name: A key of `protocol.SPACES`, or one of `protocol.UNTUNED`.
-    s: Its settings and `steps`. Floats may be traced, integers and booleans may
-      not.
-    problem: The problem.
-    seed: Seed of the probes.
 
-  Returns:
-    A transformation that takes `obj_fn`, `predict_fn` and `batch`.
-  """
-  rate = _learning_rate(s)
-  decay = s['weight_decay'], problem.decay_mask
-  probe = jax.random.key(seed)
-  if name == 'adamw':
-    tx = optax.adamw(
-      rate, s['b1'], s['b2'], weight_decay=decay[0], mask=decay[1]
-    )
-  elif name == 'nadamw':
-    tx = optax.nadamw(
-      rate, s['b1'], s['b2'], weight_decay=decay[0], mask=decay[1]
-    )
-  elif name == 'lion':
-    tx = optax.lion(
-      rate, s['b1'], s['b2'], weight_decay=decay[0], mask=decay[1]
-    )
-  elif name == 'contrib':
-    tx = optax.contrib.sophia(
-      rate,
+def _sophia(make_estimator, s, problem, key):
+  return optax.chain(
+    sophia_optax.scale_by_sophia(
       s['b1'],
-      s['b2'],
-      weight_decay=decay[0],
-      weight_decay_mask=decay[1],
-      gamma=s['gamma'],
-      hessian_diagonal_fn=optax.contrib.hutchinson_estimator_diag_hessian(
-        jax.random.key_data(probe)
-      ),
-    )
-  else:
-    if name == 'signum':
-      direction = sophia_optax.scale_by_sophia(
-        s['b1'],
-        gamma=0.0,
-        hessian_diagonal_fn=optax.set_to_zero(),
-        nesterov=s['nesterov'],
-      )
-    elif name in ('sophia_h', 'copied_h'):
-      direction = _scale_by_sophia(
-        s, sophia_optax.hutchinson_estimator_diag_hessian(probe)
-      )
-    else:
-      # The average of several estimates, each on its part of the batch, has
-      # less variance than one on all of it, at the same cost.
-      direction = _scale_by_sophia(
-        s,
-        sophia_optax.microbatched(
-          sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-            probe, likelihood=problem.likelihood
-          ),
-          s.get('parts', 4),
-        ),
-      )
-    tx = optax.chain(
-      direction,
-      optax.add_decayed_weights(*decay),
-      optax.scale_by_learning_rate(rate),
-    )
+      s.get('b2', 0.99),
+      s.get('eps', 1e-8),
+      gamma=_gamma(s),
+      hessian_diagonal_fn=make_estimator(s, problem, key),
+      target_win_rate=s.get('target_win_rate'),
+      nesterov=s['nesterov'],
+      nu_bias_correction=s.get('nu_bias_correction', False),
+      adam_b2=s.get('adam_b2'),
+    ),
+    optax.clip_by_block_rms(s.get('cap', np.inf)),
+    optax.add_decayed_weights(s['weight_decay'], problem.decay_mask),
+    optax.scale_by_learning_rate(_learning_rate(s)),
+  )
+
+
+def _hutchinson(s, problem, key):
+  del s, problem
+  return sophia_optax.hutchinson_estimator_diag_hessian(key)
+
+
+def _gauss_newton_bartlett(s, problem, key):
+  # The average of several estimates, each on its part of the batch, has less
+  # variance than one on all of it, at the same cost.
+  return sophia_optax.microbatched(
+    sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+      key, likelihood=problem.likelihood
+    ),
+    s.get('parts', 4),
+  )
+
+
+_SOPHIA_G = functools.partial(_sophia, _gauss_newton_bartlett)
+_SOPHIA_H = functools.partial(_sophia, _hutchinson)
+# From settings and `steps` (floats may be traced), problem, and key of probes.
+OPTIMIZERS = {
+  'adamw': functools.partial(_from_optax, optax.adamw),
+  'nadamw': functools.partial(_from_optax, optax.nadamw),
+  'lion': functools.partial(_from_optax, optax.lion),
+  'contrib': _contrib,
+  'sophia_g': _SOPHIA_G,
+  'sophia_h': _SOPHIA_H,
+  'copied_g': _SOPHIA_G,
+  'copied_h': _SOPHIA_H,
+  'signum': lambda s, problem, key: _sophia(
+    lambda *_: optax.set_to_zero(), s | {'gamma': 0.0}, problem, key
+  ),
+}
+
+
+def make_optimizer(
+  name: str, s: dict, problem: convergence_problems.Problem, seed: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Returns an optimizer with clipping, schedule and masked decay."""
+  tx = OPTIMIZERS[name](s, problem, jax.random.key(seed))
   return optax.with_extra_args_support(
     optax.chain(optax.clip_by_global_norm(problem.clip_norm), tx)
   )
@@ -203,44 +205,18 @@ def _programs(problem_name, optimizer_name, static):
         _gradient(problem, params, batch),
         opt_state,
         params,
+        # optax.contrib's estimator passes the parameters alone.
         obj_fn=lambda params, batch=quarter: problem.loss(params, batch),
         predict_fn=problem.predict,
         batch=quarter,
       )
       return (optax.apply_updates(params, updates), opt_state), None
 
-    carry, _ = jax.lax.scan(
-      step, (params, opt_state), start + jnp.arange(CHUNK)
-    )
-    return carry
+    steps = start + jnp.arange(CHUNK)
+    return jax.lax.scan(step, (params, opt_state), steps)[0]
 
-  return (
-    jax.jit(problem.init),
-    init,
-    advance,
-    jax.jit(problem.validate),
-    jax.jit(problem.validate_all),
-  )
-
-
-def _number(loss):
-  return float(f'{loss:.5g}') if np.isfinite(loss) else _DIVERGED
-
-
-def run(case: protocol.Case) -> dict:
-  """Returns the case, settings, steps, device, and what `train` returns."""
-  settings = protocol.settings(case)
-  steps = protocol.TASKS[case.task].steps
-  return (
-    dataclasses.asdict(case)
-    | {
-      'settings': settings,
-      'steps': steps,
-      'device': jax.devices()[0].device_kind,
-      'jax': jax.__version__,
-    }
-    | train(case.task, case.optimizer, settings, case.seed, steps)
-  )
+  validate = jax.jit(problem.validate), jax.jit(problem.validate_all)
+  return jax.jit(problem.init), init, advance, *validate
 
 
 def start(
@@ -248,23 +224,15 @@ def start(
 ) -> tuple[Any, Any, Callable, Callable, Callable]:
   """Returns the start of a run, and what continues and validates it.
 
-  Args:
-    task: A key of `protocol.TASKS`, whose length the schedules have.
-    optimizer: A key of `protocol.SPACES`, or one of `protocol.UNTUNED`.
-    settings: Its hyperparameters.
-    seed: Seed of parameters, batches and probes.
-
-  Returns:
-    Parameters and optimizer state; a function from these two, donated, and the
-    number of the next step to both after `CHUNK` steps; and the problem's
-    `validate` and `validate_all`.
+  They are parameters and optimizer state; a function from these two, donated,
+  and the number of the next step to both after `CHUNK` steps; and the problem's
+  `validate` and `validate_all`.
   """
   spec = protocol.TASKS[task]
-  static = {k: v for k, v in settings.items() if isinstance(v, int)}
-  numbers = {
-    name: jnp.float32(x) for name, x in settings.items() if isinstance(x, float)
-  } | {'steps': jnp.float32(spec.steps)}
-  init_params, init, advance, validate, validate_all = _programs(
+  static = {k: v for k, v in settings.items() if not isinstance(v, float)}
+  numbers = {k: v for k, v in settings.items() if isinstance(v, float)}
+  numbers = jax.tree.map(jnp.float32, numbers | {'steps': float(spec.steps)})
+  init_params, init, advance, *validate = _programs(
     spec.problem, optimizer, tuple(static.items())
   )
   params = init_params(seed)
@@ -272,72 +240,62 @@ def start(
   def advance_run(params, opt_state, step):
     return advance(params, opt_state, numbers, seed, step)
 
-  opt_state = init(params, numbers, seed)
-  return params, opt_state, advance_run, validate, validate_all
+  return params, init(params, numbers, seed), advance_run, *validate
 
 
-def train(
-  task: str, optimizer: str, settings: dict, seed: int, num_steps: int
-) -> dict:
+def _rounded(x, digits=5):
+  return float(f'{x:.{digits}g}') if np.isfinite(x) else _DIVERGED
+
+
+def run(case: protocol.Case) -> dict:
   """Trains once.
 
-  Args:
-    task: As in `start`.
-    optimizer: As in `start`.
-    settings: As in `start`.
-    seed: As in `start`.
-    num_steps: Number of steps, the task's or fewer.
-
-  Returns:
-    `curve` (validation losses on a part of the held-out data, evenly spaced),
-    `loss` (the final loss on all held-out data) and `seconds` (for all steps).
-    For this library's Sophia, also `win_rate` and, with a target, `gamma`, at
-    the same steps as the curve.
+  Returns the case, without default values, `device`, `jax`, `loss` (the final
+  loss on all held-out data) and `seconds`. For a run of the report also
+  `settings`, `curve` (losses on a part of the held-out data, evenly spaced)
+  and, with this library's Sophia, `win_rate` at the same steps.
   """
+  spec = protocol.TASKS[case.task]
+  settings = protocol.settings(case)
   params, opt_state, advance, validate, validate_all = start(
-    task, optimizer, settings, seed
+    case.task, case.optimizer, settings, case.seed
   )
-  every = protocol.TASKS[task].steps // _CURVE
-  history = {'curve': [], 'win_rate': [], 'gamma': []}
-  seconds = []
-  for step in range(0, num_steps, CHUNK):
+  curve, win_rates, seconds = [], [], []
+  for step in range(0, spec.stop or spec.steps, CHUNK):
     clock = time.process_time()
     params, opt_state = jax.block_until_ready(advance(params, opt_state, step))
     seconds.append(time.process_time() - clock)
-    if (step + CHUNK) % every == 0:
-      history['curve'].append(_number(validate(params)))
+    if (step + CHUNK) % (spec.steps // _CURVE) == 0:
+      curve.append(_rounded(validate(params)))
       win_rate = optax.tree.get(opt_state, 'win_rate')
-      if win_rate is not None and optimizer != 'signum':
-        history['win_rate'].append(float(f'{win_rate:.3g}'))
-      factor = optax.tree.get(opt_state, 'gamma_factor')
-      if factor is not None:
-        gamma = factor * settings['gamma']
-        history['gamma'].append(float(f'{gamma:.3g}'))
-  return {
-    'loss': _number(validate_all(params)),
+      if win_rate is not None and case.optimizer != 'signum':
+        win_rates.append(_rounded(win_rate, 3))
+  result = {
+    f.name: getattr(case, f.name)
+    for f in dataclasses.fields(case)
+    if getattr(case, f.name) != f.default
+  } | {
+    'device': jax.devices()[0].device_kind,
+    'jax': jax.__version__,
+    'loss': _rounded(validate_all(params)),
     # Leaves out the first chunk, which may include compilation.
     'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
-  } | {name: values for name, values in history.items() if values}
+  }
+  if protocol.is_reported(case):
+    result |= {'settings': settings, 'curve': curve}
+    result |= {'win_rate': win_rates} if win_rates else {}
+  return result
 
 
 def run_all(
   runs: list[dict],
-  path: pathlib.Path,
+  save: Callable[[], Any],
   jobs: int,
   num_trials: int,
   tasks: Collection[str] = tuple(protocol.TASKS),
 ):
-  """Runs all cases that are not in `runs`, and writes the file after each.
-
-  Args:
-    runs: Finished runs. New ones are appended.
-    path: The file.
-    jobs: Number of processes.
-    num_trials: Number of trials for each optimizer.
-    tasks: Keys of `protocol.TASKS`.
-  """
+  """Adds all cases that are missing in `runs`, and calls `save` after each."""
   os.environ['NPROC'] = '1'  # Number of XLA threads in each process.
-  fingerprint = text.fingerprint(text.standard_library())
   with concurrent.futures.ProcessPoolExecutor(
     jobs, multiprocessing.get_context('spawn')
   ) as pool:
@@ -359,9 +317,7 @@ def run_all(
       for future in done:
         result = future.result()
         runs.append(result)
-        records.write(
-          path, processor=_processor(), text_sha256=fingerprint, runs=runs
-        )
+        save()
         print(
           time.strftime('%H:%M:%S'),
           len(runs),
@@ -373,20 +329,34 @@ def run_all(
 
 def _processor():
   info = pathlib.Path('/proc/cpuinfo')
-  if not info.exists():
-    return platform.processor()
-  lines = [s for s in info.read_text().splitlines() if s.startswith('model n')]
-  return lines[0].split(':')[1].strip() if lines else platform.processor()
+  if info.exists():
+    for line in info.read_text().splitlines():
+      if line.startswith('model name'):
+        return line.split(':')[1].strip()
+  return platform.processor()
 
 
-def main(argv):
-  """Runs all missing cases."""
-  records.check_only_flags(argv)
-  if records.SHOW.value:
-    raise app.UsageError('convergence_plots.py shows the tables of a file.')
-  path = pathlib.Path(records.OUTPUT.value or 'convergence.json')
-  runs = records.read(path)['runs'] if path.exists() else []
-  run_all(runs, path, _JOBS.value, _TRIALS.value, _TASKS.value)
+def _measure(results, save):
+  results['processor'] = _processor()
+  results['text_sha256'] = text.fingerprint(text.standard_library())
+  runs = results['runs'] = results.pop('runs', [])
+  run_all(runs, save, _JOBS.value, _TRIALS.value, _TASKS.value)
+
+
+def _times():
+  path = pathlib.Path(__file__).with_name('convergence_times.json')
+  return records.read(path)['optimizers']
+
+
+def _plot(results, folder):
+  runs, folder = results['runs'], pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, dpi, fig in (
+    ('convergence', 130, convergence_plots.plot_lengths(runs)),
+    ('curves', 90, convergence_plots.plot_curves(runs, _times())),
+    ('tuning', 150, convergence_plots.plot_tuning(runs)),
+  ):
+    fig.savefig(folder / f'{name}.png', dpi=dpi)
 
 
 if __name__ == '__main__':
@@ -401,4 +371,6 @@ if __name__ == '__main__':
     'runs of the task from which its settings come.',
   )
   _JOBS = flags.DEFINE_integer('jobs', 1, 'Parallel runs, one core each.')
-  app.run(main)
+  records.main(
+    _measure, lambda x: convergence_tables.render(x['runs'], _times()), _plot
+  )

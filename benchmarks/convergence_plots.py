@@ -1,54 +1,47 @@
-"""Shows the finished runs of benchmarks/convergence.py.
+"""Plots of the finished runs of benchmarks/convergence.py."""
 
-  python benchmarks/convergence_plots.py --show=benchmarks/convergence.json
-  python benchmarks/convergence_plots.py --show=... --plots=docs/_static
-
-Both commands print the tables of convergence_tables.py. The second one also
-draws the plots.
-"""
-
-import pathlib
 import statistics
 
-from absl import app
-from absl import flags
 from matplotlib import figure
 import numpy as np
 
 import convergence_protocol as protocol
 import convergence_tables as tables
-import records
 
 # Okabe and Ito's colours. Line styles differ too, for prints in grey.
 _STYLES = {
-  'adamw': {'color': '#000000', 'linestyle': '--'},
-  'nadamw': {'color': '#CC79A7', 'linestyle': '--'},
-  'sophia_g': {
-    'color': '#D55E00',
-    'linestyle': ':',
-    'markerfacecolor': 'white',
-  },
-  'sophia_h': {
-    'color': '#0072B2',
-    'linestyle': ':',
-    'markerfacecolor': 'white',
-  },
-  'copied_g': {'color': '#D55E00', 'linestyle': '-'},
-  'copied_h': {'color': '#0072B2', 'linestyle': '-'},
-  'lion': {'color': '#009E73', 'linestyle': '-.'},
-  'signum': {'color': '#E69F00', 'linestyle': '-.'},
-  'contrib': {'color': '#56B4E9', 'linestyle': ':'},
+  'adamw': ('#000000', '--'),
+  'nadamw': ('#CC79A7', '--'),
+  'sophia_g': ('#D55E00', ':'),
+  'sophia_h': ('#0072B2', ':'),
+  'copied_g': ('#D55E00', '-'),
+  'copied_h': ('#0072B2', '-'),
+  'lion': ('#009E73', '-.'),
+  'signum': ('#E69F00', '-.'),
+  'contrib': ('#56B4E9', ':'),
 }
 
 
-def _style(name):
-  return {'label': tables.LABELS[name], **_STYLES[name]}
+def _style(name, **kwargs):
+  color, line = _STYLES[name]
+  if 'marker' in kwargs and name in ('sophia_g', 'sophia_h'):
+    kwargs['markerfacecolor'] = 'white'
+  return kwargs | {
+    'label': tables.LABELS[name],
+    'color': color,
+    'linestyle': line,
+    'linewidth': 2,
+  }
 
 
 def _finish(ax, **kwargs):
   ax.set(**kwargs)
   ax.grid(alpha=0.25)
   ax.spines[['top', 'right']].set_visible(False)
+
+
+def _legend(fig, ax, **kwargs):
+  fig.legend(*ax.get_legend_handles_labels(), frameon=False, **kwargs)
 
 
 def plot_lengths(results: list[dict]) -> figure.Figure:
@@ -61,166 +54,106 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
   ax = fig.subplots()
   summaries = {t: tables.summary(results, t) for t in protocol.LENGTHS}
   for name in tables.LABELS:
-    points = [
-      (protocol.TASKS[task].tokens, list(rows[name]['differences'].values()))
+    points = {
+      protocol.TASKS[task].tokens: list(rows[name]['differences'].values())
       for task, rows in summaries.items()
       if name in rows and rows[name]['differences']
-    ]
+    }
     if len(points) < 2:
       continue
-    ax.plot(
-      [tokens for tokens, _ in points],
-      [statistics.mean(values) for _, values in points],
-      marker='o',
-      linewidth=2,
-      **_style(name),
-    )
-    ax.vlines(
-      [tokens for tokens, _ in points],
-      [min(values) for _, values in points],
-      [max(values) for _, values in points],
-      color=_STYLES[name]['color'],
-      alpha=0.4,
-    )
+    values = points.values()
+    style = _style(name, marker='o')
+    ax.plot(list(points), [statistics.mean(x) for x in values], **style)
+    low, high = ([f(x) for x in values] for f in (min, max))
+    ax.vlines(list(points), low, high, color=style['color'], alpha=0.4)
   ticks = [protocol.TASKS[task].tokens for task in protocol.LENGTHS]
   ax.set_xscale('log')
   ax.set_xlim(0.85 * ticks[0], 1.2 * ticks[-1])
   ax.set_xticks(ticks, [f'{t:.0f}' for t in ticks])
   ax.minorticks_off()
-  ax.set_ylim(-0.08, 0.04)
   _finish(
     ax,
+    ylim=(-0.08, 0.04),
     xlabel='Tokens for each parameter',
     ylabel="Final validation loss − AdamW's (nats per byte)",
   )
   fig.suptitle('Mean and range of three seeds; lower is better')
-  fig.legend(
-    *ax.get_legend_handles_labels(), frameon=False, loc='outside right center'
-  )
+  _legend(fig, ax, loc='outside right center')
   return fig
 
 
 def plot_curves(results: list[dict], times: dict) -> figure.Figure:
   """Draws mean and range over seeds of the losses, over steps and over time.
 
-  It has the three lengths and the autoencoder.
-
-  Args:
-    results: All runs.
-    times: `ratio` of convergence_times.json.
+  It has the three lengths and the autoencoder. The times are `optimizers` of
+  convergence_times.json.
   """
-  tasks = [
-    task
-    for task in (*protocol.LENGTHS, 'photographs')
-    if any(row['runs'] for row in tables.summary(results, task).values())
-  ]
-  fig = figure.Figure(
-    figsize=(10, 3.6 * max(len(tasks), 1)), layout='constrained'
-  )
-  grid = fig.subplots(max(len(tasks), 1), 2, squeeze=False, sharey='row')
-  for axes, task in zip(grid, tasks, strict=False):
-    steps = protocol.TASKS[task].steps
+  summaries = {}
+  for task in (*protocol.LENGTHS, 'photographs'):
+    rows = tables.summary(results, task)
+    if rows := {name: row for name, row in rows.items() if row['runs']}:
+      summaries[task] = rows
+  count = max(len(summaries), 1)
+  fig = figure.Figure(figsize=(10, 3.6 * count), layout='constrained')
+  grid = fig.subplots(count, 2, squeeze=False, sharey='row')
+  for axes, (task, rows) in zip(grid, summaries.items(), strict=False):
+    spec = protocol.TASKS[task]
     shown = []
-    for name, row in tables.summary(results, task).items():
-      if not row['runs']:
-        continue
+    for name, row in rows.items():
       curves = np.array([r['curve'] for r in row['runs'].values()])
-      x = steps * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
+      mean, num_points = curves.mean(0), curves.shape[1]
       # Leaves the steep start out of the limits of the axis.
-      shown += list(curves.mean(0)[curves.shape[1] // 3 :])
-      ratio = tables.time_of_a_step(times, task, name)
-      for ax, scale in zip(axes, (1, ratio or np.nan), strict=True):
-        ax.plot(scale * x, curves.mean(0), linewidth=2, **_style(name))
+      shown += list(mean[num_points // 3 :])
+      ratio = tables.time_of_a_step(times, task, name) or np.nan
+      for ax, scale in zip(axes, (1, ratio), strict=True):
+        x = scale * spec.steps * np.arange(1, num_points + 1) / num_points
+        style = _style(name)
+        ax.plot(x, mean, **style)
+        low, high = curves.min(0), curves.max(0)
         ax.fill_between(
-          scale * x,
-          curves.min(0),
-          curves.max(0),
-          color=_STYLES[name]['color'],
-          alpha=0.15,
-          linewidth=0,
+          x, low, high, color=style['color'], alpha=0.15, linewidth=0
         )
-    for ax, label in zip(
-      axes, ('Steps', 'Time, in steps of AdamW'), strict=True
-    ):
-      _finish(ax, xlabel=label)
+    _finish(axes[0], xlabel='Steps', ylabel='Validation loss')
+    _finish(axes[1], xlabel='Time, in steps of AdamW')
+    for ax in axes:
       ax.set_xlim(left=0)
-    if protocol.TASKS[task].tokens:
-      axes[0].set_ylim(min(shown) - 0.02, np.quantile(shown, 0.95))
-    else:
+    if not spec.tokens:
       axes[0].set_yscale('log')
-    axes[0].set_ylabel('Validation loss')
-    axes[0].set_title(protocol.TASKS[task].title, loc='left', fontsize='medium')
-  if tasks:
-    fig.legend(
-      *grid[0, 0].get_legend_handles_labels(),
-      frameon=False,
-      loc='outside upper center',
-      ncols=4,
-    )
+    elif shown:
+      axes[0].set_ylim(min(shown) - 0.02, np.quantile(shown, 0.95))
+    axes[0].set_title(spec.title, loc='left', fontsize='medium')
+  _legend(fig, grid[0, 0], loc='outside upper center', ncols=4)
   return fig
 
 
 def plot_tuning(results: list[dict]) -> figure.Figure:
   """Draws best of n, and loss over learning rate, for the shortest task."""
-  task = protocol.LENGTHS[0]
-  rows = tables.summary(results, task)
+  rows = tables.summary(results, protocol.LENGTHS[0])
   fig = figure.Figure(figsize=(6.5, 8), layout='constrained')
   top, bottom = fig.subplots(2, 1, sharey=True)
-  lowest = [row['searched'] for row in rows.values() if row['searched']]
   for name, row in rows.items():
     tried = row['tried']
     if tried:
       n = range(1, len(tried) + 1)
-      top.plot(
-        n, [tables.best_of(tried, i) for i in n], linewidth=2, **_style(name)
-      )
+      top.plot(n, [tables.best_of(tried, i) for i in n], **_style(name))
     elif row['runs']:
       loss = statistics.mean(r['loss'] for r in row['runs'].values())
-      top.axhline(loss, linewidth=2, **_style(name))
-    if row['rates']:
-      bottom.plot(
-        row['rates'].keys(),
-        row['rates'].values(),
-        marker='o',
-        linewidth=2,
-        **_style(name),
-      )
-  if lowest:
+      top.axhline(loss, **_style(name))
+    if rates := row['rates']:
+      bottom.plot(list(rates), rates.values(), **_style(name, marker='o'))
+  if lowest := [row['searched'] for row in rows.values() if row['searched']]:
     top.set_ylim(min(lowest) - 0.03, min(lowest) + 0.3)
-  top.set_xticks([1, 5, 10, 15, 20])
   _finish(
     top,
+    xticks=[1, 5, 10, 15, 20],
     xlabel='Number n of trials; expected best of n',
     ylabel='Final validation loss',
   )
-  bottom.set_xscale('log')
   _finish(
     bottom,
+    xscale='log',
     xlabel='Learning rate, with the best other settings',
     ylabel='Final validation loss',
   )
-  handles, labels = top.get_legend_handles_labels()
-  fig.legend(
-    handles, labels, frameon=False, loc='outside upper center', ncols=2
-  )
+  _legend(fig, top, loc='outside upper center', ncols=2)
   return fig
-
-
-def main(argv):
-  """Prints the tables and draws the plots."""
-  records.check_only_flags(argv)
-  path = pathlib.Path(records.SHOW.value or 'benchmarks/convergence.json')
-  results = records.read(path)['runs']
-  times = records.read(path.with_name('convergence_times.json'))['ratio']
-  print(tables.render(results, times))
-  if _PLOTS.value:
-    folder = pathlib.Path(_PLOTS.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    plot_lengths(results).savefig(folder / 'convergence.png', dpi=130)
-    plot_curves(results, times).savefig(folder / 'curves.png', dpi=90)
-    plot_tuning(results).savefig(folder / 'tuning.png', dpi=150)
-
-
-if __name__ == '__main__':
-  _PLOTS = flags.DEFINE_string('plots', None, 'Folder for the plots.')
-  app.run(main)

@@ -25,31 +25,20 @@ import text
 
 
 class Problem(NamedTuple):
-  """A model with data and loss.
+  """A model with data and loss. B is the number of examples of a batch."""
 
-  Attributes:
-    init: (seed) -> parameters.
-    sample: (key) -> batch, an array whose first axis is examples.
-    loss: (params, batch) -> mean loss of the batch.
-    predict: (params, batch) -> logits or means.
-    likelihood: Distribution of labels given logits or means, for Sophia-G.
-    validate: (params) -> validation loss, on a part of the held-out data.
-    validate_all: (params) -> validation loss, on all held-out data.
-    micro_batch: Number of examples in one gradient, a divisor of the batch.
-    decay_mask: (params) -> mask of the parameters with weight decay.
-    clip_norm: Limit on the global norm of the gradient.
-  """
-
-  init: Callable[[Any], Any]
-  sample: Callable[[jax.Array], jax.Array]
-  loss: Callable[[Any, jax.Array], jax.Array]
-  predict: Callable[[Any, jax.Array], jax.Array]
-  likelihood: str
-  validate: Callable[[Any], jax.Array]
-  validate_all: Callable[[Any], jax.Array]
-  micro_batch: int
-  decay_mask: Callable[[Any], Any]
-  clip_norm: float
+  init: Callable[[Any], Any]  # (seed) -> params
+  sample: Callable[[jax.Array], jax.Array]  # (key) -> batch, (B, ...)
+  loss: Callable[[Any, jax.Array], jax.Array]  # (params, batch) -> mean loss
+  predict: Callable[[Any, jax.Array], jax.Array]  # -> logits or means
+  likelihood: str  # of labels given logits or means, for Sophia-G
+  validate: Callable[
+    [Any], jax.Array
+  ]  # (params) -> loss, on some held-out data
+  validate_all: Callable[[Any], jax.Array]  # on all held-out data
+  micro_batch: int  # examples in one gradient, a divisor of B
+  decay_mask: Callable[[Any], Any]  # (params) -> what has weight decay
+  clip_norm: float  # limit on the global norm of the gradient
 
 
 def _mean_over_batches(loss, examples, size):

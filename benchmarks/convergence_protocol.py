@@ -16,7 +16,8 @@ It is the same for every optimizer:
    have this search. Runs of three quarters of the steps have the best settings
    of all steps, and no sweep.
 3. Report. The best of a task is run with three seeds that had no part in the
-   search; a seed decides parameters, batches and probes.
+   search; a seed decides parameters, batches and probes. Breakdowns are counted
+   with twelve other seeds.
 
 Two have no search (UNTUNED): Sophia-G and Sophia-H with the settings to copy of
 docs/choosing.md, which follow from AdamW's best settings in that task. Their γ,
@@ -35,25 +36,16 @@ import scipy.stats
 
 NUM_TRIALS = 20
 _SEARCH_SEEDS = 0, 4  # the second one is for the best of the first
-SEEDS = 1, 2, 3  # of what is reported
+SEEDS = 1, 2, 3  # of the report
 _NUM_FINALISTS = 3
 _CAP = 0.3
 
 UNTUNED = 'copied_g', 'copied_h'
-_PEERS = (
-  'adamw',
-  'nadamw',
-  'sophia_g',
-  'sophia_h',
-  'lion',
-  'signum',
-  'contrib',
-  *UNTUNED,
-)
 # AdamW, and those that end below it in the shortest runs.
-_FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', 'copied_g', 'copied_h'
+_FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', *UNTUNED
+_PEERS = (*_FEW[:4], 'lion', 'signum', 'contrib', *UNTUNED)
 # In the longest runs, the largest model, and three quarters of the steps.
-_LONG = 'adamw', 'nadamw', 'copied_g', 'copied_h'
+_LONG = 'adamw', 'nadamw', *UNTUNED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +64,9 @@ class Task:
       the best. None means no sweep, and with a parent no search: its best
       settings are used.
     peers: The optimizers, AdamW first.
+    stop: Number of steps after which runs end, before their schedule does.
+    seeds: Seeds of the report.
+    rates: Powers of √2 by which the report multiplies the best learning rate.
   """
 
   title: str
@@ -83,24 +78,23 @@ class Task:
   rate: int = 0
   margin: float | None = 0.0
   peers: tuple[str, ...] = _PEERS
+  stop: int | None = None
+  seeds: tuple[int, ...] = SEEDS
+  rates: tuple[int, ...] = (0,)
 
 
-_SMALL = 'GPT, 0.12 M parameters, 2,048 tokens a step'
+def _small(steps, tokens, parent=None, **options):
+  """A language task with the model of 0.12 million parameters."""
+  title = f'GPT, 0.12 M parameters, 2,048 tokens a step, {steps:,} steps'
+  return Task(title, 'language', steps, tokens, parent, **options)
+
+
 LENGTHS = 'language_1200', 'language_4800', 'language_19200'
 TASKS = {  # in the order in which they are run
-  'language_1200': Task(
-    f'{_SMALL}, 1,200 steps', 'language', 1200, 20.6, margin=0.03
-  ),
+  'language_1200': _small(1200, 20.6, margin=0.03),
   'axes': Task('Regression along the axes', 'axes', 300, margin=None),
   'rotated': Task('Regression, rotated', 'rotated', 300, margin=None),
-  'language_4800': Task(
-    f'{_SMALL}, 4,800 steps',
-    'language',
-    4800,
-    82.5,
-    'language_1200',
-    peers=(*_FEW, 'signum'),
-  ),
+  'language_4800': _small(4800, 82.5, 'language_1200', peers=(*_FEW, 'signum')),
   'large_batch': Task(
     'GPT, 0.12 M parameters, 16,384 tokens a step, 600 steps',
     'language_large_batch',
@@ -111,15 +105,7 @@ TASKS = {  # in the order in which they are run
     peers=_FEW,
   ),
   'photographs': Task('Autoencoder of photographs', 'photographs', 1800),
-  'language_19200': Task(
-    f'{_SMALL}, 19,200 steps',
-    'language',
-    19200,
-    330,
-    'language_4800',
-    carried=1,
-    peers=_LONG,
-  ),
+  'language_19200': _small(19200, 330, 'language_4800', carried=1, peers=_LONG),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
     'language_1m',
@@ -131,23 +117,21 @@ TASKS = {  # in the order in which they are run
     peers=_LONG,
   ),
   # Three quarters of the steps, to compare with AdamW's loss after all steps.
-  'language_900': Task(
-    f'{_SMALL}, 900 steps',
-    'language',
-    900,
-    15.5,
-    'language_1200',
-    margin=None,
-    peers=_LONG,
+  'language_900': _small(900, 15.5, 'language_1200', margin=None, peers=_LONG),
+  'language_3600': _small(
+    3600, 61.9, 'language_4800', margin=None, peers=_LONG
   ),
-  'language_3600': Task(
-    f'{_SMALL}, 3,600 steps',
+  # How often a run breaks down: its loss stops decreasing, during warm-up.
+  'breakdowns': Task(
+    'The first 180 of 1,200 steps',
     'language',
-    3600,
-    61.9,
-    'language_4800',
+    1200,
+    parent='language_1200',
     margin=None,
     peers=_LONG,
+    stop=180,
+    seeds=tuple(range(5, 17)),
+    rates=(0, 1),
   ),
 }
 
@@ -232,7 +216,6 @@ VARIANTS = {  # by task and optimizer
     'γ not adapted': {'target_win_rate': None},
     'without curvature': {'gamma': 0.0, 'target_win_rate': None},
     'without the limit': {'adam_b2': None},
-    'a constant limit': {'adam_b2': None, 'cap': _CAP},
     'warm-up of a tenth': {'warmup': 0.1},
   },
   ('photographs', 'copied_h'): {
@@ -295,22 +278,22 @@ def settings(case: Case) -> dict:
 
 
 def case_of(result: dict) -> Case:
-  """Returns the case of a result."""
-  return Case(**{f.name: result[f.name] for f in dataclasses.fields(Case)})
+  """Returns the case of a result, which leaves out default values."""
+  names = {field.name for field in dataclasses.fields(Case)}
+  return Case(**{name: x for name, x in result.items() if name in names})
+
+
+def is_reported(case: Case) -> bool:
+  """Whether the curve of a run is shown, and not only its final loss."""
+  return case.seed in SEEDS and not case.variant
 
 
 def score(case: Case, losses: dict[Case, float]) -> float | None:
-  """Returns the loss that a search minimizes, the mean over its seeds.
+  """Returns the loss that a search minimizes, or None if a run is missing.
 
-  The searches of the shortest language task and of the autoencoder use two
-  seeds, so that settings that diverge with one of them do not win.
-
-  Args:
-    case: A case of a search.
-    losses: Final losses of the finished cases.
-
-  Returns:
-    The mean, or None if a run is missing.
+  It is the mean over the seeds of the search. Those of the shortest language
+  task and of the autoencoder use two, so that settings that diverge with one of
+  them do not win.
   """
   found = [losses.get(twin) for twin in twins(case)]
   return None if None in found else sum(found) / len(found)
@@ -329,15 +312,8 @@ def search(
 ) -> tuple[list[Case], Case | None]:
   """Returns the cases of a search for an optimizer's settings, and the best.
 
-  Args:
-    task: A key of `TASKS`.
-    optimizer: One of its peers.
-    losses: Final losses of the finished cases.
-    num_trials: Number of trials.
-
-  Returns:
-    All cases that are known to be needed, finished or not; and the best case if
-    the search is complete, else None.
+  The cases are all that are known to be needed, finished (in `losses`) or not.
+  The best is None before the search is complete.
   """
   spec = TASKS[task]
   key = functools.partial(score, losses=losses)
@@ -417,6 +393,7 @@ def plan(results: list[dict], num_trials: int = NUM_TRIALS) -> Iterator[Case]:
     ):
       yield from filter(None, row)
     best = [case for _, case in searches.values() if case]
-    for seed, case in itertools.product(SEEDS, best):
+    for seed, rate, case in itertools.product(spec.seeds, spec.rates, best):
+      reported = dataclasses.replace(case, seed=seed, rate=case.rate + rate)
       for variant in ('', *VARIANTS.get((task, case.optimizer), ())):
-        yield dataclasses.replace(case, seed=seed, variant=variant)
+        yield dataclasses.replace(reported, variant=variant)

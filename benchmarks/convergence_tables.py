@@ -1,6 +1,6 @@
 """Tables of the finished runs of benchmarks/convergence.py.
 
-convergence_plots.py prints them. Their columns:
+Their columns:
 
 * Validation loss: mean ± standard deviation over the seeds of the report.
 * − AdamW: difference from AdamW with the same seed.
@@ -12,6 +12,8 @@ convergence_plots.py prints them. Their columns:
   steps, as `fraction_of_steps` computes it for each seed.
 * Rates: the largest learning rate whose loss is within 0.03 of the best,
   divided by the smallest one.
+* Broke down: runs whose loss after 180 steps is above 2.45. A good run is then
+  at 2.2 to 2.4, and the others do not recover.
 """
 
 import dataclasses
@@ -19,8 +21,10 @@ import math
 import statistics
 
 import convergence_protocol as protocol
+import records
 
 _WITHIN = 0.03
+_BROKE_DOWN = 2.45
 LABELS = {  # in the order of rows and lines
   'adamw': 'AdamW',
   'nadamw': 'NAdamW',
@@ -62,14 +66,9 @@ def best_of(losses: list[float], n: int) -> float:
 
 
 def part_to(curve: list[float], target: float) -> float | None:
-  """Returns the fraction of a run after which its curve reaches a loss.
+  """Returns the fraction of a run after which its curve reaches a loss, if so.
 
-  Args:
-    curve: Losses at evenly spaced steps. The last one is at the end.
-    target: The loss to reach.
-
-  Returns:
-    The fraction, or None if the curve does not reach the loss.
+  The losses of a curve are at evenly spaced steps, the last one at the end.
   """
   for i, loss in enumerate(curve):
     if loss <= target:
@@ -82,41 +81,32 @@ def part_to(curve: list[float], target: float) -> float | None:
 def fraction_of_steps(
   part: float, shorter: float, full: float, target: float
 ) -> float:
-  """Returns the fraction of the steps with which a run ends at a loss.
+  """Returns the fraction of the steps with which a run ends at `target`.
 
-  The final loss is interpolated linearly over the logarithm of the steps.
-
-  Args:
-    part: Steps of the shorter run, as a fraction of those of the full run.
-    shorter: Final loss of the shorter run.
-    full: Final loss of the full run.
-    target: The loss.
+  The final loss is interpolated linearly over the logarithm of the steps,
+  between a run of all steps (`full`) and one of a part of them (`shorter`).
   """
   return part ** ((target - full) / (shorter - full))
 
 
-def rates(results: list[dict], best: protocol.Case) -> dict[float, float]:
+def rates(
+  losses: dict[protocol.Case, float], best: protocol.Case
+) -> dict[float, float]:
   """Returns losses by learning rate, with the other settings of the best."""
-  losses = losses_of(results)
-  return dict(
-    sorted(
-      (r['settings']['learning_rate'], protocol.score(case, losses))
-      for r in results
-      if dataclasses.replace(case := protocol.case_of(r), rate=best.rate)
-      == best
-      and protocol.score(case, losses) is not None
-    )
-  )
+  found = {
+    protocol.settings(case)['learning_rate']: protocol.score(case, losses)
+    for case in losses
+    if case.trial == best.trial
+    and dataclasses.replace(case, rate=best.rate) == best
+  }
+  return dict(sorted((x, y) for x, y in found.items() if y is not None))
 
 
 def width(losses: dict[float, float], within: float = _WITHIN) -> float:
   """Returns the ratio of the largest to the smallest rate with a good loss.
 
-  The limits are interpolated linearly over the logarithm of the rate.
-
-  Args:
-    losses: losses by learning rate.
-    within: largest distance of a good loss from the lowest one.
+  A good loss is at most `within` above the lowest one. The limits are
+  interpolated linearly over the logarithm of the rate.
   """
   limit = min(losses.values()) + within
   edges = []
@@ -135,63 +125,62 @@ def width(losses: dict[float, float], within: float = _WITHIN) -> float:
 
 
 def summary(results: list[dict], task: str) -> dict[str, dict]:
-  """Collects the data of a task for tables and plots.
+  """Collects the data of a task for tables and plots, by optimizer.
 
-  Args:
-    results: all runs.
-    task: a key of `protocol.TASKS`.
-
-  Returns:
-    For each optimizer with runs: `tried` (losses of the trials), `best` (the
-    best case, or None before the search has ended), `searched` (the lowest loss
-    of the search), `runs` (by seed), `variants` (by name and seed), `parts`
-    (fraction of the steps to AdamW's loss, by seed), `differences` (from AdamW,
-    by seed) and `rates`.
+  They are `tried` (losses of the trials), `best` (the best case, or None before
+  the search has ended), `searched` (the lowest loss of the search, or None),
+  `runs` (by seed), `variants` (by name and seed), `parts` (fraction of the
+  steps to AdamW's loss, by seed), `differences` (from AdamW, by seed) and
+  `rates`.
   """
   losses = losses_of(results)
-  of_task = [r for r in results if r['task'] == task]
-  by_case = {protocol.case_of(r): r for r in of_task}
+  spec = protocol.TASKS[task]
   count = num_trials(results, task)
   rows = {}
   for name in LABELS:
-    of_name = [r for r in of_task if r['optimizer'] == name]
-    searched = [
-      r
-      for r in of_name
-      if r['seed'] == 0 and not r['variant'] and name not in protocol.UNTUNED
-    ]
+    of_name = {
+      case: r
+      for r in results
+      if (r['task'], r['optimizer']) == (task, name)
+      for case in [protocol.case_of(r)]
+    }
     if not of_name:
       continue
     best = None
-    if count and name in protocol.TASKS[task].peers:
+    if count and name in spec.peers:
       _, best = protocol.search(task, name, losses, count)
-    runs, variants = {}, {}
-    for case, result in by_case.items():
-      same = best and (case.optimizer, case.trial, case.rate) == (
-        best.optimizer,
-        best.trial,
-        best.rate,
-      )
-      if same and case.seed in protocol.SEEDS:
-        into = variants.setdefault(case.variant, {}) if case.variant else runs
-        into[case.seed] = result
+    runs = {'': {}}
+    for case, result in of_name.items():
+      reported = dataclasses.replace(case, seed=0, variant='')
+      if reported == best and case.seed in spec.seeds:
+        runs.setdefault(case.variant, {})[case.seed] = result
+    searched = {
+      case: r['loss']
+      for case, r in of_name.items()
+      if case.seed == 0 and not case.variant and name not in protocol.UNTUNED
+    }
     rows[name] = {
-      'tried': [r['loss'] for r in searched if r['rate'] == 0],
+      'tried': [loss for case, loss in searched.items() if case.rate == 0],
       'best': best,
-      'searched': min((r['loss'] for r in searched), default=None),
-      'runs': runs,
-      'variants': variants,
-      'rates': rates(results, best) if best else {},
+      'searched': min(searched.values(), default=None),
+      'runs': runs.pop(''),
+      'variants': runs,
+      'rates': rates(losses, best) if best else {},
     }
   first = rows.get('adamw', {'runs': {}})['runs']
   for row in rows.values():
-    both = sorted(row['runs'].keys() & first.keys())
+    pairs = {
+      seed: (run, first[seed])
+      for seed, run in sorted(row['runs'].items())
+      if seed in first
+    }
     row['differences'] = {
-      seed: row['runs'][seed]['loss'] - first[seed]['loss'] for seed in both
+      seed: run['loss'] - adamw['loss'] for seed, (run, adamw) in pairs.items()
     }
     row['parts'] = {
-      seed: part_to(row['runs'][seed]['curve'], first[seed]['curve'][-1])
-      for seed in both
+      seed: part_to(run['curve'], adamw['curve'][-1])
+      for seed, (run, adamw) in pairs.items()
+      if not spec.stop
     }
   return rows
 
@@ -206,15 +195,6 @@ def _mean(values, form):
   return text
 
 
-def _table(header, rows):
-  return [
-    '| ' + ' | '.join(header) + ' |',
-    '|---' * len(header) + '|',
-    *('| ' + ' | '.join(cells) + ' |' for cells in rows),
-    '',
-  ]
-
-
 def _form(task):
   return '.3f' if protocol.TASKS[task].tokens else '.3g'
 
@@ -222,141 +202,151 @@ def _form(task):
 def time_of_a_step(times: dict, task: str, name: str) -> float | None:
   """Returns the time of a step relative to AdamW's, or None if not measured.
 
-  Args:
-    times: `ratio` of convergence_times.json.
-    task: A key of `protocol.TASKS`.
-    name: The optimizer.
+  The times are `optimizers` of convergence_times.json.
   """
-  return times.get(protocol.TASKS[task].problem, {}).get(name)
+  of_problem = times.get(protocol.TASKS[task].problem, {})
+  return of_problem.get(name, {}).get('time/adamw')
+
+
+def _steps_and_time(parts, ratio):
+  """Returns the cells of the steps and the time to AdamW's loss."""
+  reached = [part for part in parts if part is not None]
+  if not reached:
+    return ['never', 'never'] if parts else ['–', '–']
+  part = statistics.mean(reached)
+  few = f' ({len(reached)} of {len(parts)} seeds)' * (len(reached) < len(parts))
+  return [f'{part:.2f}{few}', f'{part * ratio:.2f}' if ratio else '–']
 
 
 def _row(name, row, task, times):
-  form = _form(task)
+  form, spec = _form(task), protocol.TASKS[task]
   ratio = time_of_a_step(times, task, name)
-  losses = [r['loss'] for r in row['runs'].values()]
-  parts = list(row['parts'].values())
-  steps = time = '–'
-  if parts:
-    reached = [p for p in parts if p is not None]
-    steps = time = 'never'
-    if reached:
-      part = statistics.mean(reached)
-      few = (
-        ''
-        if len(reached) == len(parts)
-        else (f' ({len(reached)} of {len(parts)} seeds)')
-      )
-      steps = f'{part:.2f}{few}'
-      time = f'{part * ratio:.2f}' if ratio else '–'
-  tried = row['tried']
-  best = '–'
-  if len(tried) > 1 and protocol.TASKS[task].parent is None:
-    best = ', '.join(
-      f'{best_of(tried, n):{form}}'
-      for n in (1, 5, len(tried))
-      if n <= len(tried)
-    )
+  steps, time = _steps_and_time(list(row['parts'].values()), ratio)
+  tried, searched = row['tried'], row['searched']
+  best = [f'{best_of(tried, n):{form}}' for n in (1, 5) if n < len(tried)]
+  if spec.parent or len(tried) < 2:
+    best = ['–']
+  else:
+    best.append(f'{min(tried):{form}}')
+  is_swept = spec.margin == _WITHIN and len(row['rates']) > 2
   return [
     LABELS[name],
-    _mean(losses, form),
+    _mean((r['loss'] for r in row['runs'].values()), form),
     _mean(row['differences'].values(), '+' + form),
     steps,
     f'{ratio:.2f}' if ratio else '–',
     time,
-    '–' if row['searched'] is None else f'{row["searched"]:{form}}',
-    best,
-    f'{width(row["rates"]):.1f}'
-    if protocol.TASKS[task].margin == _WITHIN and len(row['rates']) > 2
-    else '–',
+    '–' if searched is None else f'{searched:{form}}',
+    ', '.join(best),
+    f'{width(row["rates"]):.1f}' if is_swept else '–',
   ]
 
 
-def _steps_table(rows, spec, parent_rows):
-  """Returns a table of the steps to the loss that AdamW has after all steps."""
-  parent = protocol.TASKS[spec.parent]
-  full = {name: row['runs'] for name, row in parent_rows.items()}
-  cells = []
+def _settings(rows):
+  """Yields the settings of the best case of each optimizer, and its devices."""
   for name, row in rows.items():
+    if not row['best']:
+      continue
+    chosen = ', '.join(
+      f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
+      for k, v in protocol.settings(row['best']).items()
+    )
+    devices = ', '.join(sorted({r['device'] for r in row['runs'].values()}))
+    yield f'* {LABELS[name]}: {chosen}; {devices or "no runs"}'
+
+
+def _fractions(rows, task, parent_rows):
+  """Yields the steps to the loss that AdamW has after all steps, by name."""
+  spec = protocol.TASKS[task]
+  part = spec.steps / protocol.TASKS[spec.parent].steps
+  target = parent_rows['adamw']['runs']
+  for name, row in rows.items():
+    full = parent_rows[name]['runs']
     fractions = [
       fraction_of_steps(
-        spec.steps / parent.steps,
-        row['runs'][seed]['loss'],
-        full[name][seed]['loss'],
-        full['adamw'][seed]['loss'],
+        part, run['loss'], full[seed]['loss'], target[seed]['loss']
       )
-      for seed in row['runs'].keys() & full[name].keys() & full['adamw'].keys()
+      for seed, run in row['runs'].items()
+      if seed in full and seed in target
     ]
-    cells.append([LABELS[name], _mean(fractions, '.2f')])
-  return _table(['', f"steps to AdamW's loss, {parent.title}"], cells)
+    yield [LABELS[name], _mean(fractions, '.2f')]
+
+
+def _variants(rows, task):
+  """Yields how much the loss of each variant differs."""
+  for name, row in rows.items():
+    for variant, runs in row['variants'].items():
+      differences = (
+        run['loss'] - row['runs'][seed]['loss']
+        for seed, run in runs.items()
+        if seed in row['runs']
+      )
+      yield [LABELS[name], variant, _mean(differences, '+' + _form(task))]
+
+
+def _breakdowns(results, task):
+  """Yields how many runs of each kind broke down, and the losses."""
+  kinds = {}
+  for result in results:
+    if result['task'] == task:
+      kind = dataclasses.replace(protocol.case_of(result), seed=0)
+      kinds.setdefault(kind, []).append(result['loss'])
+  order = list(LABELS)
+  for kind, losses in sorted(
+    kinds.items(), key=lambda x: (order.index(x[0].optimizer), x[0].variant)
+  ):
+    yield [
+      ', '.join(filter(None, [LABELS[kind.optimizer], kind.variant])),
+      f'{protocol.settings(kind)["learning_rate"]:.2g}',
+      f'{sum(x > _BROKE_DOWN for x in losses)} of {len(losses)}',
+      f'{statistics.median(losses):.2f}',
+      f'{max(losses):.2f}',
+    ]
+
+
+def _render_task(results, summaries, task, times):
+  """Yields the tables of a task."""
+  spec, rows = protocol.TASKS[task], summaries[task]
+  yield f'### {spec.title}'
+  if spec.stop:
+    header = ['', 'learning rate', 'broke down', 'median loss', 'highest loss']
+    yield records.markdown(header, _breakdowns(results, task))
+    return
+  header = [
+    '',
+    'validation loss',
+    '− AdamW',
+    "steps to AdamW's",
+    'time of a step',
+    "time to AdamW's",
+    'search',
+    'best of 1, 5, all trials',
+    'rates',
+  ]
+  yield records.markdown(header, (_row(*x, task, times) for x in rows.items()))
+  if settings := list(_settings(rows)):
+    yield 'Settings, and devices of the runs:'
+    yield '\n'.join(settings)
+  if spec.parent in summaries and spec.margin is None:
+    title = protocol.TASKS[spec.parent].title
+    fractions = _fractions(rows, task, summaries[spec.parent])
+    yield records.markdown(['', f"steps to AdamW's loss, {title}"], fractions)
+  if variants := list(_variants(rows, task)):
+    yield records.markdown(['', 'variant', 'difference'], variants)
 
 
 def render(results: list[dict], times: dict) -> str:
-  """Returns Markdown tables of all runs.
-
-  Args:
-    results: All runs.
-    times: `ratio` of convergence_times.json.
-  """
-  lines = []
-  summaries = {
-    task: summary(results, task)
-    for task in protocol.TASKS
-    if any(r['task'] == task for r in results)
-  }
-  for task, rows in summaries.items():
-    lines += [f'### {protocol.TASKS[task].title}', '']
-    lines += _table(
-      [
-        '',
-        'validation loss',
-        '− AdamW',
-        "steps to AdamW's",
-        'time of a step',
-        "time to AdamW's",
-        'search',
-        'best of 1, 5, all trials',
-        'rates',
-      ],
-      [_row(name, row, task, times) for name, row in rows.items()],
-    )
-    found = {name: row for name, row in rows.items() if row['best']}
-    if found:
-      lines += ['Settings, and devices of the runs:', '']
-      for name, row in found.items():
-        chosen = ', '.join(
-          f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
-          for k, v in protocol.settings(row['best']).items()
-        )
-        devices = ', '.join(sorted({r['device'] for r in row['runs'].values()}))
-        lines.append(f'* {LABELS[name]}: {chosen}; {devices or "no runs"}')
-      lines.append('')
-    spec = protocol.TASKS[task]
-    if spec.parent in summaries and spec.margin is None:
-      lines += _steps_table(rows, spec, summaries[spec.parent])
-    variants = [
-      [
-        LABELS[name],
-        variant,
-        _mean(
-          [
-            r['loss'] - row['runs'][seed]['loss']
-            for seed, r in runs.items()
-            if seed in row['runs']
-          ],
-          '+' + _form(task),
-        ),
-      ]
-      for name, row in rows.items()
-      for variant, runs in row['variants'].items()
-    ]
-    if variants:
-      lines += _table(['', 'variant', 'difference'], variants)
-  lines += ['### Cost', '']
+  """Returns Markdown tables of all runs, and of times as above."""
+  tasks = {r['task'] for r in results}
+  summaries = {t: summary(results, t) for t in protocol.TASKS if t in tasks}
+  parts = []
+  for task in summaries:
+    parts += _render_task(results, summaries, task, times)
   costs = []
   for task in summaries:
     of_task = [r for r in results if r['task'] == task]
-    on_cpu = [r['seconds'] for r in of_task if r['device'] == 'cpu']
-    hours = f'{sum(on_cpu) / 3600:.2f}' if on_cpu else '–'
+    seconds = [r.get('seconds', 0) for r in of_task if r['device'] == 'cpu']
+    hours = f'{sum(seconds) / 3600:.2f}' if any(seconds) else '–'
     costs.append([task, str(len(of_task)), hours])
-  lines += _table(['', 'runs', 'hours of a core, without GPUs'], costs)
-  return '\n'.join(lines)
+  header = ['', 'runs', 'hours of a core, without GPUs']
+  return '\n\n'.join([*parts, '### Cost', records.markdown(header, costs)])

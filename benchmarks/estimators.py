@@ -17,7 +17,6 @@ tokens and 256 token types. Columns:
 import sys
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
 import jax
 import numpy as np
@@ -31,8 +30,6 @@ sys.path.append(records.EXAMPLES)
 import dry_run
 import gpt
 
-_DRAWS = flags.DEFINE_integer('draws', 300, 'Number of estimates per row.')
-
 
 class Row(NamedTuple):
   """An estimator, and the name of the row to compare it with."""
@@ -44,27 +41,18 @@ class Row(NamedTuple):
 
 def rows() -> list[Row]:
   """Returns both estimators on parts of the batch, and with several samples."""
-  kinds = {
-    'H': sophia_optax.hutchinson_estimator_diag_hessian,
-    'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
-  }
+  h = sophia_optax.hutchinson_estimator_diag_hessian
+  g = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
   result = []
-  for kind, make in kinds.items():
-    base = f'{kind}, whole batch'
-    result.append(Row(base, make(), base))
+  for kind, make in (('H', h), ('G', g)):
+    variants = {'whole batch': make()}
     for parts in (2, 4, 8):
-      result.append(
-        Row(
-          f'{kind}, {parts} parts',
-          sophia_optax.microbatched(make(), parts),
-          base,
-        )
-      )
-    result.append(Row(f'{kind}, 4 samples', make(num_samples=4), base))
-  result.insert(
-    5,
-    Row('H, normal probe', kinds['H'](distribution='normal'), 'H, whole batch'),
-  )
+      variants[f'{parts} parts'] = sophia_optax.microbatched(make(), parts)
+    variants['4 samples'] = make(num_samples=4)
+    if kind == 'H':
+      variants['normal probe'] = make(distribution='normal')
+    base = f'{kind}, whole batch'
+    result += [Row(f'{kind}, {x}', tx, base) for x, tx in variants.items()]
   return result
 
 
@@ -121,8 +109,9 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
   return table
 
 
-def render(table: dict[str, dict[str, float]]) -> str:
-  """Returns the table as text."""
+def render(results: records.Results) -> str:
+  """Lays out the table."""
+  table = results['table']
   columns = list(table['H, whole batch'])
   lines = [f'{"":18}' + ''.join(f'{c:>17}' for c in columns)]
   for name, cells in table.items():
@@ -131,17 +120,11 @@ def render(table: dict[str, dict[str, float]]) -> str:
   return '\n'.join(lines)
 
 
-def main(argv):
-  """Measures, prints and writes."""
-  records.check_only_flags(argv)
-  if records.SHOW.value:
-    print(render(records.read(records.SHOW.value)['table']))
-    return
-  table = measure(_DRAWS.value)
-  print(render(table))
-  if records.OUTPUT.value:
-    records.write(records.OUTPUT.value, table=table)
+def _measure(results, save):
+  results['table'] = measure(_DRAWS.value)
+  save()
 
 
 if __name__ == '__main__':
-  app.run(main)
+  _DRAWS = flags.DEFINE_integer('draws', 300, 'Number of estimates per row.')
+  records.main(_measure, render)

@@ -54,6 +54,7 @@ _FREE = {
   'tuple',
 }
 _CONTAINERS = {'async-start', 'call', 'conditional', 'while'}
+_SLICES = {'dynamic-slice', 'gather', 'slice'}
 
 
 class Collective(NamedTuple):
@@ -84,8 +85,19 @@ class Instruction(NamedTuple):
   operands: str
   attributes: str
 
+  @property
+  def names(self) -> list[str]:
+    """The names of the operands."""
+    return _names(self.operands)
 
-Computations = dict[str, dict[str, Instruction]]
+  @property
+  def whole(self) -> float:
+    """The bytes of the results."""
+    return sum(map(size_in_bytes, arrays(self.shape)))
+
+
+Computation = dict[str, Instruction]
+Computations = dict[str, Computation]
 Cost = collections.Counter
 
 
@@ -94,16 +106,11 @@ def arrays(shape: str) -> tuple[str, ...]:
   return tuple(re.findall(r'\w+\[[\d,]*\]', shape))
 
 
-def size(array: str) -> int:
-  """Returns the number of entries of 'f32[8,4]'."""
-  return math.prod(map(int, re.findall(r'\d+', array.split('[')[1])))
-
-
 def size_in_bytes(array: str) -> float:
   """Returns the bytes of 'f32[8,4]'."""
-  dtype = array.split('[')[0]
+  dtype, shape = array.split('[')
   bits = 8 if dtype == 'pred' else int((re.search(r'\d+', dtype) or [0])[0])
-  return bits / 8 * size(array)
+  return bits / 8 * math.prod(map(int, re.findall(r'\d+', shape)))
 
 
 def parse(hlo: str) -> tuple[str, Computations]:
@@ -123,20 +130,11 @@ def parse(hlo: str) -> tuple[str, Computations]:
   return entry, computations
 
 
-def count_collectives(
-  hlo: str,
-) -> tuple[collections.Counter[Collective], collections.Counter[Collective]]:
-  """Counts what one run of a compiled program sends.
+def count_collectives(hlo: str) -> tuple[Cost, Cost]:
+  """Counts how often each collective runs in one run of a program.
 
-  Args:
-    hlo: The text of the optimized module, `compiled.as_text()`.
-
-  Returns:
-    How often each collective runs with the branches that send least, and with
-    those that send most.
-
-  Raises:
-    ValueError: If a loop that sends runs an unknown number of times.
+  The two counters are with the branches that send least, and with those that
+  send most. It raises if a loop that sends runs an unknown number of times.
   """
   return _count(hlo, _collective_of, sent)
 
@@ -149,14 +147,8 @@ def sent(collectives: collections.Counter[Collective]) -> float:
 def traffic(hlo: str) -> tuple[float, float]:
   """Counts the bytes that one run reads and writes in HBM.
 
-  Args:
-    hlo: The text of the optimized module, `compiled.as_text()`.
-
-  Returns:
-    The bytes with the branches that move least, and with those that move most.
-
-  Raises:
-    ValueError: If a loop that moves runs an unknown number of times.
+  Returns those with the branches that move least, and that move most. It raises
+  if a loop that moves runs an unknown number of times.
   """
   low, high = _count(hlo, _moved, Cost.total)
   return low.total(), high.total()
@@ -164,7 +156,7 @@ def traffic(hlo: str) -> tuple[float, float]:
 
 def _count(
   hlo: str,
-  cost_of: Callable[[Computations, str, Instruction], Cost | None],
+  cost_of: Callable[[Computations, Computation, Instruction], Cost | None],
   total: Callable[[Cost], float],
 ) -> tuple[Cost, Cost]:
   """Sums costs over a run; of None, those of the computations it calls."""
@@ -173,13 +165,14 @@ def _count(
   @functools.cache
   def count(name: str) -> tuple[Cost, Cost]:
     fewest, most = Cost(), Cost()
-    for instruction in computations[name].values():
-      cost = cost_of(computations, name, instruction)
+    siblings = computations[name]
+    for instruction in siblings.values():
+      cost = cost_of(computations, siblings, instruction)
       if cost is not None:
         fewest.update(cost)
         most.update(cost)
         continue
-      for times, alternatives in _parts(computations, name, instruction):
+      for times, alternatives in _parts(computations, siblings, instruction):
         counts = [count(alternative) for alternative in alternatives]
         low = min((low for low, _ in counts), key=total)
         high = max((high for _, high in counts), key=total)
@@ -195,25 +188,18 @@ def _count(
   return count(entry)
 
 
-def _parts(
-  computations: Computations, name: str, instruction: Instruction
-) -> Iterator[tuple[int, list[str]]]:
+def _parts(computations, siblings, instruction) -> Iterator:
   """Yields (times, the computations of which one is run)."""
-  attributes = instruction.attributes
+  attributes, times = instruction.attributes, 1
   if instruction.opcode == 'conditional':
     branches = re.search(r'branch_computations=\{([^}]*)\}', attributes)
-    yield (
-      1,
-      _names(branches[1])
-      if branches
-      else re.findall(r'(?:true|false)_computation=%([\w.-]+)', attributes),
-    )
+    two = re.findall(r'(?:true|false)_computation=%([\w.-]+)', attributes)
+    yield 1, _names(branches[1]) if branches else two
     return
-  times = 1
   if instruction.opcode == 'while':
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-    times = (
-      int(known[1]) if known else _trip_count(computations, name, instruction)
+    times = int(
+      known[1] if known else _trips(computations, siblings, instruction)
     )
   for name in re.findall(
     r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes
@@ -221,19 +207,20 @@ def _parts(
     yield times, [name]
 
 
-def _trip_count(computations, name, loop) -> int:
+def _constant(instructions: Computation, name: str) -> int | None:
+  """Returns the integer that an instruction is, if it is one."""
+  inner = instructions.get(name)
+  if inner and inner.opcode in ('bitcast', 'copy', 'copy-done', 'copy-start'):
+    return _constant(instructions, inner.names[0])
+  is_number = inner and re.fullmatch(r'-?\d+', inner.operands)
+  return int(inner.operands) if is_number else None
+
+
+def _trips(computations, siblings, loop) -> int:
   """Returns how often a loop runs whose counter goes up to a constant, or 0.
 
   That is what is left of the loops of a TPU, whose HLO says no trip count.
   """
-
-  def constant(instructions, name):
-    inner = instructions.get(name)
-    if inner and inner.opcode in ('bitcast', 'copy', 'copy-done', 'copy-start'):
-      return constant(instructions, _names(inner.operands)[0])
-    is_number = inner and re.fullmatch(r'-?\d+', inner.operands)
-    return int(inner.operands) if is_number else None
-
   condition, body = (
     computations[re.search(rf'{part}=%([\w.-]+)', loop.attributes)[1]]
     for part in ('condition', 'body')
@@ -241,17 +228,16 @@ def _trip_count(computations, name, loop) -> int:
   compare = condition[list(condition)[-1]]
   if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
     return 0
-  counter, limit = _names(compare.operands)
+  counter, limit = compare.names
   index = re.search(r'index=(\d+)', condition[counter].attributes)
-  (start,) = _names(loop.operands)
-  if not index or computations[name][start].opcode != 'tuple':
+  start = siblings[loop.names[0]]
+  if not index or start.opcode != 'tuple':
     return 0
   index = int(index[1])
-  start = _names(computations[name][start].operands)[index]
-  following = body[_names(body[list(body)[-1]].operands)[index]]
-  steps = [constant(body, x) for x in _names(following.operands)]
-  first, last = constant(computations[name], start), constant(condition, limit)
-  step = next((x for x in steps if x), 0)
+  following = body[body[list(body)[-1]].names[index]]
+  step = next(filter(None, (_constant(body, x) for x in following.names)), 0)
+  first = _constant(siblings, start.names[index])
+  last = _constant(condition, limit)
   if following.opcode != 'add' or None in (first, last) or not step:
     return 0
   return -(-(last - first) // step)
@@ -261,9 +247,9 @@ def _names(text: str) -> list[str]:
   return re.findall(r'%([\w.-]+)', text)
 
 
-def _called(computations: Computations, instruction: Instruction):
+def _called(computations: Computations, fusion: Instruction) -> Computation:
   """Returns the instructions of the computation that a fusion is."""
-  return computations[re.search(r'calls=%([\w.-]+)', instruction.attributes)[1]]
+  return computations[re.search(r'calls=%([\w.-]+)', fusion.attributes)[1]]
 
 
 def _within(computations, instruction):
@@ -286,9 +272,8 @@ def _continues(collective, siblings) -> bool:
   )
 
 
-def _collective_of(computations, name, instruction):
+def _collective_of(computations, siblings, instruction):
   """Returns the collective that an instruction is, or None."""
-  siblings = computations[name]
   is_sliced = False
   if found := _within(computations, instruction):
     instruction, siblings = found
@@ -301,7 +286,7 @@ def _collective_of(computations, name, instruction):
     return None
   if kind == 'all-reduce' and is_sliced:
     kind = 'reduce-scatter'
-  operands = ' '.join(siblings[x].shape for x in _names(instruction.operands))
+  operands = ' '.join(siblings[x].shape for x in instruction.names)
   group = _group_size(instruction.attributes)
   return Cost([Collective(kind, arrays(operands), group)])
 
@@ -324,19 +309,19 @@ def _group_size(attributes: str) -> int:
   raise ValueError(f'No replica groups that can be read in: {attributes}')
 
 
-def _moved(computations, name, instruction):
+def _moved(computations, siblings, instruction):
   """Returns the bytes that an instruction moves in HBM, or None."""
-  shape, opcode, operands, _ = instruction
+  shape, opcode, _, attributes = instruction
   if opcode in _CONTAINERS:
     return None
   if (
     opcode in _FREE
     or opcode.endswith('-done')
-    or re.search('"(ConcatBitcast|AllocateBuffer)"', instruction.attributes)
+    or re.search('"(ConcatBitcast|AllocateBuffer)"', attributes)
   ):
     return Cost()
   # A set: an operand that is named twice is read once.
-  shapes = {n: computations[name][n].shape for n in _names(operands)}
+  shapes = {n: siblings[n].shape for n in instruction.names}
   read = sum(map(_in_hbm, shapes.values()))
   written = _in_hbm(shape)
   if opcode == 'copy-start':  # (target, source, a flag)
@@ -349,10 +334,10 @@ def _moved(computations, name, instruction):
     written -= read if shape.startswith('(') and written > read else 0.0
   elif opcode == 'fusion':
     return Cost({'HBM': _moved_by_fusion(computations, shapes, instruction)})
-  elif opcode in ('dynamic-slice', 'gather', 'slice'):
+  elif opcode in _SLICES:
     read = min(read, size_in_bytes(arrays(shape)[0]))
   elif opcode == 'dynamic-update-slice':
-    update = shapes[_names(operands)[1]]
+    update = shapes[instruction.names[1]]
     read, written = _in_hbm(update), size_in_bytes(arrays(update)[0])
   return Cost({'HBM': read + written})
 
@@ -361,7 +346,7 @@ def _moved_by_fusion(computations, shapes, fusion) -> float:
   """Returns the bytes that a fusion moves, whose operands have these shapes."""
   called = _called(computations, fusion)
   uses = collections.Counter()
-  for i, operand in enumerate(_names(fusion.operands)):
+  for i, operand in enumerate(fusion.names):
     uses[operand] += _read(computations, called, _parameter(called, i))
   moved = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
   sizes = _written(computations, called, list(called)[-1])
@@ -370,7 +355,7 @@ def _moved_by_fusion(computations, shapes, fusion) -> float:
   found = _within(computations, fusion)
   if found and not _continues(*found):
     collective, siblings = found
-    sources = (siblings[x] for x in _names(collective.operands))
+    sources = (siblings[x] for x in collective.names)
     moved += _in_hbm(collective.shape)
     moved += sum(_in_hbm(x.shape) for x in sources if x.opcode == 'parameter')
   return moved
@@ -390,7 +375,7 @@ def _in_hbm(shape: str) -> float:
   )
 
 
-def _parameter(called: dict[str, Instruction], index: int) -> str:
+def _parameter(called: Computation, index: int) -> str:
   return next(
     name
     for name, inner in called.items()
@@ -398,59 +383,46 @@ def _parameter(called: dict[str, Instruction], index: int) -> str:
   )
 
 
-def _whole(instruction: Instruction) -> float:
-  return sum(map(size_in_bytes, arrays(instruction.shape)))
-
-
 def _read(computations, called, name) -> float:
   """Returns the bytes that a fusion reads of what `name` in it stands for."""
   read = 0.0
-  for inner in called.values():
-    operands = _names(inner.operands)
-    if name not in operands:
+  for own_name, inner in called.items():
+    if name not in inner.names:
       continue
     if inner.opcode == 'bitcast':
-      own_name = next(n for n, x in called.items() if x is inner)
       read += _read(computations, called, own_name)
-    elif inner.opcode in ('dynamic-slice', 'gather', 'slice'):
-      read += _whole(inner)
-    elif inner.opcode == 'dynamic-update-slice' and name == operands[0]:
+    elif inner.opcode in _SLICES:
+      read += inner.whole
+    elif inner.opcode == 'dynamic-update-slice' and name == inner.names[0]:
       continue
     elif inner.opcode == 'tuple' or _is_sent(called, inner):
       continue  # Passed on, or counted with the collective.
     elif inner.opcode == 'fusion':
       within = _called(computations, inner)
-      read += sum(
-        _read(computations, within, _parameter(within, i))
-        for i, operand in enumerate(operands)
-        if operand == name
-      )
+      for i, operand in enumerate(inner.names):
+        if operand == name:
+          read += _read(computations, within, _parameter(within, i))
     else:
-      read += _whole(called[name])
-  return min(read, _whole(called[name]))
+      read += called[name].whole
+  return min(read, called[name].whole)
 
 
 def _is_sent(called, inner) -> bool:
   """Whether an instruction of a fusion is a collective or a part of one."""
   if inner.opcode in ('bitcast', 'dynamic-slice'):
-    return _is_sent(called, called[_names(inner.operands)[0]])
+    return _is_sent(called, called[inner.names[0]])
   return inner.opcode in KINDS or 'AsyncCollective' in inner.attributes
 
 
 def _written(computations, called, name) -> list[float]:
   """Returns the bytes that a fusion writes of each of its results."""
   inner = called[name]
-  operands = _names(inner.operands)
   if inner.opcode == 'parameter' or _is_sent(called, inner):
     return [0.0] * len(arrays(inner.shape))
-  if inner.opcode == 'tuple':
-    return [
-      n for operand in operands for n in _written(computations, called, operand)
-    ]
-  if inner.opcode == 'bitcast':
-    return _written(computations, called, operands[0])
+  if inner.opcode in ('tuple', 'bitcast'):
+    return [n for x in inner.names for n in _written(computations, called, x)]
   if inner.opcode == 'dynamic-update-slice':
-    return [_whole(called[operands[1]])]
+    return [called[inner.names[1]].whole]
   if inner.opcode == 'fusion':
     within = _called(computations, inner)
     return _written(computations, within, list(within)[-1])

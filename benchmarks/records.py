@@ -1,9 +1,10 @@
-"""What the benchmarks share: flags, and JSON files of results and versions.
+"""What the benchmarks share: their main function, JSON files, and tables.
 
-records.write(path, cases=cases)
-cases = records.read(path)['cases']
+A benchmark is `records.main(measure, render)`. It measures and writes with
+--output=FILE; with --show=FILE it prints the tables of that file.
 """
 
+from collections.abc import Callable, Iterable
 import json
 import os
 import pathlib
@@ -22,38 +23,63 @@ import sophia_optax
 
 # The benchmarks append this to sys.path, to import the examples.
 EXAMPLES = str(pathlib.Path(__file__).parents[1] / 'examples')
+_HEADER = 'command', 'machine', 'versions'
 
-OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
-SHOW = flags.DEFINE_string(
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'JSON file to write. What it contains is not measured again.'
+)
+_SHOW = flags.DEFINE_string(
   'show', None, 'JSON file whose tables to print; nothing is measured.'
 )
+_PLOT = flags.DEFINE_string('plot', None, 'PNG file or folder to draw into.')
+
+Results = dict[str, Any]
 
 
-def check_only_flags(argv: list[str]) -> None:
-  """Raises if the command line has arguments that are not flags.
+def main(
+  measure: Callable[[Results, Callable[[], None]], None],
+  render: Callable[[Results], str],
+  plot: Callable[[Results, str], None] | None = None,
+) -> None:
+  """Runs a benchmark from the command line.
 
   Args:
-    argv: The program, and the arguments that absl did not take as flags.
-
-  Raises:
-    app.UsageError: If there are such arguments.
+    measure: Takes the results in the output file (or {}), to which it adds, and
+      a function that writes them.
+    render: Lays out results in tables.
+    plot: Draws results into a file or folder.
   """
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
-    )
+
+  def run(argv):
+    if len(argv) > 1:
+      raise app.UsageError(
+        f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
+      )
+    path = _SHOW.value or _OUTPUT.value
+    exists = path and (_SHOW.value or pathlib.Path(path).exists())
+    results = read(path) if exists else {}
+    if not _SHOW.value:
+      measure(results, lambda: _OUTPUT.value and write(path, results))
+    print(render(results))
+    if plot and _PLOT.value:
+      plot(results, _PLOT.value)
+
+  app.run(run)
 
 
-def write(path: str | os.PathLike[str], **results: Any) -> None:
+def read(path: str | os.PathLike[str]) -> Results:
+  """Returns the results in a file."""
+  record = json.loads(pathlib.Path(path).read_text())
+  return {key: x for key, x in record.items() if key not in _HEADER}
+
+
+def write(path: str | os.PathLike[str], results: Results) -> None:
   """Writes the command, the machine, the versions and the results.
 
-  An existing file is replaced atomically.
-
-  Args:
-    path: The file.
-    **results: Values that JSON can represent. Each entry of a list gets a line.
+  An existing file is replaced atomically. Each entry of a list gets a line.
   """
-  record = {
+  modules = jax, jaxlib, flax, optax, sophia_optax
+  header = {
     'command': ' '.join(
       [f'python benchmarks/{pathlib.Path(sys.argv[0]).name}', *sys.argv[1:]]
     ),
@@ -63,17 +89,12 @@ def write(path: str | os.PathLike[str], **results: Any) -> None:
       'backend': jax.default_backend(),
       'device': jax.devices()[0].device_kind,
     },
-    'versions': {
-      'python': platform.python_version(),
-      **{
-        module.__name__: module.__version__
-        for module in (jax, jaxlib, flax, optax, sophia_optax)
-      },
-    },
-    **results,
+    'versions': {'python': platform.python_version()}
+    | {module.__name__: module.__version__ for module in modules},
   }
-  lines = ',\n'.join(f'"{key}": {_lay_out(x)}' for key, x in record.items())
+  record = (header | results).items()
   part = pathlib.Path(f'{path}.part')
+  lines = ',\n'.join(f'"{key}": {_lay_out(x)}' for key, x in record)
   part.write_text(f'{{\n{lines}\n}}\n')
   part.replace(path)
 
@@ -85,6 +106,19 @@ def _lay_out(value: Any) -> str:
   return json.dumps(value, indent=1, ensure_ascii=False)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns the record in a file, results included."""
-  return json.loads(pathlib.Path(path).read_text())
+def table(lines: Iterable[Iterable[str]]) -> str:
+  """Aligns cells: the first column left, the others right."""
+  lines = [list(line) for line in lines]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  layout = '  '.join([f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
+  return '\n'.join(layout.format(*line).rstrip() for line in lines)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+  """Lays out a table of Markdown."""
+  header = list(header)
+  lines = [
+    '|' + ''.join(f' {cell} |' if cell else ' |' for cell in cells)
+    for cells in (header, *rows)
+  ]
+  return '\n'.join([lines[0], '|---' * len(header) + '|', *lines[1:]])

@@ -1,26 +1,27 @@
-"""Settings that make Sophia unstable, their diagnostics, and remedies.
+"""Settings that make Sophia unstable, remedies, and a γ that adapts.
 
   python benchmarks/stability.py --output=benchmarks/stability.json
   python benchmarks/stability.py --show=benchmarks/stability.json --plot=x.png
 
-Sophia-H trains the demo's byte-level GPT (0.12 million parameters). It starts
-from good settings and changes one of them at a time to one that users report as
-trouble: a learning rate that is too high, no warm-up, a large b1, few tokens
-per step, or the paper's ε. Each is combined with each remedy of this library.
+In the first table Sophia-H trains the demo's byte-level GPT (0.12 million
+parameters). It starts from good settings and changes one of them at a time to
+one that users report as trouble: a learning rate that is too high, no warm-up,
+a large b1, few tokens per step, or the paper's ε. Each is combined with each
+remedy of this library. The table gives the final validation loss. The plot
+shows loss, win rate, norm of h and the negative fraction of h for one trouble.
 
-The table gives the final validation loss. The plot shows loss, win rate, norm
-of h and the negative fraction of h for one trouble. Nothing is timed.
+The second table compares a fixed γ with one that adapts to a win rate. Each run
+is one of examples/train_gpt.py, with 250 steps of 8,192 tokens. Except for γ
+and target_win_rate, the settings are the best of twelve random trials. Columns:
+final validation loss and win rate, the final γ, and the first validation after
+which the win rate stays within 0.1 of the target. Nothing is timed.
 """
 
 import dataclasses
 import functools
 import itertools
-import pathlib
-import statistics
 import sys
 
-from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 from matplotlib import figure
@@ -36,11 +37,12 @@ import gpt_configs
 import gpt_program
 import sophia_optax
 import text
+import train_gpt
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Settings of one run. The defaults are good ones."""
+  """Settings of a run of the first table. The defaults are good ones."""
 
   learning_rate: float = 2e-3
   b1: float = 0.8
@@ -72,52 +74,69 @@ REMEDIES = {
 }
 _SHOWN = 'learning rate × 4'
 _CONFIG = gpt_configs.get_config('demo', 'sophia_h')
-_CHUNK = 10  # steps per call, and per point of the plot
+_CHUNK = 10  # steps per call, and per point of a history
 _LABELS = {
   'loss': 'Training loss (nats)',
   'win_rate': 'Win rate',
   'negative_fraction': 'Fraction of h below zero',
   'curvature_norm': 'Norm of h',
 }
-_LINES = [  # of the plot
+_LINES = (  # of the plot
   ('none', 'nothing', 'learning rate × 1', '#999999', '-'),
   (_SHOWN, 'nothing', '× 4, nothing', '#000000', '--'),
   (_SHOWN, 'target_win_rate=0.3', '× 4, target_win_rate=0.3', '#0072B2', '-'),
   (_SHOWN, 'microbatched', '× 4, microbatched', '#D55E00', '-.'),
   (_SHOWN, 'eps=1e-4', '× 4, eps=1e-4', '#009E73', ':'),
-]
+)
+
+_TARGET = 0.3
+_STARTS = (1e-2, 1.0, 1e2)  # γ at first, in multiples of the tuned one
+_TUNED = {
+  'sophia_h': {
+    'b1': 0.816,
+    'b2': 0.968,
+    'learning_rate': 0.00399,
+    'gamma': 0.00487,
+    'update_interval': 5,
+  },
+  'sophia_g': {
+    'b1': 0.737,
+    'b2': 0.975,
+    'learning_rate': 0.00712,
+    'gamma': 0.0186,
+    'update_interval': 2,
+    'curvature_batch_size': 64,
+    'curvature_parts': 8,
+  },
+}
 
 
-def make_optimizer(settings: Settings, seed: int):
+def make_optimizer(s: Settings, seed: int):
   """Returns Sophia-H with clipping, warm-up and cosine."""
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0,
-    settings.learning_rate,
-    int(settings.warmup * settings.num_steps),
-    settings.num_steps,
-    0.05 * settings.learning_rate,
-  )
+  rate, warmup = s.learning_rate, int(s.warmup * s.num_steps)
   return optax.chain(
     optax.clip_by_global_norm(1.0),
     sophia_optax.sophia(
-      schedule,
-      settings.b1,
-      settings.b2,
-      settings.eps,
+      optax.warmup_cosine_decay_schedule(
+        0.0, rate, warmup, s.num_steps, 0.05 * rate
+      ),
+      s.b1,
+      s.b2,
+      s.eps,
       weight_decay=0.1,
       weight_decay_mask=gpt.decay_mask,
-      target_win_rate=settings.target_win_rate,
-      refresh_before_update=settings.refresh_before_update,
+      target_win_rate=s.target_win_rate,
+      refresh_before_update=s.refresh_before_update,
       diagnostics=True,
       hessian_diagonal_fn=sophia_optax.microbatched(
-        sophia_optax.hutchinson_estimator_diag_hessian(seed), settings.parts
+        sophia_optax.hutchinson_estimator_diag_hessian(seed), s.parts
       ),
     ),
   )
 
 
 def run(settings: Settings, seed: int) -> dict:
-  """Trains once; returns metrics of every tenth step, and the final loss."""
+  """Trains once; returns the final loss, and metrics of every tenth step."""
   config = dataclasses.replace(_CONFIG, unroll=1)
   sizes = config.block_size, config.vocab_size
   tokens, held_out = text.load(config.data_dir)
@@ -136,73 +155,138 @@ def run(settings: Settings, seed: int) -> dict:
       return (optax.apply_updates(params, updates), state), loss
 
     (params, state), losses = jax.lax.scan(step, carry, batches)
+    nu, _ = jax.flatten_util.ravel_pytree(optax.tree.get(state, 'nu'))
     return (params, state), {
       'loss': jnp.mean(losses),
       'win_rate': optax.tree.get(state, 'win_rate'),
-      'negative_fraction': optax.tree.get(state, 'negative_fraction'),
-      'curvature_norm': optax.tree.norm(optax.tree.get(state, 'nu')),
+      'negative_fraction': jnp.mean(nu < 0),
+      'curvature_norm': jnp.linalg.norm(nu),
     }
 
-  params = model.init(
-    jax.random.key(seed), jnp.zeros((1, config.block_size), jnp.int32)
-  )['params']
+  shape = jnp.zeros((1, config.block_size), jnp.int32)
+  params = model.init(jax.random.key(seed), shape)['params']
   carry = params, optimizer.init(params)
-  history = []
+  history = {name: [] for name in _LABELS}
   for start in range(0, settings.num_steps, _CHUNK):
-    carry, seen = train(
-      carry,
-      np.stack(
-        [
-          text.sample(tokens, seed, step, settings.sequences, *sizes)
-          for step in range(start, start + _CHUNK)
-        ]
-      ),
-    )
-    history.append(
-      {'step': start + _CHUNK}
-      | {name: float(f'{x:.4g}') for name, x in seen.items()}
-    )
+    batches = [
+      text.sample(tokens, seed, step, settings.sequences, *sizes)
+      for step in range(start, start + _CHUNK)
+    ]
+    carry, seen = train(carry, np.stack(batches))
+    for name, x in seen.items():
+      history[name].append(float(f'{x:.4g}'))
   validation = text.validation(held_out, 16, 32, *sizes)
+  loss = gpt_program.make_evaluate(loss_fn)(carry[0], validation)
+  return {'val_loss': float(f'{loss:.6g}'), 'history': history}
+
+
+def run_case(trouble: str, remedy: str) -> dict:
+  """Runs a case, and keeps the history of those that are discussed."""
+  settings = Settings(**TROUBLES[trouble] | REMEDIES[remedy])
+  case = {'trouble': trouble, 'remedy': remedy} | run(settings, seed=0)
+  if trouble != _SHOWN and remedy != 'nothing':
+    del case['history']
+  return case
+
+
+def run_gamma(optimizer: str, start: float, target: float) -> dict:
+  """Trains once with γ at a multiple of the tuned one."""
+  tuned = _TUNED[optimizer]
+  config = gpt_configs.Config(
+    optimizer=optimizer,
+    unroll=2,
+    num_steps=250,
+    batch_size=128,
+    eval_interval=_CHUNK,
+    warmup_steps=125,
+    target_win_rate=target,
+    **tuned | {'gamma': start * tuned['gamma']},
+  )
+  history = train_gpt.train(config).history
   return {
-    'history': history,
-    'val_loss': float(gpt_program.make_evaluate(loss_fn)(carry[0], validation)),
+    'optimizer': optimizer,
+    'start': start,
+    'target_win_rate': target,
+    'val_loss': float(f'{history[-1]["val_loss"]:.6g}'),
+    'gamma_factor': float(f'{history[-1].get("gamma_factor", 1.0):.6g}'),
+    'win_rate': [float(f'{h["win_rate"]:.4g}') for h in history],
   }
 
 
-def render(runs: list[dict]) -> str:
-  """Returns a Markdown table with a row for each remedy."""
-  lines = [f'| | {" | ".join(TROUBLES)} |', '|---' * (1 + len(TROUBLES)) + '|']
-  for remedy in REMEDIES:
-    cells = []
-    for trouble in TROUBLES:
-      losses = [
-        r['val_loss']
-        for r in runs
-        if (r['trouble'], r['remedy']) == (trouble, remedy)
-      ]
-      cells.append(f'{statistics.mean(losses):.3f}' if losses else '')
-    lines.append(f'| {remedy} | {" | ".join(cells)} |')
+# Of each table: what names a case, all names, and what runs it.
+_TABLES = {
+  'runs': (
+    ('trouble', 'remedy'),
+    list(itertools.product(TROUBLES, REMEDIES)),
+    run_case,
+  ),
+  'gamma': (
+    ('optimizer', 'start', 'target_win_rate'),
+    list(itertools.product(_TUNED, _STARTS, (0.0, _TARGET))),
+    run_gamma,
+  ),
+}
+
+
+def measure(results: records.Results, save) -> None:
+  """Runs the cases that are missing, and saves after each."""
+  results['text_sha256'] = text.fingerprint(text.standard_library())
+  for table, (keys, cases, run_one) in _TABLES.items():
+    found = results[table] = results.pop(table, [])
+    done = {tuple(case[key] for key in keys) for case in found}
+    for case in tqdm.tqdm([x for x in cases if x not in done], desc=table):
+      found.append(run_one(*case))
+      save()
+
+
+def _render_gamma(cases):
+  lines = [
+    f'{"":24}{"fixed":>24}{f"steered to {_TARGET}":>46}',
+    f'{"":9}{"start / tuned γ":>15}{"loss":>12}{"win rate":>12}'
+    f'{"loss":>12}{"win rate":>12}{"γ / tuned":>12}{"from step":>10}',
+  ]
+  rows = {}
+  for case in cases:
+    rows.setdefault((case['optimizer'], case['start']), []).append(case)
+  for (optimizer, start), pair in rows.items():
+    line = f'{optimizer:9}{start:15g}'
+    for case in pair:
+      line += f'{case["val_loss"]:12.3f}{case["win_rate"][-1]:12.2f}'
+      if case['target_win_rate']:
+        off = [abs(x - _TARGET) > 0.1 for x in case['win_rate']]
+        held = list(itertools.takewhile(lambda x: not x, off[::-1]))
+        since = _CHUNK * (len(off) - len(held) + 1) if held else 'never'
+        line += f'{case["gamma_factor"] * start:12.3g}{since:>10}'
+    lines.append(line)
   return '\n'.join(lines)
 
 
-def plot(runs: list[dict]) -> figure.Figure:
+def render(results: records.Results) -> str:
+  """Lays out both tables."""
+  losses = {
+    (r['trouble'], r['remedy']): f'{r["val_loss"]:.3f}' for r in results['runs']
+  }
+  rows = (
+    [remedy, *(losses.get((trouble, remedy), '') for trouble in TROUBLES)]
+    for remedy in REMEDIES
+  )
+  table = records.markdown(['', *TROUBLES], rows)
+  return f'{table}\n\n{_render_gamma(results.get("gamma", []))}'
+
+
+def plot(results: records.Results, path: str) -> None:
   """Draws the diagnostics of one trouble, with each remedy."""
   fig = figure.Figure(figsize=(7.5, 6), layout='constrained')
+  histories = {
+    (r['trouble'], r['remedy']): r['history']
+    for r in results['runs']
+    if 'history' in r
+  }
   for ax, name in zip(fig.subplots(2, 2).flat, _LABELS, strict=True):
     for trouble, remedy, label, color, style in _LINES:
-      history = next(
-        r['history']
-        for r in runs
-        if r['seed'] == 0 and (r['trouble'], r['remedy']) == (trouble, remedy)
-      )
-      ax.plot(
-        [h['step'] for h in history],
-        [h[name] for h in history],
-        color=color,
-        linestyle=style,
-        linewidth=2,
-        label=label,
-      )
+      y = histories[trouble, remedy][name]
+      x = _CHUNK * np.arange(1, len(y) + 1)
+      ax.plot(x, y, color=color, linestyle=style, linewidth=2, label=label)
     ax.set(xlabel='Steps', ylabel=_LABELS[name])
     ax.grid(alpha=0.25)
     ax.spines[['top', 'right']].set_visible(False)
@@ -212,43 +296,8 @@ def plot(runs: list[dict]) -> figure.Figure:
       ax.axhline(0.5, color='#999999', linewidth=1, zorder=0)
   fig.axes[0].legend(frameon=False, fontsize='small')
   fig.suptitle(f'Sophia-H, {_SHOWN}: diagnostics')
-  return fig
-
-
-def run_all(path: pathlib.Path, num_seeds: int) -> list[dict]:
-  """Runs the cases that are not in the file, and writes it after each."""
-  runs = records.read(path)['runs'] if path.exists() else []
-  done = {(r['seed'], r['trouble'], r['remedy']) for r in runs}
-  left = [
-    case
-    for case in itertools.product(range(num_seeds), TROUBLES, REMEDIES)
-    if case not in done
-  ]
-  fingerprint = text.fingerprint(text.standard_library())
-  for seed, trouble, remedy in tqdm.tqdm(left):
-    settings = Settings(**TROUBLES[trouble] | REMEDIES[remedy])
-    runs.append(
-      {'trouble': trouble, 'remedy': remedy, 'seed': seed} | run(settings, seed)
-    )
-    records.write(path, text_sha256=fingerprint, runs=runs)
-  return runs
-
-
-def main(argv):
-  """Runs, prints and writes."""
-  records.check_only_flags(argv)
-  if records.SHOW.value:
-    runs = records.read(records.SHOW.value)['runs']
-  else:
-    runs = run_all(
-      pathlib.Path(records.OUTPUT.value or 'stability.json'), _SEEDS.value
-    )
-  print(render(runs))
-  if _PLOT.value:
-    plot(runs).savefig(_PLOT.value, dpi=110)
+  fig.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':
-  _PLOT = flags.DEFINE_string('plot', None, 'PNG file for the plot.')
-  _SEEDS = flags.DEFINE_integer('seeds', 1, 'Number of runs of each case.')
-  app.run(main)
+  records.main(measure, render, plot)

@@ -2,12 +2,14 @@
 
   python benchmarks/step_cost.py --output=benchmarks/step_cost.json
   python benchmarks/step_cost.py --show=benchmarks/step_cost.json
+  python benchmarks/step_cost.py --tables=optimizers \
+    --output=benchmarks/convergence_times.json
 
-Two tables. The first is of the update alone, parameters and optimizer state
-donated, on 32 leaves of 1024 × 1024 float32. The second is of the whole train
-step of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words). An accelerator
-needs larger arrays to be busy: --sizes=accelerator has leaves of 3072 × 3072,
-width 1024 and 16 × 512 tokens, and needs some 45 GB of memory.
+The table `update` is of the update alone, parameters and optimizer state
+donated, on 32 leaves of 1024 × 1024 float32. `step` is of the whole train step
+of a GPT (4 layers, width 128, 16 × 128 tokens, 256 words). An accelerator needs
+larger arrays to be busy: --sizes=accelerator has leaves of 3072 × 3072, width
+1024 and 16 × 512 tokens, and needs some 45 GB of memory.
 
 Memory is what the compiled program needs beside its arguments, by XLA's memory
 analysis: temporaries + outputs - what is aliased to a donated argument. JAX
@@ -25,44 +27,36 @@ mean is ordinary + (refresh - ordinary) / k with k = 10. XLA counts the body of
 a loop once; the layers are unrolled, so the only loops are those that draw
 random bits, which multiply nothing.
 
-Times are paired: in each round the optimizers take turns call by call, and a
-ratio is the median over rounds of the ratios within a round. Compile time is
-of the processor, tracing included, so that other load does not count.
+Times are paired: in each round the programs take turns call by call, and a
+ratio is the median over rounds of the ratios within a round, because the time
+of a step can differ by a fifth from round to round. Compile time is of the
+processor, tracing included, so that other load does not count.
+
+The table `optimizers` has the times of convergence.py's steps, whose runs go on
+side by side for hours and can't be compared. Here every optimizer makes 30
+steps in a round, of which three refresh, in one thread.
 """
 
 from collections.abc import Callable
+import os
 import statistics
 import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
 import optax
 import tqdm
 
+import convergence
+import convergence_protocol
 import records
 import sophia_optax
 
 sys.path.append(records.EXAMPLES)
 import gpt
-
-_ROUNDS = flags.DEFINE_integer(
-  'rounds',
-  20,
-  'Rounds of the update alone. The train step has a quarter as '
-  'many, each of k = 10 steps.',
-  lower_bound=1,
-)
-_SIZES = flags.DEFINE_enum(
-  'sizes',
-  'cpu',
-  ['cpu', 'accelerator', 'quick'],
-  'Sizes of arrays, for a CPU or an accelerator. quick: small sizes and few '
-  'rounds, only to see that it runs.',
-)
 
 _K = 10  # steps from one refresh to the next
 _NEVER = 2**30
@@ -70,7 +64,7 @@ _BATCH = 16
 
 
 class Sizes(NamedTuple):
-  """Sizes of both tables."""
+  """Sizes of the first two tables."""
 
   side: int  # of the square leaves of the update
   num_layers: int
@@ -79,11 +73,13 @@ class Sizes(NamedTuple):
   length: int  # of a sequence
 
 
-_SIZES_OF = {
+SIZES = {
   'cpu': Sizes(1024, 4, 128, 4, 128),
   'accelerator': Sizes(3072, 4, 1024, 16, 512),
   'quick': Sizes(64, 1, 128, 4, 128),
 }
+
+Table = dict[str, dict[str, float]]  # columns by row
 
 
 class Row(NamedTuple):
@@ -99,13 +95,8 @@ class Row(NamedTuple):
 
 def update_rows() -> list[Row]:
   """Rows of the update alone: no refresh in the steps that are timed."""
-  free = {
-    'hessian_diagonal_fn': optax.stateless(
-      lambda grads, _: jax.tree.map(jnp.square, grads)
-    )
-  }
-  contrib, ours = optax.contrib.sophia, sophia_optax.sophia
-  every = {'update_interval': _NEVER}
+  free = optax.stateless(lambda grads, _: jax.tree.map(jnp.square, grads))
+  two = {'refresh': False}
   one_program = {'MB/contrib': 1.01}
   two_programs = {
     'time/adamw': 1.0,
@@ -114,59 +105,48 @@ def update_rows() -> list[Row]:
     'time/contrib, kept': 0.95,
     'MB': 1.0,
   }
+
+  def sophia(make=sophia_optax.sophia, **options):
+    return make(1e-3, update_interval=_NEVER, **options)
+
   rows = [
     Row('optax.adamw', optax.adamw(1e-3)),
     Row('optax.lion', optax.lion(1e-3)),
   ]
-  for name, estimator in (('g²', free), ('H', {})):
-    base = f'optax.contrib.sophia, {name}'
-    tx = ours(1e-3, **estimator, **every)
+  for name, options in (('g²', {'hessian_diagonal_fn': free}), ('H', {})):
+    base, ours = f'optax.contrib.sophia, {name}', f'sophia, {name}'
+    tx = sophia(**options)
     rows += [
-      Row(base, contrib(1e-3, **estimator, **every)),
-      Row(f'sophia, {name}', tx, over=base, goals=one_program),
-      Row(
-        f'sophia, {name}, two programs',
-        tx,
-        over=base,
-        goals=two_programs,
-        decision={'refresh': False},
-      ),
+      Row(base, sophia(optax.contrib.sophia, **options)),
+      Row(ours, tx, 1, base, one_program),
+      Row(f'{ours}, two programs', tx, 1, base, two_programs, two),
     ]
-  with_limit = ours(1e-3, adam_b2=0.95, **free, **every)
+  with_limit = sophia(adam_b2=0.95, hessian_diagonal_fn=free)
+  name = 'sophia, g², adam_b2'
   return [
     *rows,
-    Row('sophia, g², adam_b2', with_limit),
-    Row(
-      'sophia, g², adam_b2, two programs',
-      with_limit,
-      decision={'refresh': False},
-    ),
+    Row(name, with_limit),
+    Row(f'{name}, two programs', with_limit, decision=two),
   ]
 
 
 def step_rows() -> list[Row]:
   """Rows of the train step: H is Hutchinson, G Gauss-Newton-Bartlett."""
-  contrib = optax.contrib.sophia(1e-3, update_interval=_K)
+  g = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()
   h = sophia_optax.sophia(1e-3, update_interval=_K)
-  g = sophia_optax.sophia(
-    1e-3,
-    update_interval=_K,
-    hessian_diagonal_fn=(
-      sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()
-    ),
-  )
+  g = sophia_optax.sophia(1e-3, update_interval=_K, hessian_diagonal_fn=g)
+  contrib = optax.contrib.sophia(1e-3, update_interval=_K)
+  goals = lambda flops: {'FLOPs/adamw': flops, 'MB/adamw': 1.01}
   return [
     Row('optax.adamw', optax.adamw(1e-3)),
     Row('optax.lion', optax.lion(1e-3)),
     Row('optax.contrib.sophia', contrib),
     Row('sophia, H', h),
     Row('sophia, H, 1/8', h, 8),
-    Row(
-      'sophia, H, 1/16', h, 16, goals={'FLOPs/adamw': 1.02, 'MB/adamw': 1.01}
-    ),
+    Row('sophia, H, 1/16', h, 16, goals=goals(1.02)),
     Row('sophia, G', g, goals={'refresh/gradient': 1.01}),
-    Row('sophia, G, 1/2', g, 2, goals={'FLOPs/adamw': 1.055, 'MB/adamw': 1.01}),
-    Row('sophia, G, 1/8', g, 8, goals={'FLOPs/adamw': 1.015, 'MB/adamw': 1.01}),
+    Row('sophia, G, 1/2', g, 2, goals=goals(1.055)),
+    Row('sophia, G, 1/8', g, 8, goals=goals(1.015)),
   ]
 
 
@@ -193,53 +173,43 @@ def compile_program(
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
   )
-  return Program(
-    compiled, compiled.cost_analysis()['flops'], size / 1e6, seconds
-  )
+  flops = compiled.cost_analysis()['flops']
+  return Program(compiled, flops, size / 1e6, seconds)
 
 
-def take_turns(
-  programs: dict[str, Program],
-  carries: dict[str, Any],
-  arg: Any,
-  rounds: int,
-  calls: int,
-  bar: tqdm.tqdm,
-) -> list[dict[str, float]]:
-  """Returns the mean milliseconds of a call, by name, for each round.
+class Times:
+  """Paired times of programs, in milliseconds of a call.
 
-  Args:
-    programs: From (params, state, arg) to the next (params, state), by name.
-    carries: The first (params, state), by name.
-    arg: What every call is given.
-    rounds: Number of rounds, after one that warms up.
-    calls: Calls of each program in a round.
-    bar: Is moved by one each round.
+  The programs go from (params, state, arg) to the next (params, state), which
+  `carries` has at first. A first round, which warms up, is left out.
   """
-  names, times = list(programs), []
-  for _ in range(rounds + 1):
-    spent = dict.fromkeys(names, 0.0)
-    for _ in range(calls):
-      names.append(names.pop(0))  # So that none is always the first.
-      for name in names:
-        start = time.perf_counter()
-        carries[name] = jax.block_until_ready(
-          programs[name].call(*carries[name], arg)
-        )
-        spent[name] += time.perf_counter() - start
-    times.append({name: 1e3 * s / calls for name, s in spent.items()})
-    bar.update()
-  return times[1:]
+
+  def __init__(self, programs, carries, arg, rounds, calls, bar):  # noqa: D107
+    names, self._rounds = list(programs), []
+    for _ in range(rounds + 1):
+      spent = dict.fromkeys(programs, 0.0)
+      for _ in range(calls):
+        names.append(names.pop(0))  # So that none is always the first.
+        for name in names:
+          start = time.perf_counter()
+          carries[name] = jax.block_until_ready(
+            programs[name](*carries[name], arg)
+          )
+          spent[name] += 1e3 * (time.perf_counter() - start) / calls
+      self._rounds.append(spent)
+      bar.update()
+    del self._rounds[0]
+
+  def median(self, name: str) -> float:
+    """Returns the median over rounds."""
+    return statistics.median(x[name] for x in self._rounds)
+
+  def ratio(self, name: str, base: str) -> float:
+    """Returns the median over rounds of the ratio of two programs."""
+    return statistics.median(x[name] / x[base] for x in self._rounds)
 
 
-def median_ratio(times: list[dict[str, float]], name: str, base: str) -> float:
-  """Returns the median over rounds of the ratio of two programs."""
-  return statistics.median(t[name] / t[base] for t in times)
-
-
-def measure_update(
-  size: int, rounds: int, bar: tqdm.tqdm
-) -> dict[str, dict[str, float]]:
+def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
   """Returns the columns of the update alone, by row."""
   rows = update_rows()
   grads = list(jax.random.normal(jax.random.key(0), (32, size, size)))
@@ -260,9 +230,8 @@ def measure_update(
     def start(tx=tx):
       params = [x + 1 for x in grads]
       # Of these counts none is one at which curvature is refreshed.
-      return params, optax.tree.set(
-        tx.init(params), count=jnp.ones([], jnp.int32)
-      )
+      count = jnp.ones([], jnp.int32)
+      return params, optax.tree.set(tx.init(params), count=count)
 
     args = *jax.eval_shape(start), grads
     programs[row.name] = compile_program(update, *args)
@@ -272,52 +241,42 @@ def measure_update(
 
   def time_all(programs):
     carries = {name: start() for name, start in first.items()}
-    return take_turns(programs, carries, grads, rounds, 1, bar)
+    calls = {name: program.call for name, program in programs.items()}
+    return Times(calls, carries, grads, rounds, 1, bar)
 
   times, times_kept = time_all(programs), time_all(kept)
   table = {}
-  for row in rows:
-    table[row.name] = columns = {
-      'ms': statistics.median(t[row.name] for t in times),
-      'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
-      'time/adamw, kept': median_ratio(times_kept, row.name, 'optax.adamw'),
-      'MB': programs[row.name].megabytes,
+  for name, _, _, over, _, _ in rows:
+    table[name] = columns = {
+      'ms': times.median(name),
+      'time/adamw': times.ratio(name, 'optax.adamw'),
+      'time/adamw, kept': times_kept.ratio(name, 'optax.adamw'),
+      'MB': programs[name].megabytes,
     }
-    if row.over:
-      columns['time/contrib'] = median_ratio(times, row.name, row.over)
-      columns['time/contrib, kept'] = median_ratio(
-        times_kept, row.name, row.over
-      )
+    if over:
       # Less than a megabyte is scalars.
-      ours, base = (
-        max(programs[name].megabytes, 1.0) for name in (row.name, row.over)
-      )
+      ours, base = (max(programs[x].megabytes, 1.0) for x in (name, over))
+      columns['time/contrib'] = times.ratio(name, over)
+      columns['time/contrib, kept'] = times_kept.ratio(name, over)
       columns['MB/contrib'] = ours / base
   return table
 
 
-def measure_step(
-  sizes: Sizes, rounds: int, bar: tqdm.tqdm
-) -> dict[str, dict[str, float]]:
+def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
   """Returns the columns of the train step, by row."""
   rows = step_rows()
-  model = gpt.GPT(
-    256,
-    sizes.length,
-    sizes.num_layers,
-    sizes.num_heads,
-    sizes.width,
-    unroll=sizes.num_layers,
-  )
-  tokens = jax.random.randint(
-    jax.random.key(0), (_BATCH, sizes.length + 1), 0, 256
-  )
+  _, num_layers, width, num_heads, length = sizes
+  model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
+  shape = _BATCH, length + 1
+  tokens = jax.random.randint(jax.random.key(0), shape, 0, 256)
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
 
+  def predict_fn(params, tokens):
+    return model.apply({'params': params}, tokens[:, :-1])
+
   def loss_fn(params, tokens):
-    logits = model.apply({'params': params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(
-      logits, tokens[:, 1:]
+      predict_fn(params, tokens), tokens[:, 1:]
     ).mean()
 
   def gradient(params, _, tokens):
@@ -329,13 +288,12 @@ def measure_step(
     tx = optax.with_extra_args_support(row.tx)
 
     def step(params, state, tokens, tx=tx, size=_BATCH // row.fraction):
-      grads = jax.grad(loss_fn)(params, tokens)
       updates, state = tx.update(
-        grads,
+        jax.grad(loss_fn)(params, tokens),
         state,
         params,
         obj_fn=lambda p: loss_fn(p, tokens[:size]),
-        predict_fn=lambda p: model.apply({'params': p}, tokens[:size, :-1]),
+        predict_fn=lambda p: predict_fn(p, tokens[:size]),
       )
       return optax.apply_updates(params, updates), state
 
@@ -343,16 +301,15 @@ def measure_step(
       state = optax.tree.set(state, count=jnp.ones([], jnp.int32))
       return step(params, state, tokens)
 
-    carries[row.name] = carry = jax.tree.map(
-      jnp.copy, (params, tx.init(params))
-    )
-    program = compile_program(step, *carry, tokens)
+    carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
+    carries[row.name] = carry
+    programs[row.name] = compile_program(step, *carry, tokens)
     if row.tx not in ordinary:  # It is the same whatever curvature is of.
       ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
-    programs[row.name] = program
     bar.update()
 
-  times = take_turns(programs, carries, tokens, rounds, _K, bar)
+  calls = {name: program.call for name, program in programs.items()}
+  times = Times(calls, carries, tokens, rounds, _K, bar)
   base = programs['optax.adamw']
   table = {}
   for row in rows:
@@ -365,20 +322,36 @@ def measure_step(
       'refresh/gradient': refresh / gradient_flops,
       'MB': program.megabytes,
       'MB/adamw': program.megabytes / base.megabytes,
-      'ms': statistics.median(t[row.name] for t in times),
-      'time/adamw': median_ratio(times, row.name, 'optax.adamw'),
+      'ms': times.median(row.name),
+      'time/adamw': times.ratio(row.name, 'optax.adamw'),
       'compile s': program.compile_seconds,
       'compile/adamw': program.compile_seconds / base.compile_seconds,
     }
   return table
 
 
-def _lay_out(
-  title: str,
-  rows: list[Row],
-  table: dict[str, dict[str, float]],
-  names: list[str],
-) -> str:
+def measure_optimizers(problem: str, rounds: int, bar: tqdm.tqdm) -> Table:
+  """Returns the times of convergence.py's optimizers on one of its problems."""
+  tasks = convergence_protocol.TASKS
+  task = next(t for t, spec in tasks.items() if spec.problem == problem)
+  calls, carries = {}, {}
+  for name in tasks[task].peers:
+    case = convergence_protocol.Case(task, name, 0)
+    settings = convergence_protocol.settings(case)
+    params, state, advance, *_ = convergence.start(task, name, settings, 0)
+    calls[name], carries[name] = advance, (params, state)
+  steps = 30 // convergence.CHUNK
+  times = Times(calls, carries, 0, rounds, steps, bar)
+  return {
+    name: {
+      'ms': round(times.median(name) / convergence.CHUNK, 3),
+      'time/adamw': round(times.ratio(name, 'adamw'), 3),
+    }
+    for name in calls
+  }
+
+
+def _lay_out(title: str, rows: list[Row], table: Table, names: list[str]):
   """Puts goals beside the figures; `!` marks a missed one.
 
   A record that is older than a row is shown without it.
@@ -388,70 +361,77 @@ def _lay_out(
     cells = [row.name]
     for name in names:
       value = table[row.name].get(name)
-      digits = 3 if '/' in name else 1
-      cell = '' if value is None else f'{value:.{digits}f}'
+      cell = '' if value is None else f'{value:.{3 if "/" in name else 1}f}'
       if name in row.goals:
         cell += f' (≤ {row.goals[name]:g})' + '!' * (value > row.goals[name])
       cells.append(cell)
     lines.append(cells)
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  layout = '  '.join([f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
-  return '\n'.join(layout.format(*line).rstrip() for line in lines)
+  return records.table(lines)
 
 
-def render(
-  update: dict[str, dict[str, float]], step: dict[str, dict[str, float]]
-) -> str:
-  """Lays out both tables, or the first if `step` is empty."""
-  lines = [
-    _lay_out(
-      'update alone',
-      update_rows(),
-      update,
-      [
-        'ms',
-        'time/adamw',
-        'time/contrib',
-        'time/adamw, kept',
-        'time/contrib, kept',
-        'MB',
-        'MB/contrib',
-      ],
-    ),
-    '',
-  ]
-  if step:
+def render(results: records.Results) -> str:
+  """Lays out the tables that were measured."""
+  parts = []
+  if update := results.get('update'):
+    columns = ['ms', 'time/adamw', 'time/contrib', 'time/adamw, kept']
+    columns += ['time/contrib, kept', 'MB', 'MB/contrib']
+    parts.append(_lay_out('update alone', update_rows(), update, columns))
+  if step := results.get('step'):
     columns = list(step['sophia, H'])
-    lines += [_lay_out('train step, GPT', step_rows(), step, columns), '']
-  lines += [
-    'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
-    ' H Hutchinson,',
-    'G Gauss-Newton-Bartlett, then the part of the batch for curvature.'
-    f' k = {_K}.',
-  ]
-  return '\n'.join(lines)
+    parts.append(_lay_out('train step, GPT', step_rows(), step, columns))
+  if parts:
+    parts.append(
+      'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
+      ' H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of the batch for'
+      f' curvature. k = {_K}.'
+    )
+  for problem, table in results.get('optimizers', {}).items():
+    names = ['ms', 'time/adamw']
+    rows = [Row(name, None) for name in table]
+    parts.append(_lay_out(problem, rows, table, names))
+  return '\n\n'.join(parts)
 
 
-def main(argv):
-  """Measures, prints and writes."""
-  records.check_only_flags(argv)
-  if records.SHOW.value:
-    record = records.read(records.SHOW.value)
-    print(render(record['update'], record['step']))
-    return
-  sizes = _SIZES_OF[_SIZES.value]
-  rounds = 2 if _SIZES.value == 'quick' else _ROUNDS.value
+def _measure(results, save):
+  results.clear()
+  quick = _SIZES.value == 'quick'
+  rounds = 2 if quick else _ROUNDS.value
   step_rounds = max(rounds // 4, 1)
-  calls = len(update_rows()) + len(step_rows()) + 2 * rounds + step_rounds + 3
-  with tqdm.tqdm(total=calls, desc='compile and time') as bar:
-    update = measure_update(sizes.side, rounds, bar)
-    if records.OUTPUT.value:  # In case the second table is stopped.
-      records.write(records.OUTPUT.value, update=update, step={})
-    step = measure_step(sizes, step_rounds, bar)
-  print(render(update, step))
-  if records.OUTPUT.value:
-    records.write(records.OUTPUT.value, update=update, step=step)
+  sizes, tables = SIZES[_SIZES.value], _TABLES.value
+  problems = ('axes',) if quick else ('language', 'photographs')
+  steps = {
+    'update': len(update_rows()) + 2 * (rounds + 1),
+    'step': len(step_rows()) + step_rounds + 1,
+    'optimizers': len(problems) * (rounds + 1),
+  }
+  with tqdm.tqdm(total=sum(steps[table] for table in tables)) as bar:
+    if 'update' in tables:
+      results['update'] = measure_update(sizes.side, rounds, bar)
+      save()
+    if 'step' in tables:
+      results['step'] = measure_step(sizes, step_rounds, bar)
+      save()
+    if 'optimizers' in tables:
+      os.environ['NPROC'] = '1'  # Number of XLA threads.
+      of_problem = results['optimizers'] = {}
+      for problem in problems:
+        of_problem[problem] = measure_optimizers(problem, rounds, bar)
+        save()
 
 
 if __name__ == '__main__':
-  app.run(main)
+  _TABLES = flags.DEFINE_multi_enum(
+    'tables', ['update', 'step'], ['update', 'step', 'optimizers'],
+    'Tables to measure; may be repeated. Measure `optimizers` alone: it runs '
+    'in one thread, which is decided before the first program.',
+  )  # fmt: skip
+  _ROUNDS = flags.DEFINE_integer(
+    'rounds', 20, 'Rounds. The table `step` has a quarter as many, each of k = '
+    '10 steps.', lower_bound=1,
+  )  # fmt: skip
+  _SIZES = flags.DEFINE_enum(
+    'sizes', 'cpu', list(SIZES),
+    'Sizes of arrays, for a CPU or an accelerator. quick: small sizes and few '
+    'rounds, only to see that it runs.',
+  )  # fmt: skip
+  records.main(_measure, render)

@@ -42,7 +42,6 @@ Seconds of compilation are of the processor, one sample each.
 
 import collections
 import importlib.metadata
-import pathlib
 import time
 from typing import Any
 
@@ -56,12 +55,13 @@ import records
 import tpu_cases
 import tpu_tables
 
-_ONLY = flags.DEFINE_string('only', '', 'Part of the names of the cases.')
-_PLOT = flags.DEFINE_string('plot', None, 'PNG file to draw into.')
-
 
 def measure(case: tpu_cases.Case) -> dict[str, Any]:
-  """Compiles a case; returns its figures, or why there is no program."""
+  """Compiles a case; returns its figures, or why there is no program.
+
+  A list has the figure with the branches that cost least, and, if it is
+  another one, with those that cost most.
+  """
   names = {'table': case.table, 'row': case.row, 'program': case.program}
   jax.clear_caches()  # What another case traced would be free here.
   start = time.process_time()
@@ -74,43 +74,36 @@ def measure(case: tpu_cases.Case) -> dict[str, Any]:
     return names | {'error': str(error).splitlines()[0]}
   seconds = time.process_time() - start
   text = compiled.as_text()
-  figures = names | {
-    'compile seconds': round(seconds, 1),
-    'temporary bytes': compiled.memory_analysis().temp_size_in_bytes,
-    'FLOPs': compiled.cost_analysis()['flops'],
-    'HBM bytes': hlo.traffic(text),
-    'conditionals': text.count(' conditional('),
-  }
-  for name, counts in zip(
-    ('ordinary', 'refresh'), hlo.count_collectives(text), strict=True
-  ):
+  collectives, sent = [], []
+  for counts in hlo.count_collectives(text):
     kinds = collections.Counter()
     for collective, n in counts.items():
       kinds[collective.kind] += n
-    figures[name] = {'collectives': kinds, 'sent bytes': hlo.sent(counts)}
-  return figures
+    collectives.append(kinds)
+    sent.append(hlo.sent(counts))
+
+  def pair(low, high):
+    return [low] if low == high else [low, high]
+
+  return names | {
+    'compile seconds': round(seconds, 1),
+    'temporary bytes': compiled.memory_analysis().temp_size_in_bytes,
+    'FLOPs': compiled.cost_analysis()['flops'],
+    'HBM bytes': pair(*map(round, hlo.traffic(text))),
+    'sent bytes': pair(*map(round, sent)),
+    'collectives': pair(*collectives),
+  }
 
 
-def main(argv):
-  """Compiles, prints and writes."""
-  records.check_only_flags(argv)
-  if records.SHOW.value:
-    found = records.read(records.SHOW.value)['cases']
-    print(tpu_tables.render(found))
-    if _PLOT.value:
-      tpu_tables.plot(found).savefig(_PLOT.value, dpi=130)
-    return
-  output = records.OUTPUT.value
+def measure_all(results: records.Results, save) -> None:
+  """Compiles the cases that are missing."""
   version = importlib.metadata.version('libtpu')
-  found = []
-  if output and pathlib.Path(output).exists():
-    before = records.read(output)
-    if before['libtpu'] != version:
-      raise app.UsageError(
-        f'{output} is of libtpu {before["libtpu"]}, and this is {version}.'
-        ' Remove it, or write to another file.'
-      )
-    found = before['cases']
+  if results.setdefault('libtpu', version) != version:
+    raise app.UsageError(
+      f'The output is of libtpu {results["libtpu"]}, and this is {version}.'
+      ' Remove it, or write to another file.'
+    )
+  found = results['cases'] = results.pop('cases', [])
   cases = {case.name: case for case in tpu_cases.cases()}
   order = list(cases)
   name_of = lambda x: f'{x["table"]}, {x["row"]}, {x["program"]}'
@@ -120,10 +113,13 @@ def main(argv):
     bar.set_description(name)
     found.append(measure(cases[name]))
     found.sort(key=lambda x: order.index(name_of(x)))
-    if output:
-      records.write(output, libtpu=version, cases=found)
-  print(tpu_tables.render(found))
+    save()
 
 
 if __name__ == '__main__':
-  app.run(main)
+  _ONLY = flags.DEFINE_string('only', '', 'Part of the names of the cases.')
+  records.main(
+    measure_all,
+    lambda results: tpu_tables.render(results['cases']),
+    lambda x, path: tpu_tables.plot(x['cases']).savefig(path, dpi=130),
+  )

@@ -35,7 +35,7 @@ import sharding
 SIZE = 4096  # rows and columns of a matrix of the update alone
 LABELS = (8 * 1024, 768, 50304)  # predictions, width, classes
 # A program: what it passes to the optimizer.
-_DECISIONS = {
+DECISIONS = {
   'one': {},
   'ordinary': {'refresh': False},
   'refresh': {'refresh': True},
@@ -98,35 +98,23 @@ _OPTIMIZERS = {
   'sophia_g': ('sophia_g', 256, 64),
   'sophia_g, Gumbel': ('sophia_g', 256, 64),
 }
-GUMBEL = sophia_optax.likelihoods.Likelihood(
-  jax.random.categorical, sophia_optax.likelihoods.categorical.score, 1
-)
 _PROBES = {
-  'threefry, 1 chip': {'impl': 'threefry2x32'},
-  'threefry, not partitionable, 1 chip': {
-    'impl': 'threefry2x32',
-    'partitionable': False,
-  },
-  'rbg, 1 chip': {'impl': 'rbg'},
-  'threefry, 4 chips': {'impl': 'threefry2x32', 'chips': 4},
-  'threefry, not partitionable, 4 chips': {
-    'impl': 'threefry2x32',
-    'partitionable': False,
-    'chips': 4,
-  },
-  'rbg, 4 chips': {'impl': 'rbg', 'chips': 4},
+  f'{name}, {chips} chip{"s" * (chips > 1)}': options | {'chips': chips}
+  for chips in (1, 4)
+  for name, options in (
+    ('threefry', {}),
+    ('threefry, not partitionable', {'partitionable': False}),
+    ('rbg', {'impl': 'rbg'}),
+  )
 }
+_LIKELIHOOD = sophia_optax.likelihoods.categorical
+GUMBEL = sophia_optax.likelihoods.Likelihood(
+  jax.random.categorical, _LIKELIHOOD.score, 1
+)
 _SAMPLERS = {
-  'the most probable class': {
-    'sample': lambda key, logits: jnp.argmax(logits, axis=-1)
-  },
-  'sophia_optax, threefry': {
-    'sample': sophia_optax.likelihoods.categorical.sample
-  },
-  'sophia_optax, rbg': {
-    'sample': sophia_optax.likelihoods.categorical.sample,
-    'impl': 'rbg',
-  },
+  'the most probable class': {'sample': lambda _, x: jnp.argmax(x, axis=-1)},
+  'sophia_optax, threefry': {'sample': _LIKELIHOOD.sample},
+  'sophia_optax, rbg': {'sample': _LIKELIHOOD.sample, 'impl': 'rbg'},
   'jax.random.categorical, threefry': {'sample': GUMBEL.sample},
   'jax.random.categorical, rbg': {'sample': GUMBEL.sample, 'impl': 'rbg'},
 }
@@ -165,19 +153,18 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
   h = sophia_optax.hutchinson_estimator_diag_hessian()
   g = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()
   squares = sophia_optax.squared_gradient_estimator_diag_hessian(1)
-  sophia = sophia_optax.sophia
+
+  def sophia(estimator, **options):
+    return sophia_optax.sophia(1e-3, hessian_diagonal_fn=estimator, **options)
+
   return {
     'optax.adamw': optax.adamw(1e-3),
     'optax.contrib.sophia, H': optax.contrib.sophia(1e-3),
-    'sophia, g²': sophia(1e-3, hessian_diagonal_fn=squares),
-    'sophia, H': sophia(1e-3, hessian_diagonal_fn=h),
-    'sophia, G': sophia(1e-3, hessian_diagonal_fn=g),
-    'sophia, H, refresh first': sophia(
-      1e-3, hessian_diagonal_fn=h, refresh_before_update=True
-    ),
-    'sophia, G, adam_b2': sophia(
-      1e-3, hessian_diagonal_fn=g, nesterov=True, adam_b2=0.95
-    ),
+    'sophia, g²': sophia(squares),
+    'sophia, H': sophia(h),
+    'sophia, G': sophia(g),
+    'sophia, H, refresh first': sophia(h, refresh_before_update=True),
+    'sophia, G, adam_b2': sophia(g, nesterov=True, adam_b2=0.95),
     'H alone': h,
     'G alone': g,
   }
@@ -214,7 +201,9 @@ def lower_update(tx: optax.GradientTransformation, **decision: Any):
   )
 
 
-def lower_probe(impl: str, chips: int = 1, partitionable: bool = True):
+def lower_probe(
+  chips: int, impl: str = 'threefry2x32', partitionable: bool = True
+):
   """Lowers the drawing of a probe, divided over chips by its last axis."""
   mesh = make_mesh(f'fsdp:{chips}', 'v5e:2x2')
   key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
@@ -229,26 +218,21 @@ def lower_probe(impl: str, chips: int = 1, partitionable: bool = True):
 def lower_labels(sample: Callable[..., jax.Array], impl: str = 'threefry2x32'):
   """Lowers a language model's head: logits, labels, and the gradients."""
   rows, width, classes = LABELS
-  chip = jax.sharding.SingleDeviceSharding(devices('v5e:2x2')[0])
 
   def predict(hidden, table):
     return (hidden @ table.astype(hidden.dtype).T).astype(jnp.float32)
 
   def estimate(key, hidden, table):
     logits, pull_back = jax.vjp(predict, hidden, table)
-    labels = sample(key, logits)
-    return pull_back(sophia_optax.likelihoods.categorical.score(logits, labels))
+    return pull_back(_LIKELIHOOD.score(logits, sample(key, logits)))
 
-  return jax.jit(estimate).lower(
-    *placed(
-      (
-        jax.eval_shape(lambda: jax.random.key(0, impl=impl)),
-        jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
-        jax.ShapeDtypeStruct((classes, width), jnp.float32),
-      ),
-      chip,
-    )
+  args = (
+    jax.eval_shape(lambda: jax.random.key(0, impl=impl)),
+    jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
+    jax.ShapeDtypeStruct((classes, width), jnp.float32),
   )
+  chip = jax.sharding.SingleDeviceSharding(devices('v5e:2x2')[0])
+  return jax.jit(estimate).lower(*placed(args, chip))
 
 
 def make_config(model: str, optimizer: str, mesh: str) -> gpt_configs.Config:
@@ -270,6 +254,9 @@ def make_config(model: str, optimizer: str, mesh: str) -> gpt_configs.Config:
 
 def make_optimizer(optimizer: str, config: gpt_configs.Config):
   """Returns one that train_gpt.py does not have, or None."""
+  if optimizer == 'sophia_h, rbg':
+    key = jax.random.key(config.seed, impl='rbg')
+    return gpt_program.make_optimizer(dataclasses.replace(config, seed=key))
   if optimizer == 'optax.contrib.sophia':
     inner = optax.contrib.hutchinson_estimator_diag_hessian()
 
@@ -281,26 +268,17 @@ def make_optimizer(optimizer: str, config: gpt_configs.Config):
         updates, state, params, obj_fn=lambda params: obj_fn(params, tokens)
       )
 
-    tx = optax.contrib.sophia(
-      1e-3,
-      hessian_diagonal_fn=optax.GradientTransformationExtraArgs(
-        inner.init, estimate
-      ),
-    )
+    estimator = optax.GradientTransformationExtraArgs(inner.init, estimate)
+    tx = optax.contrib.sophia(1e-3, hessian_diagonal_fn=estimator)
   elif optimizer == 'sophia_g, Gumbel':
-    tx = sophia_optax.sophia_g(
-      1e-3,
-      hessian_diagonal_fn=gpt_program.on_first_sequences(
-        config.curvature_batch_size,
-        config.curvature_parts,
-        sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-          likelihood=GUMBEL
-        ),
+    estimator = gpt_program.on_first_sequences(
+      config.curvature_batch_size,
+      config.curvature_parts,
+      sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+        likelihood=GUMBEL
       ),
     )
-  elif optimizer == 'sophia_h, rbg':
-    key = jax.random.key(config.seed, impl='rbg')
-    return gpt_program.make_optimizer(dataclasses.replace(config, seed=key))
+    tx = sophia_optax.sophia_g(1e-3, hessian_diagonal_fn=estimator)
   else:
     return None
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
@@ -335,11 +313,11 @@ def cases() -> list[Case]:
   found = []
 
   def add(table, row, program, lower, *args, **kwargs):
-    run = functools.partial(lower, *args, **kwargs, **_DECISIONS[program])
+    run = functools.partial(lower, *args, **kwargs, **DECISIONS[program])
     found.append(Case(table, row, program, run))
 
   for row, tx in optimizers().items():
-    for program in _DECISIONS if row.startswith('sophia') else ('one',):
+    for program in DECISIONS if row.startswith('sophia') else ('one',):
       add('update', row, program, lower_update, tx)
   for row, options in _PROBES.items():
     add('probes', row, 'one', lower_probe, **options)

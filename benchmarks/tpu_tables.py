@@ -2,11 +2,13 @@
 
 import collections
 from collections.abc import Iterable
+from typing import Any
 
 from matplotlib import figure
 from matplotlib import patches
 
 import hlo
+import records
 import tpu_cases
 
 # Of the plot, by program; they are Okabe's and Ito's.
@@ -15,28 +17,30 @@ COUNT = 4 * tpu_cases.SIZE**2  # parameters of the update alone
 _K = 10  # steps from one refresh to the next
 
 
-def _programs(cases: list[dict]) -> dict[str, dict[str, dict]]:
-  """Returns figures by row and program."""
-  found: dict[str, dict[str, dict]] = {}
-  for case in cases:
-    found.setdefault(case['row'], {})[case['program']] = case
-  return found
-
-
 _WAYS = {'one program': ('one', 'one'), 'two programs': ('ordinary', 'refresh')}
 
 
-def _table(lines: list[list[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  layout = '  '.join([f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
-  return '\n'.join(layout.format(*line).rstrip() for line in lines)
+def _group(cases: list[dict], key: str) -> dict[str, list[dict]]:
+  """Returns the cases by the value of a key."""
+  groups: dict[str, list[dict]] = {}
+  for case in cases:
+    groups.setdefault(case[key], []).append(case)
+  return groups
+
+
+def _programs(cases: list[dict]) -> dict[str, dict[str, dict]]:
+  """Returns figures by row and program."""
+  return {
+    row: {case['program']: case for case in of_row}
+    for row, of_row in _group(cases, 'row').items()
+  }
 
 
 def _pair(cells: Iterable[str]) -> str:
   return ' / '.join(dict.fromkeys(cells))
 
 
-def update_words(cases: list[dict]) -> dict[str, dict[str, float]]:
+def update_words(cases: list[dict]) -> dict[str, dict[str, Any]]:
   """Returns words for each parameter of the update alone, by row and way."""
   words = lambda n: n / (4 * COUNT)
   programs = _programs(cases)
@@ -47,21 +51,19 @@ def update_words(cases: list[dict]) -> dict[str, dict[str, float]]:
     for way, names in _WAYS.items():
       if not all(name in of_row for name in names):
         continue
-      pair = [of_row[name] for name in names]
-      ordinary, refresh = (words(x['HBM bytes'][i]) for i, x in enumerate(pair))
-      seconds = {
-        name: f'{of_row[name]["compile seconds"]:.0f}' for name in names
-      }
+      first, second = (of_row[name] for name in names)
+      ordinary = words(first['HBM bytes'][0])
+      added = words(second['HBM bytes'][-1]) - ordinary
+      pair = {name: of_row[name] for name in names}.values()
+      temporaries = (f'{words(x["temporary bytes"]):.2f}' for x in pair)
       name = f'{row}, {way}' if row.startswith('sophia') else row
       found[name] = {
         'words': ordinary,
-        'refresh adds': refresh - ordinary,
+        'refresh adds': added,
         'alone': words(alone),
-        'mean': ordinary + (refresh - ordinary) / _K,
-        'temporaries': _pair(
-          f'{words(x["temporary bytes"]):.2f}' for x in pair
-        ),
-        'compile s': ' + '.join(seconds.values()),
+        'mean': ordinary + added / _K,
+        'temporaries': _pair(temporaries),
+        'compile s': ' + '.join(f'{x["compile seconds"]:.0f}' for x in pair),
       }
   return found
 
@@ -69,65 +71,52 @@ def update_words(cases: list[dict]) -> dict[str, dict[str, float]]:
 def render_update(cases: list[dict]) -> str:
   """Lays out the table of the update alone; a / b is ordinary / refresh."""
   found = update_words(cases)
-  names = list(next(iter(found.values()), ()))
+  header = [f'update alone, {COUNT:,} parameters', *next(iter(found.values()))]
   number = lambda x: x if isinstance(x, str) else f'{x:.2f}' if x else ''
-  return _table(
-    [
-      [f'update alone, {COUNT:,} parameters', *names],
-      *([name, *map(number, x.values())] for name, x in found.items()),
-    ]
-  )
+  rows = ([name, *map(number, x.values())] for name, x in found.items())
+  return records.table([header, *rows])
 
 
 def render_draws(title: str, cases: list[dict], count: int) -> str:
   """Lays out a table of random draws, for each entry of an array."""
-  return _table(
-    [
-      [title, 'words', 'temporaries', 'FLOPs', 'compile s'],
-      *(
-        [
-          x['row'],
-          f'{x["HBM bytes"][0] / (4 * count):.2f}',
-          f'{x["temporary bytes"] / (4 * count):.2f}',
-          f'{x["FLOPs"] / count:,.0f}',
-          f'{x["compile seconds"]:.0f}',
-        ]
-        for x in cases
-      ),
-    ]
-  )
+  lines = [[title, 'words', 'temporaries', 'FLOPs', 'compile s']]
+  for case in cases:
+    words = case['HBM bytes'][0] / (4 * count)
+    lines.append([
+      case['row'],
+      f'{words:.2f}',
+      f'{case["temporary bytes"] / (4 * count):.2f}',
+      f'{case["FLOPs"] / count:,.0f}',
+      f'{case["compile seconds"]:.0f}',
+    ])  # fmt: skip
+  return records.table(lines)
 
 
 def render_step(table: str, cases: list[dict]) -> str:
   """Lays out a table of the train step; a / b is ordinary / refresh."""
-
-  def cells(case):
-    if 'error' in case:
-      return [case['error'], *[''] * (len(lines[0]) - 2)]
-    steps = [case['ordinary'], case['refresh']]
-    return [
-      f'{case["temporary bytes"] / 1e6:,.0f}',
-      _pair(f'{moved / 1e6:,.0f}' for moved in case['HBM bytes']),
-      f'{case["FLOPs"] / 1e9:,.0f}',
-      _pair(f'{step["sent bytes"] / 1e6:,.0f}' for step in steps),
-      *(
-        _pair(str(step['collectives'].get(kind, 0)) for step in steps)
-        for kind in hlo.KINDS
-      ),
-      f'{case["compile seconds"]:.0f}',
-    ]
-
   columns = ['temporaries MB', 'HBM MB', 'GFLOPs', 'sent MB']
   lines = [[table, *columns, *hlo.KINDS, 'compile s']]
   for case in cases:
-    name = f'{case["row"]}, {case["program"]}'
-    lines.append([name, *cells(case)])
-  return _table(lines)
+    cells = [case.get('error', '')] + [''] * (len(lines[0]) - 2)
+    if 'error' not in case:
+      cells = [
+        f'{case["temporary bytes"] / 1e6:,.0f}',
+        _pair(f'{n / 1e6:,.0f}' for n in case['HBM bytes']),
+        f'{case["FLOPs"] / 1e9:,.0f}',
+        _pair(f'{n / 1e6:,.0f}' for n in case['sent bytes']),
+        *(
+          _pair(str(x.get(kind, 0)) for x in case['collectives'])
+          for kind in hlo.KINDS
+        ),
+        f'{case["compile seconds"]:.0f}',
+      ]
+    lines.append([f'{case["row"]}, {case["program"]}', *cells])
+  return records.table(lines)
 
 
-def render_goals(tables: dict[str, list[dict]]) -> str:
-  """Lays out the goals, the figures nearest to and farthest from them."""
-  found: dict[tuple[str, float], list[float]] = collections.defaultdict(list)
+def goals(tables: dict[str, list[dict]]) -> dict[tuple[str, float], list]:
+  """Returns the figures of each goal, which has a name and a limit."""
+  found = collections.defaultdict(list)
   words = update_words(tables.get('update', []))
   for name, x in words.items():
     if name.endswith('two programs'):
@@ -137,82 +126,65 @@ def render_goals(tables: dict[str, list[dict]]) -> str:
       found['update: words of a refresh beside the estimator', 4].append(
         x['refresh adds'] - x['alone']
       )
-  for table, of_table in tables.items():
-    programs = _programs(of_table)
+  for table in tables.keys() - {'update', 'probes', 'labels'}:
+    programs = _programs(tables[table])
     for row, of_row in programs.items():
       mesh, _, optimizer = row.partition(' ')
       adamw = programs.get(f'{mesh} adamw', {}).get('one', {})
-      if table in ('update', 'probes', 'labels') or 'FLOPs' not in adamw:
+      if 'FLOPs' not in adamw:
         continue
       if own := of_row.get('ordinary'):
-        found['step: temporaries of an ordinary step / adamw', 1.02].append(
-          own['temporary bytes'] / adamw['temporary bytes']
-        )
-        found['step: bytes sent by an ordinary step / adamw', 1].append(
-          own['ordinary']['sent bytes'] / adamw['ordinary']['sent bytes']
-        )
-        found['step: collectives of an ordinary step / adamw', 1].append(
-          sum(own['ordinary']['collectives'].values())
-          / sum(adamw['ordinary']['collectives'].values())
-        )
-      for name, limit in (('sophia_h', 1.8), ('sophia_g', 1.3)):
-        for program, label in (('one', 'one program'), ('refresh', 'refresh')):
-          if optimizer == name and 'FLOPs' in of_row.get(program, {}):
-            goal = f'step: compile s of {name}, {label} / adamw', limit
-            found[goal].append(
-              of_row[program]['compile seconds'] / adamw['compile seconds']
-            )
-  return _table(
-    [
-      ['goal', 'at most', 'least', 'most', 'reached'],
-      *(
-        [
-          name,
-          f'{limit:g}',
-          f'{min(values):.3f}',
-          f'{max(values):.3f}',
-          # A ratio of 1.0000001 is one of a few scalars.
-          f'{sum(x < limit + 5e-4 for x in values)} of {len(values)}',
-        ]
-        for (name, limit), values in sorted(found.items())
-      ),
-    ]
-  )
+        for what, limit, figure_of in (
+          ('temporaries of', 1.02, lambda x: x['temporary bytes']),
+          ('bytes sent by', 1, lambda x: x['sent bytes'][0]),
+          ('collectives of', 1, lambda x: sum(x['collectives'][0].values())),
+        ):
+          found[f'step: {what} an ordinary step / adamw', limit].append(
+            figure_of(own) / figure_of(adamw)
+          )
+      limit = {'sophia_h': 1.8, 'sophia_g': 1.3}.get(optimizer)
+      for program, label in (('one', 'one program'), ('refresh', 'refresh')):
+        if limit and 'FLOPs' in of_row.get(program, {}):
+          seconds = of_row[program]['compile seconds']
+          goal = f'step: compile s of {optimizer}, {label} / adamw', limit
+          found[goal].append(seconds / adamw['compile seconds'])
+  return found
 
 
-def by_table(cases: list[dict]) -> dict[str, list[dict]]:
-  """Returns the cases of each table."""
-  tables: dict[str, list[dict]] = {}
-  for case in cases:
-    tables.setdefault(case['table'], []).append(case)
-  return tables
+def render_goals(tables: dict[str, list[dict]]) -> str:
+  """Lays out the goals, the figures nearest to and farthest from them."""
+  lines = [['goal', 'at most', 'least', 'most', 'reached']]
+  for (name, limit), values in sorted(goals(tables).items()):
+    # A ratio of 1.0000001 is one of a few scalars.
+    count = sum(x < limit + 5e-4 for x in values)
+    cells = f'{limit:g}', f'{min(values):.3f}', f'{max(values):.3f}'
+    lines.append([name, *cells, f'{count} of {len(values)}'])
+  return records.table(lines)
 
 
 def render(cases: list[dict]) -> str:
   """Lays out all tables."""
-  tables = by_table(cases)
+  tables = _group(cases, 'table')
   rows, _, classes = tpu_cases.LABELS
-  lay_out = {
-    'update': render_update,
-    'probes': lambda cases: render_draws(
-      f'a probe of {COUNT:,} entries', cases, COUNT
-    ),
-    'labels': lambda cases: render_draws(
-      f'labels of {rows:,} × {classes:,} logits', cases, rows * classes
-    ),
+  draws = {
+    'probes': (f'a probe of {COUNT:,} entries', COUNT),
+    'labels': (f'labels of {rows:,} × {classes:,} logits', rows * classes),
   }
-  steps = [
-    lay_out.pop(table)(of_table)
-    if table in lay_out
-    else render_step(table, of_table)
-    for table, of_table in tables.items()
-  ]
-  return '\n\n'.join([*steps, render_goals(tables)])
+  parts = []
+  for table, of_table in tables.items():
+    if table == 'update':
+      parts.append(render_update(of_table))
+    elif table in draws:
+      title, count = draws[table]
+      parts.append(render_draws(title, of_table, count))
+    else:
+      parts.append(render_step(table, of_table))
+  return '\n\n'.join([*parts, render_goals(tables)])
 
 
 def plot(cases: list[dict]) -> figure.Figure:
   """Draws words of the update, and temporaries of the step beside AdamW's."""
-  tables = by_table(cases)
+  tables = _group(cases, 'table')
   words = {
     name: x
     for name, x in update_words(tables['update']).items()

@@ -1,20 +1,26 @@
-"""Tests of the runs of benchmarks/convergence.py."""
+"""The search, the runs and the tables of benchmarks/convergence.py."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import math
+import pathlib
 
-import fake_runs
 import jax
+import numpy as np
 import pytest
-import tqdm
 
 import convergence
+import convergence_plots
 import convergence_problems
 import convergence_protocol as protocol
 from convergence_protocol import Case
-import convergence_times
+import convergence_tables as tables
+import gpt_configs
+import records
+
+RECORD = pathlib.Path(convergence.__file__).with_suffix('.json')
 
 
 @pytest.fixture(autouse=True)
@@ -23,99 +29,215 @@ def _promote_as_optax_does():
     yield
 
 
-@pytest.fixture(name='in_threads')
-def _in_threads(monkeypatch):
+def fake_run(case):
+  """Returns a run whose loss is a flat bowl around a learning rate.
+
+  Later tasks and `sophia_g` have lower losses, larger seeds higher ones.
+  """
+  untuned = case.optimizer in protocol.UNTUNED
+  name = 'adamw' if untuned else case.optimizer
+  low, high = (protocol.SPACES[name]['learning_rate'](u) for u in (0.0, 1.0))
+  best = math.sqrt(low * high) * protocol.RATES.get(case.task, 1)
+  rate = protocol.settings(case)['learning_rate']
+  loss = 1.5 + 0.1 * max(abs(math.log(rate / best)), 0.2)
+  loss -= 0.1 * list(protocol.TASKS).index(case.task)
+  loss -= 0.05 * (case.optimizer == 'sophia_g') - 0.01 * case.seed
+  result = {'device': 'cpu', 'jax': '0.0.0', 'loss': loss, 'seconds': 10.0}
+  if protocol.is_reported(case):
+    result['curve'] = [loss + 1 - i / 20 for i in range(1, 21)]
+  return dataclasses.asdict(case) | result
+
+
+@functools.cache
+def fake_results():
+  """Returns made-up results of the whole benchmark with four trials."""
+  results, known = [], set()
+  while missing := [c for c in protocol.plan(results, 4) if c not in known]:
+    results += map(fake_run, missing)
+    known.update(missing)
+  return results
+
+
+# The protocol.
+
+
+def run_search(optimizer, loss_of, task='language_1200'):
+  """Returns the best case of the search in the shortest task, and losses."""
+  losses, best = {}, None
+  while best is None:
+    cases, best = protocol.search(task, optimizer, losses, 4)
+    losses |= {case: loss_of(case) for case in cases}
+  return best, losses
+
+
+def test_the_report_has_no_seed_of_the_search():
+  _, losses = run_search('adamw', lambda case: fake_run(case)['loss'])
+  planned = set(protocol.plan(list(map(fake_run, losses)), 4))
+  reported = {
+    case.seed
+    for case in planned - set(losses)
+    if (case.task, case.optimizer) == ('language_1200', 'adamw')
+  }
+  assert reported == set(protocol.SEEDS)
+  assert not reported & {case.seed for case in losses}
+
+
+def test_a_search_goes_past_the_best_learning_rate_on_both_sides():
+  best, losses = run_search('nadamw', lambda case: fake_run(case)['loss'])
+  score = functools.partial(protocol.score, losses=losses)
+  swept = {c.rate: score(c) for c in losses if c.trial == best.trial}
+  for end in min(swept), max(swept):
+    assert swept[end] > score(best) + protocol.TASKS['language_1200'].margin
+
+
+def test_a_setting_that_diverges_with_the_second_seed_does_not_win():
+  best, _ = run_search('nadamw', lambda case: fake_run(case)['loss'])
+  other, losses = run_search(
+    'nadamw',
+    lambda case: 9.0 if (case.trial, case.seed) == (best.trial, 4)
+    else fake_run(case)['loss'],
+  )  # fmt: skip
+  assert other.trial != best.trial
+  # Its learning rate has been swept with both seeds.
+  swept = {}
+  for case in losses:
+    if case.trial == other.trial:
+      swept.setdefault(case.rate, set()).add(case.seed)
+  assert len(swept) >= 3
+  assert all(seeds == {0, 4} for seeds in swept.values())
+
+
+@pytest.mark.parametrize('name', ['copied_g', 'copied_h'])
+def test_settings_to_copy_are_those_of_the_examples(name):
+  drawn = protocol.settings(Case('language_4800', name, 3, 1))
+  adamw = protocol.settings(Case('language_4800', 'adamw', 3, 1))
+  shared = {key: adamw[key] for key in ('learning_rate', 'b1', 'weight_decay')}
+  expected = gpt_configs.sophia_like(
+    gpt_configs.Config(
+      num_steps=4800,
+      warmup_steps=round(adamw['warmup'] * 4800),
+      b2=adamw['b2'],
+      **shared,
+    ),
+    name.replace('copied', 'sophia'),
+  )
+  warmup = expected.warmup_steps / 4800
+  assert drawn.pop('warmup') == pytest.approx(warmup, abs=1e-3)
+  names = 'learning_rate', 'weight_decay', 'b1', 'b2', 'adam_b2', 'gamma'
+  wanted = {key: getattr(expected, key) for key in (*names, 'nesterov')}
+  wanted['nu_bias_correction'] = expected.bias_correction
+  if name == 'copied_g':
+    wanted |= {'parts': expected.curvature_parts, 'eps': 1e-15}
+    wanted['target_win_rate'] = expected.target_win_rate
+  else:
+    wanted['gamma_end'] = expected.final_gamma
+  assert drawn == wanted
+
+
+# The committed runs.
+
+
+def test_the_record_is_complete_and_of_this_protocol():
+  runs = records.read(RECORD)['runs']
+  cases = [protocol.case_of(r) for r in runs]
+  assert len(set(cases)) == len(cases)
+  assert not set(protocol.plan(runs)) - set(cases)  # Nothing would run again.
+  for case, run in zip(cases, runs, strict=True):
+    if protocol.is_reported(case):
+      assert run['settings'] == protocol.settings(case)
+      assert len(run['curve']) == 20
+
+
+# Tables and plots.
+
+
+def test_figures_of_the_tables():
+  assert tables.best_of([3.0, 1.0, 2.0], 2) == pytest.approx(4 / 3)
+  curve = [4.0, 3.0, 2.0, 2.0]
+  assert tables.part_to(curve, 2.5) == pytest.approx(2.5 / 4)
+  assert tables.part_to(curve, 9.0) == 0.25
+  assert tables.part_to(curve, 1.9) is None
+  loss = lambda steps: 2 - 0.3 * np.log(steps)
+  losses = loss(900), loss(1200), loss(960)
+  assert tables.fraction_of_steps(0.75, *losses) == pytest.approx(0.8)
+  # Half of the way, in the logarithm, on both sides.
+  assert tables.width({1.0: 0.06, 2.0: 0.0, 4.0: 0.06}) == pytest.approx(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [0, 40, None])
+def test_results_are_shown(count):
+  results = fake_results()[:count]
+  times = {'language': {'sophia_g': {'time/adamw': 1.25}}}
+  text = tables.render(results, times)
+  assert '### Cost' in text
+  if count is None:
+    # The same bowl, 0.05 lower; AdamW's last loss is there one point before.
+    row = '| Sophia-G | 1.190 ± 0.010 | -0.050 ± 0.000 | 0.95 | 1.25 | 1.19 |'
+    assert row in text[text.index('4,800 steps') :]
+  for fig in (
+    convergence_plots.plot_lengths(results),
+    convergence_plots.plot_curves(results, times),
+    convergence_plots.plot_tuning(results),
+  ):
+    fig.draw_without_rendering()
+
+
+# Runs.
+
+
+@pytest.mark.slow
+def test_continues_where_it_was_killed(monkeypatch, tmp_path):
   monkeypatch.setattr(
     concurrent.futures,
     'ProcessPoolExecutor',
     lambda jobs, _: concurrent.futures.ThreadPoolExecutor(jobs),
   )
-
-
-@pytest.fixture(name='few_tasks')
-def _few_tasks(monkeypatch):
-  for name in list(protocol.TASKS):
-    if name not in ('language_1200', 'axes', 'rotated'):
-      monkeypatch.delitem(protocol.TASKS, name)
-
-
-@pytest.mark.slow
-def test_continues_where_it_was_killed(
-  in_threads, few_tasks, monkeypatch, tmp_path
-):
-  del in_threads, few_tasks
-  path, runs = tmp_path / 'record.json', []
+  results, path, done = {'runs': []}, tmp_path / 'record.json', []
+  run_all = lambda: convergence.run_all(
+    results['runs'], lambda: records.write(path, results), 1, 4, ['axes']
+  )
 
   def run(case):
-    if len(runs) == 30:
+    if len(done) == 30:
       raise KeyboardInterrupt
-    runs.append(case)
-    return fake_runs.fake_run(case)
+    done.append(case)
+    return fake_run(case)
 
   monkeypatch.setattr(convergence, 'run', run)
   with pytest.raises(KeyboardInterrupt):
-    convergence.run_all([], path, 1, 4)
-  record = json.loads(path.read_text())
-  assert len(record['runs']) == 30
-  first, runs[:] = list(runs), []
-
-  monkeypatch.setattr(
-    convergence,
-    'run',
-    lambda case: runs.append(case) or fake_runs.fake_run(case),
-  )
-  convergence.run_all(list(record['runs']), path, 2, 4)
-  assert runs
-  assert not set(runs) & set(first)
-  again = json.loads(path.read_text())
-  assert again['runs'][:30] == record['runs'][:30]
-  assert len(again['text_sha256']) == 64
+    run_all()
+  results = records.read(path)
+  assert len(results['runs']) == 30
+  first, done[:] = list(done), [None] * 31
+  run_all()
+  again = done[31:]
+  assert again
+  assert not set(again) & set(first)
+  results = records.read(path)
+  assert {r['optimizer'] for r in results['runs']} == {
+    *protocol.TASKS['axes'].peers
+  }
   # A line for a run, and nothing else in the folder.
   lines = path.read_text().splitlines()
-  assert sum('"optimizer"' in line for line in lines) == len(again['runs'])
+  assert sum('"optimizer"' in line for line in lines) == len(results['runs'])
   assert list(tmp_path.iterdir()) == [path]
-
-  count = len(runs)
-  convergence.run_all(again['runs'], path, 2, 4)
-  assert len(runs) == count
-
-
-@pytest.mark.slow
-def test_runs_only_the_tasks_asked_for(in_threads, monkeypatch, tmp_path):
-  del in_threads
-  monkeypatch.setattr(convergence, 'run', fake_runs.fake_run)
-  path = tmp_path / 'record.json'
-  convergence.run_all([], path, 2, 4, ['axes'])
-  runs = json.loads(path.read_text())['runs']
-  assert {r['task'] for r in runs} == {'axes'}
-  assert {r['optimizer'] for r in runs} == set(protocol.TASKS['axes'].peers)
 
 
 @functools.cache
 def regression(task, optimizer):
-  return convergence.run(Case(task, optimizer, 1))
+  return convergence.run(Case(task, optimizer, 1, seed=1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('optimizer', [*protocol.SPACES, *protocol.UNTUNED])
+@pytest.mark.parametrize('optimizer', convergence.OPTIMIZERS)
 def test_every_optimizer_runs(optimizer):
   result = regression('axes', optimizer)
   assert result['loss'] < 0.1 < result['curve'][0]
-  assert len(result['curve']) == 20
   assert result['curve'][-1] == pytest.approx(result['loss'])
-  sophia = ('sophia_g', 'sophia_h', *protocol.UNTUNED)
-  assert ('win_rate' in result) == (optimizer in sophia)
-  assert ('gamma' in result) == (optimizer == 'copied_g')
+  sophia = optimizer.startswith(('sophia', 'copied'))
+  assert ('win_rate' in result) == sophia
   json.dumps(result)
-
-
-@pytest.mark.slow
-def test_times_of_steps():
-  found = convergence_times.measure('axes', tqdm.tqdm(disable=True), 2)
-  assert len(found) == 2
-  for times in found:
-    assert list(times) == list(protocol.TASKS['axes'].peers)
-    assert all(0 < x < 10 for x in times.values())
 
 
 @pytest.mark.slow
@@ -132,9 +254,8 @@ def test_language_runs(monkeypatch, compile_fast):
   problem = convergence_problems.language(8, 1, 1, 32)
   problem = problem._replace(validate_all=problem.validate)
   monkeypatch.setattr(convergence_problems, 'get', lambda name: problem)
-  monkeypatch.setitem(
-    protocol.TASKS, 'tiny', protocol.Task('', 'tiny', 60, tokens=1)
-  )
-  result = convergence.run(Case('tiny', 'sophia_g', 1))
+  task = protocol.Task('', 'tiny', 60, tokens=1)
+  monkeypatch.setitem(protocol.TASKS, 'tiny', task)
+  result = convergence.run(Case('tiny', 'sophia_g', 1, seed=1))
   first, *_, last = result['curve']
   assert last == result['loss'] < first < math.log(256) + 0.1

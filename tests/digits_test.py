@@ -39,6 +39,4 @@ def test_sophia_g_learns_and_the_plot_shows_it():
     lines, labels = ax.get_legend_handles_labels()
     assert labels == list(histories)
     for line, history in zip(lines, histories.values(), strict=True):
-      assert list(line.get_xdata()) == [h['step'] for h in history]
       assert list(line.get_ydata()) == [h[key] for h in history]
-    assert ax.get_ylabel().lower().startswith(key)

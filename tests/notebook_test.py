@@ -32,38 +32,3 @@ def test_the_notebook_ran_and_shows_the_plot(notebook):
   # Neither errors nor warnings.
   assert {o.get('name', 'plot') for o in outputs} == {'stdout', 'plot'}
   assert {o['output_type'] for o in outputs} == {'stream', 'execute_result'}
-
-
-def test_cells_of_a_page():
-  page = """# Title
-
-See [this](page.md), [that](../examples/README.md), [there](https://a.b).
-
-```python
->>> import os
->>> x = 1
->>> def double(x):
-...   return 2 * x
->>> print(double(x))
-2
-
-```
-
-![A picture
-of it](picture.svg)
-
-```python
->>> fig = draw()
->>> fig.savefig(os.path.join('a', 'b.png'))
-
-```
-"""
-  (title, code, plot) = MAKER['cells'](page)
-  assert title[0] == 'markdown'
-  assert title[1].startswith('# Title\n\nSee [this](../docs/page.md), [that](')
-  assert '[that](README.md), [there](https://a.b)' in title[1]
-  assert code == (
-    'code',
-    'x = 1\ndef double(x):\n  return 2 * x\nprint(double(x))',
-  )
-  assert plot == ('code', '%matplotlib inline\nfig = draw()\nfig')

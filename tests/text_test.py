@@ -31,9 +31,7 @@ def test_batch_depends_on_seed_and_step_only(data_dir):
   np.testing.assert_array_equal(draw(1, 2), draw(1, 2))
   assert (draw(1, 2) != draw(1, 3)).any()
   assert (draw(1, 2) != draw(2, 2)).any()
-
-
-def test_last_window_can_be_drawn():
+  # The only window, which is also the last.
   batch = text.sample(np.arange(9), 0, 0, 4, 8, 64)
   np.testing.assert_array_equal(batch, np.tile(np.arange(9), (4, 1)))
 

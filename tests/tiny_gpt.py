@@ -1,6 +1,8 @@
 """A GPT of a few thousand parameters, for the tests of the examples."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 import gpt_configs
@@ -39,6 +41,14 @@ def setup(config):
     gpt_program.make_init(config, model, optimizer),
     gpt_program.make_step(gpt_program.make_fns(config, model), optimizer),
   )
+
+
+def random_params(model):
+  """Returns large parameters, so that every token and its position matters."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+  rng = np.random.default_rng(5)
+  return jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), shapes)
 
 
 def let_optax_promote(monkeypatch):

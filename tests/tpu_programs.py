@@ -8,7 +8,6 @@ import functools
 import json
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -19,29 +18,18 @@ import hlo
 import sophia_optax
 import tpu_cases
 
-DECISIONS = {
-  'one': {},
-  'ordinary': {'refresh': False},
-  'refresh': {'refresh': True},
-}
+DECISIONS = tpu_cases.DECISIONS
 ESTIMATORS = {
   'H': sophia_optax.hutchinson_estimator_diag_hessian,
   'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
 }
-
-
-@functools.cache
-def chips():
-  """The devices of v5e:2x2."""
-  return topologies.get_topology_desc(
-    platform='tpu', topology_name='v5e:2x2'
-  ).devices
+CHIPS = tpu_cases.devices('v5e:2x2')
 
 
 def known():
   """Returns the words that programs move for each entry of a matrix."""
   size = 2048
-  chip = jax.sharding.SingleDeviceSharding(chips()[0])
+  chip = jax.sharding.SingleDeviceSharding(CHIPS[0])
   x = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=chip)
   i = jax.ShapeDtypeStruct((), jnp.int32, sharding=chip)
 
@@ -55,21 +43,14 @@ def known():
     i,
     donate_argnums=0,
   )
-  add = lambda x, y: x + y
+  sine = lambda _, x: jax.lax.optimization_barrier(jnp.sin(x))
+  loop = words(lambda x: jax.lax.fori_loop(0, 3, sine, x), x, donate_argnums=0)
   return {
-    'sum of two': words(add, x, x)[0],
-    'sum of two, in place': words(add, x, x, donate_argnums=0)[0],
-    'copy': words(jnp.copy, x)[0],
+    'sum of two': words(lambda x, y: x + y, x, x)[0],
     'branch, false': branch[0],
     'branch, true': branch[1],
     'row of a matrix': words(lambda x, i: x[i] + 1, x, i)[0],
-    'three steps of a loop': words(
-      lambda x: jax.lax.fori_loop(
-        0, 3, lambda _, x: jax.lax.optimization_barrier(jnp.sin(x)), x
-      ),
-      x,
-      donate_argnums=0,
-    )[0],
+    'three steps of a loop': loop[0],
   }
 
 
@@ -113,7 +94,7 @@ def steps():
   found = {}
   for way in 'jit', 'fsdp', 'explicit', 'shard_map':
     axis_type = AxisType.Explicit if way == 'explicit' else AxisType.Auto
-    mesh = jax.make_mesh((4,), ('x',), devices=chips(), axis_types=(axis_type,))
+    mesh = jax.make_mesh((4,), ('x',), devices=CHIPS, axis_types=(axis_type,))
     axis_name = 'x' if way == 'shard_map' else None
     options = {'axis_name': axis_name}
     optimizers = {'adamw': optax.adamw(1e-3)} | {
@@ -159,45 +140,19 @@ def steps():
 
 def update():
   """Returns the words that the update alone moves for each parameter."""
-  size = 1024
-  chip = jax.sharding.SingleDeviceSharding(chips()[0])
-  params = {
-    'a': jax.ShapeDtypeStruct((size, 8 * size), jnp.float32),
-    'b': jax.ShapeDtypeStruct((8 * size, size), jnp.float32),
-  }
-  count = sum(x.size for x in jax.tree.leaves(params))
-  sophia = functools.partial(sophia_optax.sophia, 1e-3)
-  squares = sophia_optax.squared_gradient_estimator_diag_hessian(1)
-  optimizers = {
-    'adamw': (optax.adamw(1e-3), 'one'),
-    'H': (sophia(hessian_diagonal_fn=ESTIMATORS['H']()), 'ordinary'),
-    'G': (sophia(hessian_diagonal_fn=ESTIMATORS['G']()), 'ordinary'),
-    'g²': (sophia(hessian_diagonal_fn=squares), 'ordinary'),
-    'g², refresh first': (
-      sophia(hessian_diagonal_fn=squares, refresh_before_update=True),
-      'one',
-    ),
-  }
   found = {}
-  for name, (tx, program) in optimizers.items():
-    tx = optax.with_extra_args_support(tx)
-
-    def step(params, state, grads, tx=tx, program=program):
-      updates, state = tx.update(grads, state, params, **DECISIONS[program])
-      return optax.apply_updates(params, updates), state
-
-    args = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip),
-      (params, jax.eval_shape(tx.init, params), params),
-    )
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*args)
+  for name, program in (
+    ('optax.adamw', 'one'),
+    ('sophia, H', 'ordinary'),
+    ('sophia, G', 'ordinary'),
+    ('sophia, g²', 'ordinary'),
+    ('sophia, H, refresh first', 'one'),
+    ('sophia, H', 'refresh'),
+  ):
+    tx = tpu_cases.optimizers()[name]
+    lowered = tpu_cases.lower_update(tx, **DECISIONS[program])
     moved, _ = hlo.traffic(lowered.compile().as_text())
-    found[name] = moved / (4 * count)
-  # In small arrays, a refresh would move less.
-  hutchinson = tpu_cases.optimizers()['sophia, H']
-  lowered = tpu_cases.lower_update(hutchinson, refresh=True)
-  moved, _ = hlo.traffic(lowered.compile().as_text())
-  found['H, refresh'] = moved / (4 * 4 * tpu_cases.SIZE**2)
+    found[f'{name}, {program}'] = moved / (4 * 4 * tpu_cases.SIZE**2)
   return found
 
 

@@ -12,7 +12,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny_gpt
 
@@ -44,15 +43,12 @@ def test_decay_is_for_matrices_only():
 
 
 def test_model_is_causal():
-  config = tiny_gpt.config()
-  init, _ = tiny_gpt.setup(config)
-  model = jax.jit(gpt_program.make_model(config).apply)
-  params = jax.jit(init)().params
-  tokens = jnp.zeros((1, 8), jnp.int32)
-  logits = model({'params': params}, tokens)
-  changed = model({'params': params}, tokens.at[0, 5].set(1))
-  np.testing.assert_array_equal(logits[:, :5], changed[:, :5])
-  assert (logits[:, 5:] != changed[:, 5:]).any()
+  model = gpt_program.make_model(tiny_gpt.config(num_layers=1))
+  params = tiny_gpt.random_params(model)
+  tokens = jnp.zeros((2, 8), jnp.int32).at[1, 5].set(1)
+  first, second = jax.jit(model.apply)({'params': params}, tokens)
+  np.testing.assert_array_equal(first[:5], second[:5])
+  assert (first[5:] != second[5:]).all(axis=1).all()
 
 
 @pytest.mark.slow
@@ -71,42 +67,15 @@ def test_micro_batches_and_layer_scan_do_not_change_the_step():
 
 
 @pytest.mark.slow
-def test_head_chunks_do_not_change_the_loss_and_its_derivatives():
-  tokens = np.random.default_rng(0).integers(0, 64, (4, 9), np.int32)
-  results = []
-  for head_chunks in (1, 4):
-    config = tiny_gpt.config(head_chunks=head_chunks)
-    init, _ = tiny_gpt.setup(config)
-    params = jax.jit(init)().params
-    fns = gpt_program.make_fns(config, gpt_program.make_model(config))
-    loss_fn = lambda params, fns=fns: fns['obj_fn'](params, tokens)
-    results.append(jax.jit(jax.value_and_grad(loss_fn))(params))
-    _, (tangent,) = jax.jit(
-      lambda p, loss_fn=loss_fn: jax.jvp(
-        lambda p: (jax.grad(loss_fn)(p),), (p,), (p,)
-      )
-    )(params)
-    results[-1] += (tangent,)
-  chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
-def test_head_chunks_train(optimizer):
+def test_head_chunks_do_not_change_the_step():
+  """With Hutchinson's estimator: loss, gradient and second derivatives."""
   states = []
   for head_chunks in (1, 2):
-    config = tiny_gpt.config(
-      optimizer=optimizer, head_chunks=head_chunks, num_steps=10
-    )
+    config = tiny_gpt.config(head_chunks=head_chunks, num_steps=10)
     init, step = tiny_gpt.setup(config)
     batch = np.random.default_rng(0).integers(0, 64, (2, 4, 9), np.int32)
     states.append(jax.jit(step)(jax.jit(init)(), batch)[0])
-  whole, chunked = states
-  if optimizer == 'sophia_h':
-    chex.assert_trees_all_close(chunked, whole, rtol=2e-3, atol=1e-6)
-  else:  # The labels differ.
-    nu = [optax.tree.get(state.opt_state, 'nu') for state in states]
-    np.testing.assert_allclose(*map(optax.tree.norm, nu), rtol=0.5)
+  chex.assert_trees_all_close(*states, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -153,14 +122,11 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
   assert config.final_learning_rate == 0.05
 
 
-@pytest.mark.parametrize(
-  ('overrides', 'message'),
-  [
+@pytest.mark.parametrize(('overrides', 'message'), [
     ({'batch_size': 6}, r'multiple of micro_batch_size; got 6 and 4'),
     ({'curvature_batch_size': 9}, r'1 to batch_size = 8; got 9'),
     ({'curvature_parts': 3}, r'curvature_batch_size = 4; got 3'),
     ({'head_chunks': 3}, r'head_chunks must divide block_size = 8; got 3'),
-    ({'head_chunks': 0}, r'head_chunks must divide block_size = 8; got 0'),
     ({'num_heads': 3}, r'multiple of num_heads; got 16 and 3'),
     ({'num_steps': 2}, r'below num_steps = 2; got 2'),
     ({'mesh': 'data'}, r'name:size for each axis.*; got .data.\.'),
@@ -168,15 +134,11 @@ def test_gpt2_124m_has_the_settings_of_the_paper():
     ({'mesh': 'data:2,data:2'}, r'different names.*; got .data:2,data:2.'),
     ({'mesh': 'data:8'}, r'micro_batch_size must be .* the 8 devices.* got 4'),
     ({'mesh': 'data:4'}, r'curvature_batch_size / curvature_parts .* got 2'),
-    (
-      tiny_gpt.DIVISIBLE | {'mesh': 'fsdp:8', 'width': 12},
-      r'fsdp.*; got 12 and',
-    ),
+    (tiny_gpt.DIVISIBLE | {'mesh': 'fsdp:8', 'width': 12}, r'; got 12 and'),
     ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),
     ({'name': 'gpt5'}, r'one of demo, gpt2_124m; got .gpt5.'),
     ({'optimizer': 'sgd'}, r'adamw, nadamw, sophia_h, sophia_g; got .sgd.'),
-  ],
-)
+])  # fmt: skip
 def test_bad_settings_are_a_clear_error(overrides, message):
   with pytest.raises(ValueError, match=message):
     tiny_gpt.config(**overrides)
