@@ -37,6 +37,7 @@ ROWS = {
         jax.random.key(1)
       ),
       weight_decay=0.0,
+      diagnostics=True,
     ),
     lambda loss_fn: {'obj_fn': loss_fn},
     {
