@@ -13,15 +13,12 @@ import sophia_optax
 
 K = 10
 RNG = np.random.default_rng(0)
-PARAMS = {
-  'a': jnp.float32(RNG.normal(0, 1 / 2, (6, 8))),
-  'b': jnp.float32(RNG.normal(0, 1 / 3, (8, 4))),
-}
+PARAMS = {'w': jnp.float32(RNG.normal(size=(6, 4)))}
 BATCHES = jnp.float32(RNG.normal(size=(25, 16, 6)))
 
 
 def predict(params, x):
-  return jnp.tanh(x @ params['a']) @ params['b']
+  return x @ params['w']
 
 
 def loss_fn(params, x):
