@@ -166,7 +166,7 @@ def test_algorithm_3_in_numpy(name):
   tx = sophia_optax.sophia(
     **settings, hessian_diagonal_fn=scripted(jnp.asarray(estimates))
   )
-  params, _, (state, _) = run(tx, jnp.asarray(grads), jnp.zeros(48))
+  params, _, (state, *_) = run(tx, jnp.asarray(grads), jnp.zeros(48))
   theta, h, v, win_rate, factor = map(np.stack, zip(*expected, strict=True))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
   close(params, theta)
