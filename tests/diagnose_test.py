@@ -182,7 +182,7 @@ def test_errors():
   )
   replicas = jax.vmap(lambda _: tx.init(params))(jnp.zeros(2))
   for state in (optax.adam(0.1).init(params), blind.init(params), replicas):
-    with pytest.raises(ValueError, match='one replica, .* diagnostics=True'):
+    with pytest.raises(ValueError, match=r'one replica, .* diagnostics=True'):
       sophia_optax.diagnose(state)
   with pytest.raises(KeyError):
     sophia_optax.diagnose(optax.chain(tx, tx).init(params))
