@@ -97,6 +97,16 @@ def test_scan_over_ordinary_steps_and_one_refresh():
   )
 
 
+def counted(calls):
+  """An estimator that adds to `calls` whenever Python runs it."""
+
+  def update(updates, state, params=None, **extra_args):
+    calls.append(None)
+    return jax.tree.map(jnp.square, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 @pytest.mark.parametrize(
   ('decision', 'conditionals', 'estimates'),
   [
@@ -114,18 +124,16 @@ def test_scan_over_ordinary_steps_and_one_refresh():
 )
 def test_a_bool_leaves_no_conditional(decision, conditionals, estimates):
   calls = []
-
-  def estimate(updates, state, params, **extra_args):
-    calls.append(1)
-    return jax.tree.map(jnp.square, updates), state
-
-  tx = sophia_optax.scale_by_sophia(
-    hessian_diagonal_fn=optax.GradientTransformationExtraArgs(
-      lambda params: optax.EmptyState(), estimate
+  tx = sophia_optax.scale_by_sophia(hessian_diagonal_fn=counted(calls))
+  known = {k: v for k, v in decision.items() if not isinstance(v, jax.Array)}
+  jaxpr = jax.make_jaxpr(
+    lambda grads, state, traced: tx.update(
+      grads, state, PARAMS, **known, **traced
     )
-  )
-  jaxpr = jax.make_jaxpr(lambda *args: tx.update(*args, **decision))(
-    PARAMS, tx.init(PARAMS), PARAMS
+  )(
+    PARAMS,
+    tx.init(PARAMS),
+    {k: v for k, v in decision.items() if k not in known},
   )
   names = [equation.primitive.name for equation in jaxpr.eqns]
   assert names.count('cond') == conditionals
@@ -133,6 +141,37 @@ def test_a_bool_leaves_no_conditional(decision, conditionals, estimates):
   # Without a conditional, the estimate waits for the gradient.
   waits = estimates and not conditionals
   assert names.count('optimization_barrier') == waits
+
+
+def test_outside_of_jit_only_a_refresh_calls_the_estimator():
+  calls = []
+  tx = sophia_optax.scale_by_sophia(
+    update_interval=2, hessian_diagonal_fn=counted(calls)
+  )
+  state = tx.init(PARAMS)
+  for number in (1, 1, 2, 2):
+    _, state = tx.update(PARAMS, state, PARAMS)
+    assert len(calls) == number
+
+
+def test_members_of_a_vmap_share_a_conditional_and_keep_their_cadence():
+  tx = sophia_optax.scale_by_sophia(
+    0.5, 0.5, gamma=1.0, update_interval=3, hessian_diagonal_fn=counted([])
+  )
+
+  def train(first_count, grads):
+    state = tx.init(grads[0])._replace(count=first_count)
+    step = lambda state, g: tx.update(g, state, g)[::-1]
+    return jax.lax.scan(step, state, grads)
+
+  counts, grads = jnp.array([0, 1, 3]), jnp.float32(RNG.normal(size=(3, 7, 2)))
+  alone = [jax.jit(train)(*each) for each in zip(counts, grads, strict=True)]
+  together = jax.jit(jax.vmap(train))(counts, grads)
+  expected = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+  chex.assert_trees_all_close(together, expected, rtol=1e-6)
+  np.testing.assert_array_equal(together[0].refresh_count, [3, 2, 3])
+  text = str(jax.make_jaxpr(jax.vmap(train))(counts, grads))
+  assert text.count(' cond[') == 1
 
 
 def test_multi_steps_add_no_conditional():

@@ -230,6 +230,15 @@ def test_without_curvature_adam_b2_gives_adam(nesterov):
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+def test_derivative_with_adam_b2_is_finite_where_a_gradient_is_zero():
+  tx = sophia_optax.scale_by_sophia(
+    adam_b2=0.9, hessian_diagonal_fn=optax.identity()
+  )
+  x = jnp.zeros(2)
+  total = lambda g: jnp.sum(tx.update(g, tx.init(x), x)[0])
+  assert jnp.all(jnp.isfinite(jax.jit(jax.grad(total))(jnp.array([0.0, 1.0]))))
+
+
 # Kinds and dtypes of leaves.
 
 LEAVES = {
