@@ -355,6 +355,14 @@ def loop(donate, fault=lambda step, carry: None):
   return jax.device_get(carry)
 
 
+def assert_lost_only_if_donated(donate, fault):
+  if donate:
+    with pytest.raises((RuntimeError, ValueError), match='deleted'):
+      loop(donate, fault)
+  else:
+    chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
+
+
 donating = pytest.mark.parametrize('donate', [False, True])
 
 
@@ -376,11 +384,7 @@ def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
     ):
       jax.block_until_ready(step(carry, (INPUTS, LABELS), True))
 
-  if donate:
-    with pytest.raises((RuntimeError, ValueError), match='deleted'):
-      loop(donate, fault)
-  else:
-    chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
+  assert_lost_only_if_donated(donate, fault)
 
 
 @pytest.fixture
@@ -403,11 +407,7 @@ def test_an_interrupt_during_a_step(donate):
     with pytest.raises(KeyboardInterrupt):
       carry = interrupted(step, carry)
 
-  if donate:
-    with pytest.raises((RuntimeError, ValueError), match='deleted'):
-      loop(donate, fault)
-  else:
-    chex.assert_trees_all_equal(loop(donate, fault), loop(donate))
+  assert_lost_only_if_donated(donate, fault)
 
 
 # Checkpoints.
