@@ -29,6 +29,8 @@ HYPERPARAMETERS = [
   ({'b1': float('nan')}, 'b1 must'),
   ({'b2': np.float32(1.5)}, 'b2 must'),
   ({'adam_b2': 1.0}, 'adam_b2 must'),
+  # 0.999 in bfloat16 is 1.
+  ({'b2': jnp.bfloat16(0.999)}, 'b2 must .* hyperparam_dtype=jnp.float32'),
   ({'eps': 0.0}, 'eps must be a number greater than 0, .* got 0.0'),
   # XLA flushes this to 0, and 0 / 0 is NaN where the gradient is 0.
   ({'eps': 1e-39}, 'smallest normal float32.*got 1e-39'),
@@ -177,6 +179,16 @@ def test_gradient_of_another_kind(param, grad):
   x = jnp.ones(2, param)
   with pytest.raises(TypeError, match=f'got {grad} for a parameter in {param}'):
     tx.update(jnp.ones(2, grad), tx.init(x), x)
+
+
+@pytest.mark.parametrize(
+  'option', [{'adam_b2': 0.9}, {'target_win_rate': 0.3}, {'diagnostics': True}]
+)
+def test_options_that_do_not_fit_the_state(option):
+  txs = [sophia_optax.scale_by_sophia(**o, **ESTIMATOR) for o in ({}, option)]
+  for tx, other in (txs, txs[::-1]):
+    with pytest.raises(ValueError, match=f'{next(iter(option))}=.* does not fit'):
+      tx.update(PARAMS, other.init(PARAMS), PARAMS)
 
 
 def test_loss_scale_that_the_estimator_ignores():

@@ -104,9 +104,10 @@ def test_maximize_negates_the_objective():
   # A maximum at 1, where the curvature is -2.
   objective = lambda x: -jnp.sum((x - 1.0) ** 2)
   x, results = jnp.array([0.6, 1.2]), []
-  for obj_fn, aux in (
-    (objective, False),
-    (lambda x: (objective(x), 'aux'), True),
+  for name, fn, aux in (
+    ('obj_fn', objective, False),
+    ('obj_fn', lambda x: (objective(x), 'aux'), True),
+    ('value_fn', objective, False),  # As line searches call it.
   ):
     tx = sophia_optax.sophia_g(
       0.5,
@@ -118,8 +119,8 @@ def test_maximize_negates_the_objective():
         has_aux=aux
       ),
     )
-    step = lambda state, tx=tx, obj_fn=obj_fn: tx.update(
-      jax.grad(objective)(x), state, x, obj_fn=obj_fn
+    step = lambda state, tx=tx, extra={name: fn}: tx.update(
+      jax.grad(objective)(x), state, x, **extra
     )
     results.append(jax.jit(lambda s, step=step: step(step(s)[1]))(tx.init(x)))
   chex.assert_trees_all_equal(*results)
