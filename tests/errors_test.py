@@ -187,7 +187,7 @@ def test_gradient_of_another_kind(param, grad):
 def test_options_that_do_not_fit_the_state(option):
   txs = [sophia_optax.scale_by_sophia(**o, **ESTIMATOR) for o in ({}, option)]
   for tx, other in (txs, txs[::-1]):
-    with pytest.raises(ValueError, match=f'{next(iter(option))}=.* does not fit'):
+    with pytest.raises(ValueError, match=r'=.* does not fit the state'):
       tx.update(PARAMS, other.init(PARAMS), PARAMS)
 
 
