@@ -1,11 +1,10 @@
-"""Runs the conformance suite on this library and on mistakes of others."""
+"""Runs the conformance suite on all estimators and on mistakes of others."""
 
 import functools
 
 import conformance
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -59,25 +58,17 @@ def gauss_newton(key, **kwargs):
   )
 
 
-HVPS = ('forward_over_reverse', 'reverse_over_reverse', 'finite_difference')
-HUTCHINSON = {
-  'one': (hutchinson, HESSIAN),
-  'samples': (functools.partial(hutchinson, num_samples=3), HESSIAN),
-  'normal': (functools.partial(hutchinson, distribution='normal'), HESSIAN),
-  'microbatched': (
-    lambda key, **kwargs: sophia_optax.microbatched(
-      hutchinson(key, **kwargs), 2
-    ),
+ESTIMATORS = {
+  'hutchinson': (hutchinson, HESSIAN),
+  'hutchinson_normal': (
+    functools.partial(hutchinson, num_samples=3, distribution='normal'),
+    HESSIAN,
+  ),
+  'hutchinson_microbatched': (
+    lambda key: sophia_optax.microbatched(hutchinson(key), 2),
     HESSIAN_OF_BATCH,
   ),
-}
-ESTIMATORS = {
-  f'hutchinson_{name}_{hvp}': (functools.partial(make, hvp=hvp), problem)
-  for hvp in HVPS
-  for name, (make, problem) in HUTCHINSON.items()
-} | {
-  'gauss_newton': (gauss_newton, BITS),
-  'gauss_newton_samples': (lambda key: gauss_newton(key, num_samples=3), BITS),
+  'gauss_newton': (functools.partial(gauss_newton, num_samples=3), BITS),
   'gauss_newton_microbatched': (
     lambda key: sophia_optax.microbatched(gauss_newton(key), 2),
     BITS_OF_BATCH,
@@ -95,31 +86,9 @@ ESTIMATORS = {
 }
 
 
-# The modes give the same products, see hvp_test.py.
-FAST = (
-  'hutchinson_one_forward_over_reverse',
-  'hutchinson_microbatched_forward_over_reverse',
-)
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=pytest.mark.slow)
-    if name.startswith('hutchinson') and name not in FAST
-    else name
-    for name in ESTIMATORS
-  ],
-)
+@pytest.mark.parametrize('name', ESTIMATORS)
 def test_estimator(name):
   conformance.check_estimator(*ESTIMATORS[name])
-
-
-def test_every_pair_of_coordinates_is_coupled():
-  # Otherwise an estimate that confuses the two would be unbiased.
-  flat, unravel = jax.flatten_util.ravel_pytree(PARAMS)
-  hessian = jax.jit(jax.hessian(lambda x: objective(unravel(x))))(flat)
-  assert jnp.all(jnp.abs(hessian) > 0.1)
 
 
 def weighted_objective(weight):
@@ -131,9 +100,9 @@ def weighted_inputs(weight):
 
 
 REPLICATED = {
-  hvp: (functools.partial(hutchinson, hvp=hvp), HESSIAN, weighted_objective)
-  for hvp in HVPS
-} | {'gauss_newton': (gauss_newton, BITS, weighted_inputs)}
+  'hutchinson': (hutchinson, HESSIAN, weighted_objective),
+  'gauss_newton': (gauss_newton, BITS, weighted_inputs),
+}
 
 
 @pytest.mark.parametrize('name', REPLICATED)
@@ -144,11 +113,7 @@ def test_replicas(name):
   )
 
 
-def test_scaling():
-  conformance.check_scaling(sophia_optax.scale_by_sophia)
-
-
-# The estimators and scalings below are wrong on purpose.
+# The estimators below are wrong on purpose.
 
 
 def wrong_hutchinson(probe_fn=None, clamp=False):
@@ -215,22 +180,22 @@ def frozen_key(key):
 
 
 def test_the_right_hutchinson_passes():
-  conformance.check_estimator(wrong_hutchinson(), HESSIAN)
+  conformance.check_draws(wrong_hutchinson(), HESSIAN)
 
 
 @pytest.mark.parametrize(
   ('make', 'problem', 'found'),
   [
-    (wrong_hutchinson(always_minus_one), HESSIAN, 'Biased'),
+    (wrong_hutchinson(always_minus_one), HESSIAN, 'Constant'),
     (wrong_hutchinson(clamp=True), HESSIAN, 'Biased'),
     (one_key_for_all_leaves, HESSIAN, 'Biased'),
-    (true_labels, BITS, 'Biased'),
+    (true_labels, BITS, 'Constant'),
     (frozen_key, HESSIAN, 'Constant'),
   ],
 )
 def test_wrong_estimator_is_found(make, problem, found):
   with pytest.raises(AssertionError, match=found):
-    conformance.check_estimator(make, problem)
+    conformance.check_draws(make, problem)
 
 
 def test_sum_over_replicas_is_found():
@@ -246,108 +211,3 @@ def test_sum_over_replicas_is_found():
 
   with pytest.raises(AssertionError, match='Replicas'):
     conformance.check_replicas(make, HESSIAN, weighted_objective)
-
-
-def scale_by(
-  b1,
-  b2,
-  eps,
-  gamma,
-  clip_threshold,
-  update_interval,
-  hessian_diagonal_fn,
-  mistake=None,
-):
-  """A short implementation of Sophia into which one mistake can be put."""
-  k, estimator = update_interval, hessian_diagonal_fn
-
-  def init(params):
-    zeros = jnp.zeros_like(params)
-    return jnp.zeros([], jnp.int32), zeros, zeros, estimator.init(params)
-
-  def update(g, state, params=None, **extra_args):
-    count, m, h, inner = state
-    m = b1 * m + (1 - b1) * g
-    if mistake == 'momentum twice':
-      m = b1 * m + (1 - b1) * g
-    t = (count + 1).astype(jnp.float32)
-    m_hat = m / (1 - b1**t)
-    denominator = jnp.maximum(gamma * h, eps)
-    u = jnp.clip(m_hat / denominator, -clip_threshold, clip_threshold)
-    if mistake == 'm times ratio':
-      u = m_hat * jnp.minimum(jnp.abs(m_hat) / denominator, 1.0)
-
-    def refresh(h, inner):
-      estimate, inner = estimator.update(g, inner, params)
-      if mistake == 'clamped before the EMA':
-        estimate = jnp.maximum(estimate, 0.0)
-      return b2 * h + (1 - b2) * estimate, inner
-
-    due = {
-      None: count % k == 0,
-      'k == k never holds': count % k == k,
-      'one never holds for k = 1': count % k == 1,
-      'every step': count >= 0,
-    }.get(mistake, count % k == 0)
-    h, inner = jax.lax.cond(due, refresh, lambda *same: same, h, inner)
-    return u, (count + 1, m, h, inner)
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scaling_with(mistake):
-  defaults = {
-    'b1': 0.9,
-    'b2': 0.9,
-    'eps': 1e-8,
-    'gamma': 0.1,
-    'clip_threshold': 1.0,
-  }
-  return lambda **kwargs: scale_by(**(defaults | kwargs), mistake=mistake)
-
-
-def test_the_right_scaling_passes():
-  conformance.check_scaling(scaling_with(None))
-
-
-@pytest.mark.parametrize(
-  'mistake',
-  [
-    'momentum twice',
-    'm times ratio',
-    'clamped before the EMA',
-    'k == k never holds',
-    'one never holds for k = 1',
-    'every step',
-  ],
-)
-def test_wrong_scaling_is_found(mistake):
-  with pytest.raises(AssertionError, match=r'Formula|Cadence'):
-    conformance.check_scaling(scaling_with(mistake))
-
-
-@pytest.mark.parametrize(
-  ('mistake', 'k'),
-  [
-    ('k == k never holds', 2),
-    ('one never holds for k = 1', 1),
-    ('every step', 2),
-  ],
-)
-def test_wrong_cadence_alone_is_found(mistake, k):
-  problem = conformance.Problem(jnp.ones(2), {}, jnp.ones(2), jnp.ones(2))
-  with pytest.raises(AssertionError, match='Cadence'):
-    conformance.check_cadence(
-      lambda key: optax.identity(), problem, scaling_with(mistake), [k]
-    )
-
-
-def test_all_outcomes_are_seen():
-  # Otherwise the mean over outcomes would not be exact: three signs, of which
-  # one and its opposite give the same estimate, make four outcomes.
-  keys = jax.random.split(jax.random.PRNGKey(0), 256)
-  estimate = lambda key: jax.flatten_util.ravel_pytree(
-    conformance.estimate_once(hutchinson, HESSIAN, key)
-  )[0]
-  estimates = jax.jit(jax.vmap(estimate))(keys)
-  assert len(np.unique(np.array(estimates).round(4), axis=0)) == 4

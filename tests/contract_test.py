@@ -29,47 +29,27 @@ def every_coordinate(params):
   return jnp.concatenate(leaves)
 
 
-SOPHIA_NUMBERS = {
-  'b1': 0.9,
-  'b2': 0.95,
-  'eps': 1e-8,
-  'weight_decay': 1e-3,
-  'gamma': 0.05,
-  'clip_threshold': 0.9,
-  'update_interval': 2,
-  'print_win_rate_every_n_steps': 0,
-}
-
 ROWS = {
   'sophia': Row(
-    functools.partial(sophia_optax.sophia, weight_decay=0.0),
-    lambda loss_fn: {'obj_fn': loss_fn},
-    SOPHIA_NUMBERS,
-  ),
-  'sophia_normal_probes': Row(
-    functools.partial(
-      sophia_optax.sophia,
-      hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-        jax.random.key_data(jax.random.key(0)),
-        num_samples=2,
-        distribution='normal',
-      ),
-      weight_decay=0.0,
-      refresh_before_update=True,
-      bias_correction=False,
-    ),
-    lambda loss_fn: {'obj_fn': loss_fn},
-    SOPHIA_NUMBERS,
-  ),
-  'sophia_typed_key': Row(
     functools.partial(
       sophia_optax.sophia,
       hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
         jax.random.key(1)
       ),
+      weight_decay=0.0,
+      diagnostics=True,
     ),
     lambda loss_fn: {'obj_fn': loss_fn},
-    SOPHIA_NUMBERS,
+    {
+      'b1': 0.9,
+      'b2': 0.95,
+      'eps': 1e-8,
+      'weight_decay': 1e-3,
+      'gamma': 0.05,
+      'clip_threshold': 0.9,
+      'update_interval': 2,
+      'print_win_rate_every_n_steps': 0,
+    },
   ),
   'sophia_g': Row(
     # As many outputs as parameters, so that all have curvature.
@@ -81,6 +61,10 @@ ROWS = {
         )
       ),
       weight_decay=0.0,
+      nesterov=True,
+      nu_bias_correction=True,
+      adam_b2=0.95,
+      target_win_rate=0.3,
     ),
     lambda loss_fn: {'predict_fn': every_coordinate},
     {
@@ -89,20 +73,9 @@ ROWS = {
       'rho': 0.05,
       'weight_decay': 1e-3,
       'update_interval': 2,
+      'adam_b2': 0.9,
+      'target_win_rate': 0.4,
     },
-  ),
-  'sophia_g_squared_gradient': Row(
-    functools.partial(
-      sophia_optax.sophia_g,
-      hessian_diagonal_fn=(
-        sophia_optax.squared_gradient_estimator_diag_hessian(2)
-      ),
-      rho=1e-3,
-      weight_decay=0.0,
-      adam_b2=0.95,
-    ),
-    lambda loss_fn: {},
-    {'b1': 0.9, 'b2': 0.95, 'rho': 0.05, 'weight_decay': 1e-3, 'adam_b2': 0.9},
   ),
 }
 
@@ -113,29 +86,28 @@ def loss_fn(params):
   return jnp.sum(jnp.cosh(params['w'])) + jnp.sum((params['b'] - 1) ** 4)
 
 
-@pytest.fixture(
-  name='row',
-  params=[
-    pytest.param(name, marks=pytest.mark.slow)
-    if name in ('sophia_normal_probes', 'sophia_typed_key')
-    else name
-    for name in ROWS
-  ],
-)
+@pytest.fixture(name='row', params=ROWS)
 def _row(request):
   return ROWS[request.param]
 
 
-def make_step(tx, extra_args):
+def make_step(tx, extra_args, traces=None):
+  """Returns a step that is added to `traces` whenever Python runs it."""
+
   def step(params, state):
+    if traces is not None:
+      traces.append(step)
     grads = jax.grad(loss_fn)(params)
-    updates, state = tx.update(grads, state, params, **extra_args(loss_fn))
+    # An extra argument that no part of the optimizer knows.
+    updates, state = tx.update(
+      grads, state, params, **extra_args(loss_fn), unknown='x'
+    )
     return optax.apply_updates(params, updates), state
 
   return step
 
 
-def train(tx, extra_args, params=PARAMS, steps=6, step=None):
+def train(tx, extra_args, params=PARAMS, steps=4, step=None):
   """Parameters and state after some steps, compiled unless step is given."""
   step = step or jax.jit(make_step(tx, extra_args))
   state = tx.init(params)
@@ -144,84 +116,44 @@ def train(tx, extra_args, params=PARAMS, steps=6, step=None):
   return params, state
 
 
-def test_jit_eager_and_scan_agree(row):
-  tx = row.factory(0.1)
-  jitted = train(tx, row.extra_args, steps=4)
-  step = make_step(tx, row.extra_args)
-  eager = train(tx, row.extra_args, steps=4, step=step)
-  scanned, _ = jax.lax.scan(
-    lambda carry, _: (step(*carry), None), (PARAMS, tx.init(PARAMS)), length=4
-  )
-  for other in (eager, scanned):
-    jax.tree.map(assert_close, jitted, other)
-
-
 def assert_close(x, y):
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x, y = jax.random.key_data(x), jax.random.key_data(y)
   np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_population_under_vmap(row):
-  tx = row.factory(0.1)
-  members = [optax.tree.scale(x, PARAMS) for x in (1.0, 0.5, -1.0)]
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
-  step = jax.jit(make_step(tx, row.extra_args))
-  trained = jax.vmap(lambda p: train(tx, row.extra_args, p, step=step))(stacked)
-  for i, member in enumerate(members):
-    alone = train(tx, row.extra_args, member, step=step)
-    jax.tree.map(lambda x, y, i=i: assert_close(x[i], y), trained, alone)
-
-
-def test_second_call_does_not_recompile(row):
+def test_a_step_is_compiled_once_and_keeps_the_types_of_the_state(row):
   tx = row.factory(optax.linear_schedule(0.1, 0.0, 10))
   traces = []
-
-  @jax.jit
-  def step(params, state):
-    traces.append(None)
-    grads = jax.grad(loss_fn)(params)
-    updates, state = tx.update(
-      grads, state, params, **row.extra_args(loss_fn), unknown=3
-    )
-    return optax.apply_updates(params, updates), state
-
-  params, state = PARAMS, tx.init(PARAMS)
-  before = state
-  for _ in range(3):
-    params, state = step(params, state)
+  step = jax.jit(make_step(tx, row.extra_args, traces), donate_argnums=1)
+  before = jax.tree.map(jax.typeof, tx.init(PARAMS))
+  _, state = train(tx, row.extra_args, step=step)
   assert len(traces) == 1
-  chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
   # Weak types would change the type of a lax.cond or lax.scan carry.
-  assert jax.tree.map(jax.typeof, before) == jax.tree.map(jax.typeof, state)
+  assert before == jax.tree.map(jax.typeof, state)
 
 
-def test_unknown_extra_args_are_ignored(row):
+def test_eager_agrees_with_jit():
+  tx, extra_args = ROWS['sophia'].factory(0.1), ROWS['sophia'].extra_args
+  eager = train(tx, extra_args, steps=2, step=make_step(tx, extra_args))
+  jax.tree.map(assert_close, train(tx, extra_args, steps=2), eager)
+
+
+def test_scan_and_a_population_under_vmap_agree_with_jit(row):
   tx = row.factory(0.1)
-  chex.assert_trees_all_equal(
-    train(tx, row.extra_args, steps=2)[0],
-    train(
-      tx,
-      lambda loss_fn: {**row.extra_args(loss_fn), 'value': 1.0, 'x': 'y'},
-      steps=2,
-    )[0],
-  )
+  step = make_step(tx, row.extra_args)
 
+  def scanned(params):
+    carry = params, tx.init(params)
+    return jax.lax.scan(lambda c, _: (step(*c), None), carry, length=3)[0]
 
-def test_state_types_are_stable_under_cond(row):
-  tx = row.factory(0.1)
-
-  @jax.jit
-  def maybe_update(flag, state):
-    return jax.lax.cond(
-      flag,
-      lambda s: tx.update(PARAMS, s, PARAMS, **row.extra_args(loss_fn)),
-      lambda s: (PARAMS, s),
-      state,
-    )
-
-  _, state = maybe_update(True, tx.init(PARAMS))
-  assert optax.tree.get(state[0], 'count') == 1
+  members = [PARAMS, optax.tree.scale(-1.0, PARAMS)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
+  population = jax.jit(jax.vmap(scanned))(stacked)
+  jitted = jax.jit(step)
+  for i, member in enumerate(members):
+    alone = train(tx, row.extra_args, member, 3, jitted)
+    jax.tree.map(lambda x, y, i=i: assert_close(x[i], y), population, alone)
 
 
 def test_inject_hyperparams(row):
@@ -230,123 +162,80 @@ def test_inject_hyperparams(row):
   injected = optax.inject_hyperparams(row.factory)(
     learning_rate=schedule, **row.numbers
   )
+  traces = []
+  step = jax.jit(make_step(injected, row.extra_args, traces))
+  params, state = train(injected, row.extra_args, step=step)
   fixed = row.factory(schedule, **row.numbers)
-  params, state = train(injected, row.extra_args)
   expected, _ = train(fixed, row.extra_args)
   chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
   assert set(row.numbers) <= set(state.hyperparams)
 
   # A number changed between two steps takes effect.
-  state.hyperparams['weight_decay'] = jnp.float32(10.0)
-  update = lambda s: injected.update(
-    PARAMS, s, PARAMS, **row.extra_args(loss_fn)
-  )[0]
-  changed = update(state)
-  state.hyperparams['weight_decay'] = jnp.float32(0.0)
-  assert not np.allclose(changed['w'], update(state)['w'])
+  def after(**numbers):
+    hyperparams = state.hyperparams | jax.tree.map(jnp.float32, numbers)
+    return step(PARAMS, state._replace(hyperparams=hyperparams))
+
+  before, _ = after(weight_decay=0.0)
+  decayed, _ = after(weight_decay=10.0)
+  assert not np.allclose(before['w'], decayed['w'])
+  _, changed = after(b1=0.0)
+  chex.assert_trees_all_close(
+    optax.tree.get(changed, 'mu'), jax.grad(loss_fn)(PARAMS), rtol=1e-6
+  )
+  assert len(traces) == 1
 
 
-@jax.numpy_dtype_promotion('standard')  # MultiSteps itself needs it.
-def test_multi_steps(row):
-  tx = optax.MultiSteps(row.factory(0.1), every_k_schedule=2)
-  once = train(row.factory(0.1), row.extra_args, steps=1)[0]
-  step = jax.jit(make_step(tx, row.extra_args))
-  first, _ = train(tx, row.extra_args, steps=1, step=step)
-  second, _ = train(tx, row.extra_args, steps=2, step=step)
-  chex.assert_trees_all_equal(first, PARAMS)
-  chex.assert_trees_all_close(second, once, rtol=1e-6, atol=1e-6)
-
-
-def test_apply_if_finite(row):
-  tx = optax.apply_if_finite(row.factory(0.1), max_consecutive_errors=3)
+def test_apply_if_finite_clipping_before_and_ema_after(row):
+  chained = optax.chain(
+    optax.clip_by_global_norm(1e-3), row.factory(0.1), optax.ema(0.5)
+  )
+  tx = optax.apply_if_finite(chained, max_consecutive_errors=3)
   state = tx.init(PARAMS)
   update = jax.jit(
     lambda g, s: tx.update(g, s, PARAMS, **row.extra_args(loss_fn))
   )
-  bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
-  updates, after = update(bad, state)
-  chex.assert_trees_all_equal(updates, optax.tree.zeros_like(PARAMS))
-  jax.tree.map(assert_close, after.inner_state, state.inner_state)
-  updates, after = update(PARAMS, after)
-  assert all(jnp.all(u != 0) for u in jax.tree.leaves(updates))
-
-
-def test_masked(row):
-  mask = {'w': True, 'b': False}
-  tx = optax.masked(row.factory(0.1), mask)
-  updates, _ = tx.update(
-    PARAMS,
-    tx.init(PARAMS),
-    PARAMS,
-    full_params=PARAMS,
-    **row.extra_args(loss_fn),
-  )
-  chex.assert_trees_all_equal(updates['b'], PARAMS['b'])
-  assert np.all(np.array(updates['w']) * np.array(PARAMS['w']) < 0)
-
-
-@jax.numpy_dtype_promotion('standard')  # optax.ema itself needs it.
-def test_chain_with_clipping_before_and_ema_after(row):
-  tx = optax.chain(
-    optax.clip_by_global_norm(1e-3), row.factory(0.1), optax.ema(0.5)
-  )
-  params, state = train(tx, row.extra_args, steps=1)
+  with jax.numpy_dtype_promotion('standard'):  # optax.ema itself needs it.
+    bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    updates, after = update(bad, state)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(PARAMS))
+    jax.tree.map(assert_close, after.inner_state, state.inner_state)
+    updates, state = update(PARAMS, after)
   # The moment saw the clipped gradient, and the EMA the update: debiased, the
   # average of one update is that update.
-  assert optax.tree.norm(optax.tree.get(state, 'mu')) < 1e-3
-  moved = optax.tree.sub(params, PARAMS)
+  assert 0 < optax.tree.norm(optax.tree.get(state, 'mu')) < 1e-3
   chex.assert_trees_all_close(
-    optax.tree.get(state, 'ema'), optax.tree.scale(0.5, moved), atol=2e-7
+    optax.tree.get(state, 'ema'), optax.tree.scale(0.5, updates), atol=2e-7
   )
-  assert optax.tree.norm(moved) > 0
+  assert all(jnp.all(u != 0) for u in jax.tree.leaves(updates))
 
 
 def test_map_params(row):
   tx = row.factory(0.1)
-  state = tx.init(PARAMS)
   marked = optax.tree.map_params(
     tx,
     lambda x: 'like a parameter',
-    state,
+    tx.init(PARAMS),
     transform_non_params=lambda x: 'not',
   )
-  sophia_state = optax.tree.get(marked, 'SophiaState')
+  sophia_state = optax.tree.get(marked, 'SophiaState')._asdict()
   same = jax.tree.map(lambda _: 'like a parameter', PARAMS)
-  assert sophia_state.mu == sophia_state.nu == same
-  assert sophia_state.count == sophia_state.win_rate == 'not'
+  for name in ('mu', 'nu', 'second_moment'):
+    assert sophia_state.pop(name) in (same, None)
+  assert set(jax.tree.leaves(sophia_state)) == {'not'}
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_update_keeps_the_dtype(row, dtype):
-  params = optax.tree.cast(PARAMS, dtype)
-  params, state = train(row.factory(0.1), row.extra_args, params=params)
-  assert all(p.dtype == dtype for p in jax.tree.leaves(params))
-  chex.assert_tree_all_finite(state[0].mu)
-
-
-PROBLEMS = {
-  'parabola': (lambda x: jnp.sum((x - jnp.array([1.0, -2.0])) ** 2), [1, -2]),
-  'rosenbrock': (
-    lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
-    [1, 1],
-  ),
-}
-
-
-@pytest.mark.parametrize('problem', PROBLEMS)
-def test_converges(row, problem):
-  problem_fn, minimum = PROBLEMS[problem]
+def test_minimizes_rosenbrock(row):
+  rosenbrock = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
   steps = 3000
   tx = row.factory(optax.linear_schedule(2e-2, 0.0, steps), weight_decay=0.0)
 
   def step(carry, _):
     params, state = carry
-    grads = jax.grad(problem_fn)(params)
     updates, state = tx.update(
-      grads, state, params, **row.extra_args(problem_fn)
+      jax.grad(rosenbrock)(params), state, params, **row.extra_args(rosenbrock)
     )
     return (optax.apply_updates(params, updates), state), None
 
   params = jnp.array([-1.0, 1.5])
   (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
-  np.testing.assert_allclose(params, minimum, atol=3e-2)
+  np.testing.assert_allclose(params, 1.0, atol=3e-2)

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -24,98 +25,107 @@ def loss_fn(x, batch):  # Its Hessian is diagonal, so every estimate is exact.
   return jnp.mean(jnp.exp(batch * x))
 
 
-def counted(calls):
-  """Hutchinson's estimator, which counts how often it really runs."""
-  inner = sophia_optax.hutchinson_estimator_diag_hessian()
+def train(multi_steps, every_k, k=2, **decision):
+  """Returns parameters, state and number of estimates of each micro-step."""
+  calls = []
 
-  def update(updates, state, params=None, **extra_args):
+  def exact(updates, state, params=None, *, obj_fn, **extra_args):
+    del updates, extra_args
     jax.debug.callback(lambda: calls.append(1))
-    return inner.update(updates, state, params, **extra_args)
+    return jax.grad(lambda x: jnp.sum(jax.grad(obj_fn)(x)))(params), state
 
-  return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def train(multi_steps, every_k, tx, **decision):
+  estimator = optax.GradientTransformationExtraArgs(
+    optax.init_empty_state, exact
+  )
+  tx = sophia_optax.sophia(
+    0.1, update_interval=k, hessian_diagonal_fn=estimator
+  )
   tx = multi_steps(tx, every_k)
 
-  @jax.jit
-  def step(x, state, batch):
+  def step(carry, batch):
+    x, state = carry
     grads = jax.grad(loss_fn)(x, batch)
     obj_fn = lambda x: loss_fn(x, batch)
     updates, state = tx.update(grads, state, x, obj_fn=obj_fn, **decision)
-    return optax.apply_updates(x, updates), state
+    x = optax.apply_updates(x, updates)
+    return (x, state), (x, state)
 
-  x, state = PARAMS, tx.init(PARAMS)
-  history = []
-  for batch in BATCHES:
-    x, state = step(x, state, batch)
-    history.append(x)
+  carry = PARAMS, tx.init(PARAMS)
+  history = jax.jit(lambda *args: jax.lax.scan(step, *args)[1])(carry, BATCHES)
+  jax.block_until_ready(history)
   jax.effects_barrier()
-  return jnp.stack(history), state
+  return history, len(calls)
 
 
 # 12 micro-steps are 4 steps of 3; of these, 0 and 2 refresh when k = 2.
 @pytest.mark.parametrize(
-  ('multi_steps', 'every_k', 'expected'),
+  ('every_k', 'decision', 'expected'),
   [
-    (sophia_optax.MultiSteps, 3, 2),
-    (sophia_optax.MultiSteps, lambda step: 3, 2),
-    (sophia_optax.MultiSteps, 1, 6),
-    (optax.MultiSteps, 3, 6),
+    (lambda step: 3, {'refresh': None}, 2),
+    (1, {}, 6),
+    (3, {'may_refresh': jnp.array(False)}, 0),
+    (3, {'refresh': True}, 12),
   ],
 )
-def test_number_of_estimates(multi_steps, every_k, expected):
-  calls = []
-  tx = sophia_optax.sophia(
-    0.1, update_interval=2, hessian_diagonal_fn=counted(calls)
+def test_number_of_estimates(every_k, decision, expected):
+  _, calls = train(sophia_optax.MultiSteps, every_k, **decision)
+  assert calls == expected
+
+
+def test_all_but_the_number_of_estimates_is_as_in_optax():
+  ours, calls = train(sophia_optax.MultiSteps, 3)
+  theirs, calls_in_optax = train(optax.MultiSteps, 3)
+  chex.assert_trees_all_equal(ours, theirs)
+  assert (calls, calls_in_optax) == (2, 6)
+  params, state = ours
+  np.testing.assert_array_equal(params[:2], [PARAMS] * 2)
+  # The gradient is the mean, the curvature that of the last micro-batch.
+  grads = jax.vmap(jax.grad(loss_fn), (None, 0))(PARAMS, BATCHES[:3])
+  mu, nu = (optax.tree.get(state, name)[2] for name in ('mu', 'nu'))
+  np.testing.assert_allclose(mu, 0.035 * jnp.mean(grads, axis=0), rtol=1e-5)
+  hessian = jax.jit(jax.hessian(loss_fn))(PARAMS, BATCHES[2])
+  np.testing.assert_allclose(nu, 0.01 * jnp.diag(hessian), rtol=1e-5)
+
+
+def test_schedule_of_micro_steps_counts_the_steps_taken():
+  # The first step has one micro-step, the others have two.
+  (_, state), calls = train(
+    sophia_optax.MultiSteps, lambda step: jnp.where(step == 0, 1, 2), k=1
   )
-  train(multi_steps, every_k, tx)
-  assert len(calls) == expected
+  assert state.gradient_step[-1] == 6  # 1 + 5 · 2 micro-steps of the 12
+  assert optax.tree.get(state, 'refresh_count')[-1] == calls == 6
 
 
 @pytest.mark.parametrize(
-  ('decision', 'expected'),
+  ('tx', 'value_fn'),
   [
-    ({'refresh': None}, 2),  # Regression: every micro-step refreshed.
-    ({'may_refresh': True}, 2),
-    ({'may_refresh': jnp.array(False)}, 0),
+    (optax.sgd(0.1), lambda x, obj_fn=None: jnp.sum(x**2)),
+    (
+      sophia_optax.sophia(0.1),
+      lambda x, obj_fn=None, may_refresh=None: jnp.sum(x**2),
+    ),
   ],
+  ids=['sgd', 'sophia'],
 )
-def test_number_of_estimates_with_arguments(decision, expected):
-  calls = []
-  tx = sophia_optax.sophia(
-    0.1, update_interval=2, hessian_diagonal_fn=counted(calls)
+def test_chain_around_and_line_search_within(tx, value_fn):
+  # A line search refuses arguments that value_fn does not have.
+  tx = optax.chain(
+    tx, optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
   )
-  train(sophia_optax.MultiSteps, 3, tx, **decision)
-  assert len(calls) == expected
+  tx = sophia_optax.MultiSteps(tx, 2, use_grad_mean=False)
+  tx = optax.chain(tx.gradient_transformation(), optax.identity())
+  x = jnp.ones(3)
 
+  @jax.jit
+  def step(state):
+    value, grads = jax.value_and_grad(value_fn)(x)
+    arguments = {'value': value, 'grad': grads, 'value_fn': value_fn}
+    return tx.update(grads, state, x, obj_fn=value_fn, **arguments)
 
-def test_all_else_is_as_in_optax():
-  tx = sophia_optax.sophia(0.1, update_interval=2)
-  chex.assert_trees_all_equal(
-    train(sophia_optax.MultiSteps, 3, tx), train(optax.MultiSteps, 3, tx)
-  )
-
-
-def test_as_a_transformation_in_a_chain_and_with_other_optimizers():
-  for tx in (sophia_optax.sophia(0.1), optax.sgd(0.1)):
-    multi_steps = sophia_optax.MultiSteps(
-      optax.chain(optax.clip(1.0), tx), 2, use_grad_mean=False
-    )
-    chained = optax.chain(
-      multi_steps.gradient_transformation(), optax.identity()
-    )
-    state = chained.init(PARAMS)
-    moved = []
-    for batch in BATCHES[:4]:
-      updates, state = chained.update(
-        jax.grad(loss_fn)(PARAMS, batch),
-        state,
-        PARAMS,
-        obj_fn=lambda x, batch=batch: loss_fn(x, batch),
-      )
-      moved.append(bool(jnp.any(updates != 0)))
-    assert moved == [False, True, False, True]
+  updates, state = step(tx.init(x))
+  assert not jnp.any(updates)
+  updates, _ = step(state)
+  assert value_fn(x + updates) < value_fn(x)
 
 
 def test_curvature_of_all_micro_batches():
@@ -128,74 +138,12 @@ def test_curvature_of_all_micro_batches():
     ),
     3,
   )
+  batch = BATCHES[:3].reshape(12, 2)
+  step = jax.jit(
+    lambda state: tx.update(PARAMS, state, PARAMS, obj_fn=loss_fn, batch=batch)
+  )
   state = tx.init(PARAMS)
-  for batch in BATCHES[:3]:
-    _, state = tx.update(
-      jax.grad(loss_fn)(PARAMS, batch),
-      state,
-      PARAMS,
-      obj_fn=loss_fn,
-      batch=BATCHES[:3].reshape(12, 2),
-    )
-  exact = jnp.diag(jax.jit(jax.hessian(loss_fn))(PARAMS, BATCHES[:3]))
+  for _ in range(3):
+    _, state = step(state)
+  exact = jnp.diag(jax.jit(jax.hessian(loss_fn))(PARAMS, batch))
   chex.assert_trees_all_close(optax.tree.get(state, 'nu'), exact, rtol=1e-5)
-
-
-def test_may_refresh():
-  tx = sophia_optax.scale_by_sophia()
-  extra = {'obj_fn': lambda x: loss_fn(x, BATCHES[0])}
-  _, state = tx.update(
-    PARAMS, tx.init(PARAMS), PARAMS, may_refresh=False, **extra
-  )
-  assert not jnp.any(state.nu)
-  assert state.count == 1
-  _, state = tx.update(
-    PARAMS, tx.init(PARAMS), PARAMS, may_refresh=jnp.array(True), **extra
-  )
-  assert jnp.all(state.nu != 0)
-
-
-def test_schedule_of_micro_steps_counts_the_steps_taken():
-  # The first step has one micro-step, the others have two.
-  calls = []
-  tx = sophia_optax.sophia(
-    0.1, update_interval=1, hessian_diagonal_fn=counted(calls)
-  )
-  _, state = train(
-    sophia_optax.MultiSteps, lambda step: jnp.where(step == 0, 1, 2), tx
-  )
-  assert state.gradient_step == 6  # 1 + 5 · 2 micro-steps of the 12
-  assert len(calls) == 6
-  assert optax.tree.get(state, 'refresh_count') == 6
-
-
-@pytest.mark.parametrize(
-  ('tx', 'value_fn'),
-  [
-    (optax.sgd(0.1), lambda x, obj_fn=None: jnp.sum(x**2)),
-    (
-      sophia_optax.sophia(0.1),
-      lambda x, obj_fn=None, may_refresh=None: jnp.sum(x**2),
-    ),
-  ],
-)
-def test_line_search(tx, value_fn):
-  # A line search refuses arguments that value_fn does not have.
-  tx = optax.chain(
-    tx, optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
-  )
-  tx = sophia_optax.MultiSteps(tx, 2)
-  x = jnp.ones(3)
-  state = tx.init(x)
-  for _ in range(2):
-    grads = jax.grad(value_fn)(x)
-    updates, state = tx.update(
-      grads,
-      state,
-      x,
-      obj_fn=value_fn,
-      value=value_fn(x),
-      grad=grads,
-      value_fn=value_fn,
-    )
-  assert value_fn(x + updates) < value_fn(x)

@@ -1,5 +1,6 @@
-"""SophiaTrainState, Flax's TrainState with extra arguments."""
+"""SophiaTrainState, Flax's TrainState with extra arguments, and its example."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import optax
 import pytest
 
+import digits
+import flax_train_state
 import sophia_optax
 
 pytestmark = pytest.mark.usefixtures('compile_fast')
@@ -89,36 +92,28 @@ def test_is_the_same_as_an_explicit_loop():
     )
     return optax.apply_updates(params, updates), opt_state
 
-  step = jax.jit(train_step, donate_argnums=0)
+  traces = []
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state):
+    traces.append(None)
+    return train_step(state)
+
   state = create(tx)
+  structure = jax.tree.structure(state)
   for _ in range(5):
     donated = state.params['w']
     state = step(state)
     params, opt_state = expected_step(params, opt_state)
     assert donated.is_deleted()
 
+  assert len(traces) == 1
+  assert jax.tree.structure(state) == structure
   chex.assert_trees_all_close(state.params, params, rtol=1e-6)
   chex.assert_trees_all_close(state.opt_state, opt_state, rtol=1e-6)
   assert state.step == 5
   np.testing.assert_array_equal(state.batch_stats['mean'], 5.0)
   chex.assert_trees_all_equal(state.dropout_key, jax.random.key(0))
-
-
-def test_a_step_is_compiled_once():
-  num_traces = 0
-
-  @jax.jit
-  def step(state):
-    nonlocal num_traces
-    num_traces += 1
-    return train_step(state)
-
-  state = create(make_optimizer())
-  structure = jax.tree.structure(state)
-  for _ in range(3):
-    state = step(state)
-    assert jax.tree.structure(state) == structure
-  assert num_traces == 1
 
 
 def test_fields_are_replaced_and_the_rest_is_forwarded():
@@ -152,96 +147,67 @@ def test_optimizers_without_extra_arguments(tx):
   chex.assert_trees_all_equal(vars(state), vars(expected))
 
 
-def test_error_names_the_missing_argument():
-  state = create(make_optimizer())
-  with pytest.raises(ValueError, match='needs obj_fn, got only objfn'):
-    state.apply_gradients(grads=init_params(), objfn=loss_fn)
-
-
 def test_collections_that_are_overwritten():
   scales = {'scale': jnp.array(3.0)}
   variables = {'params': init_params(), OVERWRITTEN: scales}
   new_scales = {'scale': jnp.array(4.0)}
-  state = create(make_optimizer(), variables)
-  plain = create(make_optimizer())
-
-  @jax.jit
-  def step(state, plain):
+  estimator = optax.GradientTransformationExtraArgs(
+    optax.init_empty_state,
+    lambda g, s, params, *, obj_fn: (jax.grad(obj_fn)(params), s),
+  )
+  tx = sophia_optax.sophia(0.1, hessian_diagonal_fn=estimator)
+  state, plain = create(tx, variables), create(tx)
+  for _ in range(2):
     grads = jax.grad(loss_fn)(plain.params)
     # The curvature, too, is that of the parameters that are trained.
     state = state.apply_gradients(
       grads={'params': grads, OVERWRITTEN: new_scales}, obj_fn=loss_fn
     )
-    return state, plain.apply_gradients(grads=grads, obj_fn=loss_fn)
-
-  for _ in range(2):
-    state, plain = step(state, plain)
+    plain = plain.apply_gradients(grads=grads, obj_fn=loss_fn)
   chex.assert_trees_all_equal(state.params['params'], plain.params)
   chex.assert_trees_all_equal(state.params[OVERWRITTEN], new_scales)
 
 
-def test_continues_from_bytes():
+def test_bytes():
   class Stored(sophia_optax.SophiaTrainState):  # Flax stores raw keys only.
     dropout_key: jax.Array
-
-  tx = make_optimizer()
 
   def make(seed):
     return Stored.create(
       apply_fn=loss_fn,
       params=init_params(),
-      tx=tx,
+      tx=make_optimizer(random_seed=seed),
       dropout_key=jax.random.PRNGKey(seed),
     )
 
-  @jax.jit
-  def step(state):
-    return state.apply_gradients(
-      grads=jax.grad(loss_fn)(state.params), obj_fn=loss_fn
-    )
-
-  state = step(make(seed=1))
-  stored = serialization.to_bytes(state)
-  restored = serialization.from_bytes(make(seed=2), stored)
+  state, other = make(1), make(2)
+  restored = serialization.from_bytes(other, serialization.to_bytes(state))
   assert isinstance(restored, Stored)
-  for _ in range(2):  # With a refresh, which needs the key of the probes.
-    state, restored = step(state), step(restored)
-  chex.assert_trees_all_equal(restored, state)
+  chex.assert_trees_all_equal(*(x.replace(tx=None) for x in (restored, state)))
 
 
 def test_replicas():
-  devices = jax.devices()[:2]
   x = jnp.array([0.5, 1.5])
-  state = jax_utils.replicate(
-    create(make_optimizer(axis_name='data')), devices, axis_name='data'
-  )
   step = jax.pmap(
-    lambda state, x: train_step(state, x, axis_name='data'),
+    functools.partial(train_step, axis_name='data'),
     axis_name='data',
-    devices=devices,
+    devices=jax.devices()[:2],
     donate_argnums=0,
   )
-  # The Hessian is diagonal, so every estimate is exact.
-  mean_loss = lambda params, x: loss_fn(params, x[0]) + loss_fn(params, x[1])
-  whole = create(make_optimizer()).replace(
-    apply_fn=lambda params, x: mean_loss(params, x) / 2
-  )
-  step_of_whole = jax.jit(train_step)
-  for _ in range(3):
-    state = step(state, x)
-    whole = step_of_whole(whole, x)
-  trained = lambda s: (s.step, s.params, s.opt_state[0].nu, s.batch_stats)
-  for leaf in jax.tree.leaves((trained(state), state.opt_state)):
+  state = create(make_optimizer(axis_name='data'))
+  state = jax_utils.replicate(state, jax.devices()[:2], axis_name='data')
+  state = step(state, x)
+  for leaf in jax.tree.leaves((state.step, state.params, state.opt_state)):
     np.testing.assert_array_equal(leaf[0], leaf[1])
-  one = jax_utils.unreplicate(state)
-  chex.assert_trees_all_close(trained(one), trained(whole), rtol=1e-5)
-
-
-def test_the_name_is_listed_and_others_are_not_there():
-  assert 'SophiaTrainState' in dir(sophia_optax)
-  assert 'sophia_g' in dir(sophia_optax)
-  with pytest.raises(AttributeError, match='no attribute'):
-    _ = sophia_optax.SophiaTrainStates
+  # The Hessian is diagonal, so every estimate is exact.
+  w = np.array([0.5, -1.0, 2.0])[:, None]
+  gradient = np.mean(x * np.sinh(x * w) / 3, axis=1)
+  curvature = np.mean(x**2 * np.cosh(x * w) / 3, axis=1)
+  mu, nu = (optax.tree.get(state, name)['w'][0] for name in ('mu', 'nu'))
+  np.testing.assert_allclose(mu, 0.035 * gradient, rtol=1e-5)
+  np.testing.assert_allclose(nu, 0.01 * curvature, rtol=1e-5)
+  updated = step(state, x)
+  np.testing.assert_array_equal(updated.batch_stats['mean'], 2.0)
 
 
 def test_without_flax():
@@ -267,20 +233,80 @@ except ImportError as error:
   assert "pip install 'sophia-optax[flax]'" in finished.stdout
 
 
-@pytest.mark.parametrize('multi_steps', [sophia_optax.MultiSteps,
-                                         optax.MultiSteps])  # fmt: skip
+@pytest.mark.parametrize(
+  'multi_steps', [sophia_optax.MultiSteps, optax.MultiSteps]
+)
 def test_extra_arguments_reach_an_optimizer_in_multi_steps(multi_steps):
   # Regression: they were dropped, because MultiSteps is not a
   # GradientTransformationExtraArgs; moments were loss_scale times too large.
-  scale, params = 1024.0, {'w': jnp.array([1.0, 2.0]), 'b': jnp.ones(2)}
-  tx = multi_steps(make_optimizer(), 2)
-  scaled = lambda params: scale * loss_fn(params)
+  estimator = sophia_optax.squared_gradient_estimator_diag_hessian(1)
+  tx = multi_steps(sophia_optax.sophia(0.1, hessian_diagonal_fn=estimator), 2)
+  grads = init_params()
   with jax.numpy_dtype_promotion('standard'):  # optax.MultiSteps needs it.
-    state = create(tx, params)
+    state = create(tx)
     for _ in range(2):
       state = state.apply_gradients(
-        grads=jax.grad(scaled)(params), obj_fn=scaled, loss_scale=scale
+        grads=optax.tree.scale(1024.0, grads), loss_scale=1024.0
       )
   mu = optax.tree.get(state.opt_state, 'mu')
-  grads = jax.grad(loss_fn)(params)
   chex.assert_trees_all_close(mu, optax.tree.scale(0.035, grads), rtol=1e-5)
+
+
+# The example.
+
+
+@pytest.fixture(name='_as_flax')
+def _promote_as_flax_does():
+  with jax.numpy_dtype_promotion('standard'):  # nn.avg_pool needs it.
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('_as_flax')
+@pytest.mark.parametrize('pmap', [False, True])
+def test_example_learns(pmap):
+  state, accuracy = flax_train_state.train(60, pmap=pmap)
+  assert accuracy > 0.9  # 0.99 after the 200 steps of the script.
+  assert state.step == 60
+  assert 0 < optax.tree.get(state.opt_state, 'win_rate') < 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('_as_flax')
+def test_statistics_of_the_example_move_once_and_replicas_stay_equal():
+  training, _ = digits.load()
+  images, labels = (x[:16].reshape(2, 8, *x.shape[1:]) for x in training)
+  before = flax_train_state.create(seed=0, steps=2, axis_name='batch')
+  step = jax.pmap(
+    lambda state, batch: flax_train_state.train_step(state, batch, 'batch'),
+    axis_name='batch',
+    in_axes=(None, 0),
+    devices=jax.devices()[:2],
+  )
+  after, _ = step(before, digits.Split(images, labels))
+  key = jax.random.key_data(after.dropout_key)
+  for leaf in jax.tree.leaves(
+    (after.params, after.batch_stats, after.opt_state, key)
+  ):
+    np.testing.assert_array_equal(leaf[0], leaf[1])
+  np.testing.assert_array_equal(key[0], jax.random.key_data(before.dropout_key))
+  # Although the curvature took a second pass.
+  channels = jax.lax.conv_general_dilated(
+    training.images[:16],
+    before.params['Conv_0']['kernel'],
+    (1, 1),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+  np.testing.assert_allclose(
+    after.batch_stats['BatchNorm_0']['mean'][0],
+    0.1 * channels.mean((0, 1, 2)),
+    rtol=1e-4,
+    atol=1e-6,
+  )
+
+
+def test_devices_that_do_not_divide_the_batch_of_the_example(monkeypatch):
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 3)
+  with pytest.raises(ValueError, match=r'must divide .*; got 3'):
+    flax_train_state.train(1, pmap=True)
