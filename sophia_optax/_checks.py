@@ -57,9 +57,14 @@ def fraction(name: str, value: Any):
 
 def whole_number(name: str, value: Any, at_least: int) -> Any:
   """Returns a number as an int, and an array unchanged."""
-  is_valid = lambda x: math.isfinite(x) and x == int(x) and x >= at_least
-  _number(name, value, is_valid, f'a whole number of at least {at_least}')
-  return value if hasattr(value, 'dtype') else int(value)
+  is_array = hasattr(value, 'dtype')  # Computed, so perhaps not quite whole.
+  _number(
+    name,
+    value,
+    lambda x: math.isfinite(x) and (is_array or x == int(x)) and x >= at_least,
+    f'a whole number of at least {at_least}',
+  )
+  return value if is_array else int(value)
 
 
 def one_of(name: str, value: Any, known: Collection[str]):

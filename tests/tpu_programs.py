@@ -23,13 +23,13 @@ ESTIMATORS = {
   'H': sophia_optax.hutchinson_estimator_diag_hessian,
   'G': sophia_optax.gauss_newton_bartlett_estimator_diag_hessian,
 }
-CHIPS = tpu_cases.devices('v5e:2x2')
+chips = functools.cache(lambda: tpu_cases.devices('v5e:2x2'))
 
 
 def known():
   """Returns the words that programs move for each entry of a matrix."""
   size = 2048
-  chip = jax.sharding.SingleDeviceSharding(CHIPS[0])
+  chip = jax.sharding.SingleDeviceSharding(chips()[0])
   x = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=chip)
   i = jax.ShapeDtypeStruct((), jnp.int32, sharding=chip)
 
@@ -94,7 +94,7 @@ def steps():
   found = {}
   for way in 'jit', 'fsdp', 'explicit', 'shard_map':
     axis_type = AxisType.Explicit if way == 'explicit' else AxisType.Auto
-    mesh = jax.make_mesh((4,), ('x',), devices=CHIPS, axis_types=(axis_type,))
+    mesh = jax.make_mesh((4,), ('x',), devices=chips(), axis_types=(axis_type,))
     axis_name = 'x' if way == 'shard_map' else None
     options = {'axis_name': axis_name}
     optimizers = {'adamw': optax.adamw(1e-3)} | {
