@@ -58,12 +58,12 @@ def fraction(name: str, value: Any):
 def whole_number(name: str, value: Any, at_least: int) -> Any:
   """Returns a number as an int, and an array unchanged."""
   is_array = hasattr(value, 'dtype')  # Computed, so perhaps not quite whole.
-  _number(
-    name,
-    value,
-    lambda x: math.isfinite(x) and (is_array or x == int(x)) and x >= at_least,
-    f'a whole number of at least {at_least}',
-  )
+
+  def is_valid(x):
+    is_whole = math.isfinite(x) and (is_array or x == int(x))
+    return is_whole and round(float(x)) >= at_least
+
+  _number(name, value, is_valid, f'a whole number of at least {at_least}')
   return value if is_array else int(value)
 
 
