@@ -197,6 +197,7 @@ def test_loss_scale_that_an_estimator_divides_by(name):
     )
   )(X)
   np.testing.assert_allclose(state.nu, expected, atol=5e-3 / min(scale, 1))
+  np.testing.assert_allclose(state.mu, 0.035 * X**2 / 2, rtol=1e-5)
 
 
 def wrapper(inner, forwards):
