@@ -53,25 +53,18 @@ def test_page_and_tests_have_the_same_rows():
 # Training.
 
 
-class Faults(NamedTuple):
-  """Faults of each step. All arrays have shape (NUM_STEPS,)."""
-
-  entry: np.ndarray  # added to one entry of the estimate
-  curvature: np.ndarray  # factor of what the estimator differentiates
-  gradient: np.ndarray  # added to one entry of the gradient
-
-
-NO_FAULTS = Faults(
-  *np.float32([[0], [1], [0]]) * np.ones(NUM_STEPS, np.float32)
-)
-
-
 def faults(steps=FAULT, **values):
-  changed = NO_FAULTS._asdict()
+  """Returns faults of each step: arrays of shape (NUM_STEPS,)."""
+  none = np.zeros(NUM_STEPS, np.float32)
+  found = {
+    'entry': none,  # added to one entry of the estimate
+    'curvature': none + 1,  # factor of what the estimator differentiates
+    'gradient': none,  # added to one entry of the gradient
+  }
   for name, value in values.items():
-    changed[name] = changed[name].copy()
-    changed[name][steps] = value
-  return Faults(**changed)
+    found[name] = found[name].copy()
+    found[name][steps] = value
+  return found
 
 
 def init_params():
@@ -132,15 +125,15 @@ def training(tx, axis_name=None):
     def step(carry, fault):
       params, state = carry
       loss, grads = jax.value_and_grad(loss_fn)(params, inputs, labels)
-      grads['hidden'] = grads['hidden'].at[0, 0].add(fault.gradient)
+      grads['hidden'] = grads['hidden'].at[0, 0].add(fault['gradient'])
       if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
       updates, state = tx.update(
         grads,
         state,
         params,
-        entry_fault=fault.entry,
-        predict_fn=lambda p: fault.curvature * predict(p, inputs),
+        entry_fault=fault['entry'],
+        predict_fn=lambda p: fault['curvature'] * predict(p, inputs),
       )
       params = optax.apply_updates(params, updates)
       return (params, state), Steps(params, state, loss)
@@ -165,7 +158,7 @@ def train(faults, guarded=False):
 
 @functools.cache
 def undisturbed(guarded=False):
-  return train(NO_FAULTS, guarded)
+  return train(faults(), guarded)
 
 
 def get(steps, name):
@@ -279,7 +272,7 @@ def mapped():
 def train_replicas(**values):
   """Trains on all devices, with the fault on the last one only."""
   num_devices = jax.device_count()
-  each = [NO_FAULTS] * (num_devices - 1) + [faults(**values)]
+  each = [faults()] * (num_devices - 1) + [faults(**values)]
   shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])
   replicas = jax.device_get(
     mapped()(
