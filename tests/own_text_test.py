@@ -249,10 +249,9 @@ def test_vocabulary_of_a_folder(tmp_path, monkeypatch):
   assert text.vocab_size('') is None  # the standard library, wherever it runs
   with pytest.raises(ValueError, match=r'at least 300, .*; got 299'):
     text.vocab_size(folder, 299)
-  for bad in '{', '{}', '[]', '{"vocab_size": null}':
-    (tmp_path / 'meta.json').write_text(bad)
-    with pytest.raises(ValueError, match=r'meta\.json must be JSON with a voc'):
-      text.vocab_size(folder)
+  (tmp_path / 'meta.json').write_text('{"vocab_size": null}')
+  with pytest.raises(ValueError, match=r'meta\.json must be JSON with a voc'):
+    text.vocab_size(folder)
 
 
 # Sampling.
