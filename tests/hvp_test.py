@@ -270,14 +270,18 @@ PARAMS = {
 }
 
 
+def head_loss(out, params):
+  return optax.softmax_cross_entropy_with_integer_labels(
+    out @ params['out'], (TOKENS[:, 0] > 0).astype(int)
+  ).mean()
+
+
 def flash_loss(params):
   q, k, v = (TOKENS * w for w in params['qkv'])  # (T, C)
   out = flash_attention.flash_attention(
     q[None, None], k[None, None], v[None, None], sm_scale=SIZE**-0.5
   )[0, 0]
-  return optax.softmax_cross_entropy_with_integer_labels(
-    out @ params['out'], (TOKENS[:, 0] > 0).astype(int)
-  ).mean()
+  return head_loss(out, params)
 
 
 def test_flash_attention_has_no_second_derivative():
@@ -286,26 +290,14 @@ def test_flash_attention_has_no_second_derivative():
 
 
 @pytest.mark.slow
-def test_flash_attention_trains():
-  estimator = hutchinson(hvp='finite_difference')
-  tx = sophia_optax.sophia(
-    0.02, update_interval=2, hessian_diagonal_fn=estimator
-  )
+def test_curvature_of_flash_attention():
+  def plain_loss(params):
+    q, k, v = (TOKENS * w for w in params['qkv'])
+    return head_loss(jax.nn.softmax(q @ k.T * SIZE**-0.5) @ v, params)
 
-  @jax.jit
-  def step(params, state):
-    loss, grads = jax.value_and_grad(flash_loss)(params)
-    updates, state = tx.update(grads, state, params, obj_fn=flash_loss)
-    return optax.apply_updates(params, updates), state, loss
-
-  params, state, losses = PARAMS, tx.init(PARAMS), []
   with pltpu.force_tpu_interpret_mode():
-    for _ in range(4):
-      params, state, loss = step(params, state)
-      losses.append(float(loss))
-  assert losses == sorted(losses, reverse=True)
-  assert losses[-1] < 0.9 * losses[0]
-  assert optax.tree.get(state, 'refresh_count') == 2
-  assert optax.tree.get(state, 'nonfinite_count') == 0
-  for h in jax.tree.leaves(optax.tree.get(state, 'nu')):
-    assert np.mean(h != 0) > 0.9
+    got = difference(PARAMS, flash_loss)
+  exact = estimate(PARAMS, plain_loss)
+  for name in PARAMS:
+    error = np.linalg.norm(got[name] - exact[name])
+    assert error < 0.03 * np.linalg.norm(exact[name])
