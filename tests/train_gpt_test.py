@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tiny_gpt
 
-import dry_run
 import gpt
 import gpt_configs
 import gpt_program
@@ -52,64 +51,20 @@ def test_model_is_causal():
 
 
 @pytest.mark.slow
-def test_micro_batches_and_layer_scan_do_not_change_the_step():
+def test_settings_that_save_memory_do_not_change_the_step():
   results = []
   for overrides in (
-    {'micro_batch_size': 8, 'unroll': 2, 'num_steps': 10},
-    {'micro_batch_size': 2, 'remat': True, 'num_steps': 10},
+    {'micro_batch_size': 8, 'unroll': 2},
+    {'micro_batch_size': 2, 'remat': True},
+    {'head_chunks': 2},
   ):
-    config = tiny_gpt.config(**overrides)
+    config = tiny_gpt.config(num_steps=10, **overrides)
     init, step = tiny_gpt.setup(config)
     batch = np.random.default_rng(0).integers(0, 64, (8, 9), np.int32)
     batch = batch.reshape(-1, config.micro_batch_size, 9)
-    results.append(jax.jit(step)(jax.jit(init)(), batch))
-  chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_head_chunks_do_not_change_the_step():
-  """With Hutchinson's estimator: loss, gradient and second derivatives."""
-  states = []
-  for head_chunks in (1, 2):
-    config = tiny_gpt.config(head_chunks=head_chunks, num_steps=10)
-    init, step = tiny_gpt.setup(config)
-    batch = np.random.default_rng(0).integers(0, 64, (2, 4, 9), np.int32)
-    states.append(jax.jit(step)(jax.jit(init)(), batch)[0])
-  chex.assert_trees_all_close(*states, rtol=2e-3, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('optimizer', ['sophia_h', 'sophia_g'])
-def test_steps_with_a_bool_refresh_have_the_same_bits(optimizer):
-  config = tiny_gpt.config(optimizer=optimizer, update_interval=3, num_steps=10)
-  init, step = tiny_gpt.setup(config)
-  step = jax.jit(step, static_argnames='refresh')
-  one = two = jax.jit(init)()
-  batches = np.random.default_rng(0).integers(0, 64, (7, 2, 4, 9), np.int32)
-  for i, batch in enumerate(batches):
-    one, two = step(one, batch), step(two, batch, refresh=i % 3 == 0)
-    chex.assert_trees_all_equal(one, two)
-    one, two = one[0], two[0]
-
-
-@pytest.mark.slow
-def test_gpt2_124m_trains_on_bin_files(data_dir):
-  result = train_gpt.train(
-    tiny_gpt.config(
-      'gpt2_124m',
-      data_dir=data_dir,
-      num_steps=6,
-      eval_interval=3,
-      learning_rate=1e-2,
-      update_interval=2,
-    )
-  )
-  assert result.finished
-  assert [entry['step'] for entry in result.history] == [3, 6]
-  assert all(np.isfinite(entry['val_loss']) for entry in result.history)
-  assert 0 < result.history[-1]['win_rate'] <= 1
-  seconds = [entry['seconds'] for entry in result.history]
-  assert 0 < seconds[0] < seconds[1]
+    results.append(jax.jit(step)(jax.jit(init)(), batch)[0])
+  for other in results[1:]:
+    chex.assert_trees_all_close(other, results[0], rtol=2e-3, atol=1e-6)
 
 
 def test_gpt2_124m_has_the_settings_of_the_paper():
@@ -144,20 +99,6 @@ def test_bad_settings_are_a_clear_error(overrides, message):
     tiny_gpt.config(**overrides)
 
 
-def test_flops_count_every_iteration_and_both_branches():
-  def fn(x, w):
-    def layer(x, w):
-      return jnp.sin(x @ w), None
-
-    x, _ = jax.lax.scan(layer, x, w)
-    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w[0], lambda x: x, x)
-
-  x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
-  w = jax.ShapeDtypeStruct((5, 4, 4), jnp.float32)
-  product = 2 * 3 * 4 * 4
-  assert dry_run.matmul_flops(fn, x, w) == (5 * product, 6 * product)
-
-
 @pytest.mark.slow
 def test_dry_run_counts_as_the_textbook_does():
   config = tiny_gpt.config(width=32)
@@ -181,6 +122,7 @@ def test_dry_run_counts_as_the_textbook_does():
 @pytest.mark.slow
 def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
   config = tiny_gpt.config(
+    'gpt2_124m',
     data_dir=data_dir,
     num_steps=60,
     eval_interval=20,
@@ -220,6 +162,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, data_dir):
   assert [entry['val_loss'] for entry in resumed.history] == [
     entry['val_loss'] for entry in undisturbed.history
   ]
-
-  with pytest.raises(ValueError, match=r'width: 16 saved, 32 now'):
-    train_gpt.train(dataclasses.replace(config, width=32))
+  assert resumed.finished
+  assert [entry['step'] for entry in resumed.history] == [20, 40, 60]
+  assert np.isfinite(resumed.history[-1]['val_loss'])
+  assert 0 < resumed.history[-1]['win_rate'] <= 1
