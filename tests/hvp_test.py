@@ -228,9 +228,6 @@ def assert_refused(hvp, obj_fn, params, match):
   assert 'finite_difference' in ' '.join(caught.value.__notes__)
 
 
-WEIGHTS = np.float32([0.3, -0.5, 0.8])
-
-
 def power(backward):
   """x³ with a backward rule that takes x² from `backward`."""
   fn = jax.custom_vjp(lambda x: x**3)
