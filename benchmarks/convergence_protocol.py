@@ -283,6 +283,11 @@ def case_of(result: dict) -> Case:
   return Case(**{name: x for name, x in result.items() if name in names})
 
 
+def losses_of(results: list[dict]) -> dict[Case, float]:
+  """Returns the final loss of each case."""
+  return {case_of(r): r['loss'] for r in results}
+
+
 def is_reported(case: Case) -> bool:
   """Whether the curve of a run is shown, and not only its final loss."""
   return case.seed in SEEDS and not case.variant
@@ -307,8 +312,18 @@ def twins(case: Case) -> list[Case]:
   return [dataclasses.replace(case, seed=seed) for seed in seeds]
 
 
+def swept_from(start: Case, losses: dict[Case, float]) -> dict[Case, float]:
+  """Returns the scores of the cases that differ only in the learning rate."""
+  of_trial = (case for case in losses if case.trial == start.trial)
+  cases = [
+    c for c in of_trial if dataclasses.replace(c, rate=start.rate) == start
+  ]
+  scores = {case: score(case, losses) for case in cases}
+  return {case: x for case, x in scores.items() if x is not None}
+
+
 def search(
-  task: str, optimizer: str, losses: dict[Case, float], num_trials: int
+  task: str, optimizer: str, losses: dict[Case, float]
 ) -> tuple[list[Case], Case | None]:
   """Returns the cases of a search for an optimizer's settings, and the best.
 
@@ -319,79 +334,63 @@ def search(
   key = functools.partial(score, losses=losses)
 
   def sweep(start):  # cases with other learning rates, and the best of them
-    swept = [
-      c
-      for c in losses
-      if c.trial == start.trial
-      and dataclasses.replace(c, rate=start.rate) == start
-      and key(c) is not None
-    ]
-    lowest = min(swept, key=key, default=start)
+    swept = swept_from(start, losses)
+    lowest = min(swept, key=swept.get, default=start)
     cases = twins(start)
-    for direction in -1, 1:
-      for distance in range(1, 13):
-        case = dataclasses.replace(
-          lowest, rate=lowest.rate + direction * distance
-        )
+    for rates in range(-1, -13, -1), range(1, 13):
+      for rate in rates:
+        case = dataclasses.replace(lowest, rate=lowest.rate + rate)
         cases += twins(case)
         if key(case) is None or key(case) > key(lowest) + spec.margin:
           break
-    cases += [twin for case in swept for twin in twins(case)]
-    return cases, lowest
+    return cases + [twin for case in swept for twin in twins(case)], lowest
 
   if optimizer in UNTUNED:
-    _, best = search(task, 'adamw', losses, num_trials)
+    _, best = search(task, 'adamw', losses)
     if best is None:
       return [], None
     best = dataclasses.replace(best, optimizer=optimizer)
     # In the shortest language task, which alone has a margin above 0.
     return sweep(best)[0] if spec.margin else [], best
   if spec.parent is None:
-    cases = [Case(task, optimizer, trial) for trial in range(num_trials)]
+    cases = [Case(task, optimizer, trial) for trial in range(NUM_TRIALS)]
   else:
-    tried, best = search(spec.parent, optimizer, losses, num_trials)
+    tried, best = search(spec.parent, optimizer, losses)
     if best is None:
       return [], None
     if spec.margin is None:
       return [], dataclasses.replace(best, task=task)
-    scores = {
-      case: score(case, losses)
-      for case in tried
-      if case.seed == 0 and score(case, losses) is not None
-    }
-    first_of_trial = {}
-    for case in sorted(scores, key=scores.get):
-      first_of_trial.setdefault(case.trial, case)
+    scored = (c for c in tried if c.seed == 0 and key(c) is not None)
+    best_of_trial = {}
+    for case in sorted(scored, key=key):
+      best_of_trial.setdefault(case.trial, case)
     cases = [
       dataclasses.replace(case, task=task, rate=case.rate + spec.rate)
-      for case in list(first_of_trial.values())[: spec.carried]
+      for case in itertools.islice(best_of_trial.values(), spec.carried)
     ]
   if any(case not in losses for case in cases):
     return cases, None
   finalists = sorted(cases, key=losses.get)[:_NUM_FINALISTS]
-  cases = list(
-    dict.fromkeys(cases + [twin for case in finalists for twin in twins(case)])
-  )
-  if any(case not in losses for case in cases):
-    return cases, None
-  best = min(finalists, key=key)
-  if spec.margin is None:
-    return cases, best
-  more, best = sweep(best)
-  cases = list(dict.fromkeys(cases + more))
-  return cases, best if all(c in losses for c in cases) else None
+  for case in finalists:
+    cases += twins(case)
+  best = None
+  if all(case in losses for case in cases):
+    best = min(finalists, key=key)
+    if spec.margin is not None:
+      more, best = sweep(best)
+      cases += more
+  is_complete = all(case in losses for case in cases)
+  return list(dict.fromkeys(cases)), best if is_complete else None
 
 
-def plan(results: list[dict], num_trials: int = NUM_TRIALS) -> Iterator[Case]:
+def plan(results: list[dict]) -> Iterator[Case]:
   """Yields all needed cases, finished or not, in the order to run them."""
-  losses = {case_of(r): r['loss'] for r in results}
+  losses = losses_of(results)
   for task, spec in TASKS.items():
-    searches = {o: search(task, o, losses, num_trials) for o in spec.peers}
-    # Takes the optimizers in turn.
-    for row in itertools.zip_longest(
-      *(cases for cases, _ in searches.values())
-    ):
-      yield from filter(None, row)
+    searches = {o: search(task, o, losses) for o in spec.peers}
+    of_optimizers = (cases for cases, _ in searches.values())
+    for in_turn in itertools.zip_longest(*of_optimizers):
+      yield from filter(None, in_turn)
     best = [case for _, case in searches.values() if case]
     for seed, rate, case in itertools.product(spec.seeds, spec.rates, best):
       reported = dataclasses.replace(case, seed=seed, rate=case.rate + rate)

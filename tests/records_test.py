@@ -55,7 +55,6 @@ def test_pages_have_what_the_files_show(name, file, plot, tmp_path):
   assert (tmp_path / 'plot.png').exists() == bool(plot)
   if name == 'convergence':  # docs/results.md rounds the others.
     _, shown = shown.split('### The first 180 of 1,200 steps\n')
-    shown, _ = shown.split('### Cost')
   assert shown.strip()
   text = '\n'.join(page.read_text() for page in PAGES)
   for line in shown.splitlines():
