@@ -111,13 +111,7 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
 
 def render(results: records.Results) -> str:
   """Lays out the table."""
-  table = results['table']
-  columns = list(table['H, whole batch'])
-  lines = [f'{"":18}' + ''.join(f'{c:>17}' for c in columns)]
-  for name, cells in table.items():
-    cells = [f'{cells[c]:17.3f}' if c in cells else ' ' * 17 for c in columns]
-    lines.append(f'{name:18}{"".join(cells)}'.rstrip())
-  return '\n'.join(lines)
+  return records.figures('', results['table'])
 
 
 def _measure(results, save):

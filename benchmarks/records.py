@@ -114,6 +114,20 @@ def table(lines: Iterable[Iterable[str]]) -> str:
   return '\n'.join(layout.format(*line).rstrip() for line in lines)
 
 
+def figures(
+  title: str,
+  rows: dict[str, dict[str, float]],
+  digits: Callable[[str], int] = lambda column: 3,
+) -> str:
+  """Lays out figures by row and column, with so many digits in a column."""
+  columns = list(max(rows.values(), key=len))
+  lines = [[title, *columns]]
+  for name, row in rows.items():
+    cells = (f'{row[c]:.{digits(c)}f}' if c in row else '' for c in columns)
+    lines.append([name, *cells])
+  return table(lines)
+
+
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
   """Lays out a table of Markdown."""
   header = list(header)

@@ -83,13 +83,12 @@ Table = dict[str, dict[str, float]]  # columns by row
 
 
 class Row(NamedTuple):
-  """An optimizer and what is asked of it."""
+  """An optimizer and how it is used."""
 
   name: str
   tx: optax.GradientTransformation
   fraction: int = 1  # curvature is estimated on 1 / fraction of the batch
   over: str | None = None  # row of optax.contrib.sophia to compare with
-  goals: dict[str, float] = {}  # noqa: RUF012  # largest values, by column
   decision: dict[str, bool] = {}  # noqa: RUF012  # of two programs
 
 
@@ -97,14 +96,6 @@ def update_rows() -> list[Row]:
   """Rows of the update alone: no refresh in the steps that are timed."""
   free = optax.stateless(lambda grads, _: jax.tree.map(jnp.square, grads))
   two = {'refresh': False}
-  one_program = {'MB/contrib': 1.01}
-  two_programs = {
-    'time/adamw': 1.0,
-    'time/contrib': 0.95,
-    'time/adamw, kept': 1.0,
-    'time/contrib, kept': 0.95,
-    'MB': 1.0,
-  }
 
   def sophia(make=sophia_optax.sophia, **options):
     return make(1e-3, update_interval=_NEVER, **options)
@@ -118,16 +109,12 @@ def update_rows() -> list[Row]:
     tx = sophia(**options)
     rows += [
       Row(base, sophia(optax.contrib.sophia, **options)),
-      Row(ours, tx, 1, base, one_program),
-      Row(f'{ours}, two programs', tx, 1, base, two_programs, two),
+      Row(ours, tx, over=base),
+      Row(f'{ours}, two programs', tx, over=base, decision=two),
     ]
-  with_limit = sophia(adam_b2=0.95, hessian_diagonal_fn=free)
   name = 'sophia, g², adam_b2'
-  return [
-    *rows,
-    Row(name, with_limit),
-    Row(f'{name}, two programs', with_limit, decision=two),
-  ]
+  tx = sophia(adam_b2=0.95, hessian_diagonal_fn=free)
+  return [*rows, Row(name, tx), Row(f'{name}, two programs', tx, decision=two)]
 
 
 def step_rows() -> list[Row]:
@@ -136,27 +123,26 @@ def step_rows() -> list[Row]:
   h = sophia_optax.sophia(1e-3, update_interval=_K)
   g = sophia_optax.sophia(1e-3, update_interval=_K, hessian_diagonal_fn=g)
   contrib = optax.contrib.sophia(1e-3, update_interval=_K)
-  goals = lambda flops: {'FLOPs/adamw': flops, 'MB/adamw': 1.01}
   return [
     Row('optax.adamw', optax.adamw(1e-3)),
     Row('optax.lion', optax.lion(1e-3)),
     Row('optax.contrib.sophia', contrib),
     Row('sophia, H', h),
     Row('sophia, H, 1/8', h, 8),
-    Row('sophia, H, 1/16', h, 16, goals=goals(1.02)),
-    Row('sophia, G', g, goals={'refresh/gradient': 1.01}),
-    Row('sophia, G, 1/2', g, 2, goals=goals(1.055)),
-    Row('sophia, G, 1/8', g, 8, goals=goals(1.015)),
+    Row('sophia, H, 1/16', h, 16),
+    Row('sophia, G', g),
+    Row('sophia, G, 1/2', g, 2),
+    Row('sophia, G, 1/8', g, 8),
   ]
 
 
 class Program(NamedTuple):
-  """A compiled program and what its compilation showed."""
+  """A program and what its compilation showed."""
 
   call: Callable[..., Any]
-  flops: float
-  megabytes: float
-  compile_seconds: float
+  flops: float = 0.0
+  megabytes: float = 0.0
+  compile_seconds: float = 0.0
 
 
 def compile_program(
@@ -168,11 +154,8 @@ def compile_program(
   compiled = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
   seconds = time.process_time() - start
   memory = compiled.memory_analysis()
-  size = (
-    memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  size = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  size -= memory.alias_size_in_bytes
   flops = compiled.cost_analysis()['flops']
   return Program(compiled, flops, size / 1e6, seconds)
 
@@ -180,7 +163,7 @@ def compile_program(
 class Times:
   """Paired times of programs, in milliseconds of a call.
 
-  The programs go from (params, state, arg) to the next (params, state), which
+  Their `call`s go from (params, state, arg) to the next (params, state), which
   `carries` has at first. A first round, which warms up, is left out.
   """
 
@@ -193,7 +176,7 @@ class Times:
         for name in names:
           start = time.perf_counter()
           carries[name] = jax.block_until_ready(
-            programs[name](*carries[name], arg)
+            programs[name].call(*carries[name], arg)
           )
           spent[name] += 1e3 * (time.perf_counter() - start) / calls
       self._rounds.append(spent)
@@ -241,12 +224,11 @@ def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
 
   def time_all(programs):
     carries = {name: start() for name, start in first.items()}
-    calls = {name: program.call for name, program in programs.items()}
-    return Times(calls, carries, grads, rounds, 1, bar)
+    return Times(programs, carries, grads, rounds, 1, bar)
 
   times, times_kept = time_all(programs), time_all(kept)
   table = {}
-  for name, _, _, over, _, _ in rows:
+  for name, _, _, over, _ in rows:
     table[name] = columns = {
       'ms': times.median(name),
       'time/adamw': times.ratio(name, 'optax.adamw'),
@@ -254,17 +236,13 @@ def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
       'MB': programs[name].megabytes,
     }
     if over:
-      # Less than a megabyte is scalars.
-      ours, base = (max(programs[x].megabytes, 1.0) for x in (name, over))
       columns['time/contrib'] = times.ratio(name, over)
       columns['time/contrib, kept'] = times_kept.ratio(name, over)
-      columns['MB/contrib'] = ours / base
   return table
 
 
 def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
   """Returns the columns of the train step, by row."""
-  rows = step_rows()
   _, num_layers, width, num_heads, length = sizes
   model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
   shape = _BATCH, length + 1
@@ -283,7 +261,7 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
     return jax.grad(loss_fn)(params, tokens)
 
   gradient_flops = compile_program(gradient, params, (), tokens).flops
-  programs, carries, ordinary = {}, {}, {}
+  rows, programs, carries, ordinary = step_rows(), {}, {}, {}
   for row in rows:
     tx = optax.with_extra_args_support(row.tx)
 
@@ -308,8 +286,7 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
       ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
     bar.update()
 
-  calls = {name: program.call for name, program in programs.items()}
-  times = Times(calls, carries, tokens, rounds, _K, bar)
+  times = Times(programs, carries, tokens, rounds, _K, bar)
   base = programs['optax.adamw']
   table = {}
   for row in rows:
@@ -334,61 +311,38 @@ def measure_optimizers(problem: str, rounds: int, bar: tqdm.tqdm) -> Table:
   """Returns the times of convergence.py's optimizers on one of its problems."""
   tasks = convergence_protocol.TASKS
   task = next(t for t, spec in tasks.items() if spec.problem == problem)
-  calls, carries = {}, {}
+  programs, carries = {}, {}
   for name in tasks[task].peers:
     case = convergence_protocol.Case(task, name, 0)
     settings = convergence_protocol.settings(case)
     params, state, advance, *_ = convergence.start(task, name, settings, 0)
-    calls[name], carries[name] = advance, (params, state)
-  steps = 30 // convergence.CHUNK
-  times = Times(calls, carries, 0, rounds, steps, bar)
+    programs[name], carries[name] = Program(advance), (params, state)
+  calls = 30 // convergence.CHUNK
+  times = Times(programs, carries, 0, rounds, calls, bar)
   return {
     name: {
       'ms': round(times.median(name) / convergence.CHUNK, 3),
       'time/adamw': round(times.ratio(name, 'adamw'), 3),
     }
-    for name in calls
+    for name in programs
   }
-
-
-def _lay_out(title: str, rows: list[Row], table: Table, names: list[str]):
-  """Puts goals beside the figures; `!` marks a missed one.
-
-  A record that is older than a row is shown without it.
-  """
-  lines = [[title, *names]]
-  for row in (row for row in rows if row.name in table):
-    cells = [row.name]
-    for name in names:
-      value = table[row.name].get(name)
-      cell = '' if value is None else f'{value:.{3 if "/" in name else 1}f}'
-      if name in row.goals:
-        cell += f' (≤ {row.goals[name]:g})' + '!' * (value > row.goals[name])
-      cells.append(cell)
-    lines.append(cells)
-  return records.table(lines)
 
 
 def render(results: records.Results) -> str:
   """Lays out the tables that were measured."""
-  parts = []
-  if update := results.get('update'):
-    columns = ['ms', 'time/adamw', 'time/contrib', 'time/adamw, kept']
-    columns += ['time/contrib, kept', 'MB', 'MB/contrib']
-    parts.append(_lay_out('update alone', update_rows(), update, columns))
-  if step := results.get('step'):
-    columns = list(step['sophia, H'])
-    parts.append(_lay_out('train step, GPT', step_rows(), step, columns))
-  if parts:
+  titles = {'update': 'update alone', 'step': 'train step, GPT'}
+  tables = {
+    title: results[name] for name, title in titles.items() if name in results
+  }
+  parts = [
+    records.figures(title, table, lambda column: 3 if '/' in column else 1)
+    for title, table in (tables | results.get('optimizers', {})).items()
+  ]
+  if tables:
     parts.append(
-      'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
-      ' H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of the batch for'
-      f' curvature. k = {_K}.'
+      'Names: g² squared gradient, H Hutchinson, G Gauss-Newton-Bartlett, then'
+      f' the part of\nthe batch for curvature. k = {_K}.'
     )
-  for problem, table in results.get('optimizers', {}).items():
-    names = ['ms', 'time/adamw']
-    rows = [Row(name, None) for name in table]
-    parts.append(_lay_out(problem, rows, table, names))
   return '\n\n'.join(parts)
 
 
