@@ -1,6 +1,7 @@
 """Each benchmark runs, and the pages have what the committed files show."""
 
 import dataclasses
+import math
 import pathlib
 import subprocess
 import sys
@@ -32,18 +33,17 @@ def test_record_is_read_back(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'file', 'plot'), [
-    ('convergence', 'convergence', ''),
-    ('estimators', 'estimators', ''),
-    ('stability', 'stability', 'plot.png'),
-    ('step_cost', 'step_cost', ''),
-    ('step_cost', 'step_cost_h100', ''),
-    ('tpu', 'tpu', ''),
+@pytest.mark.parametrize('file', [
+    'convergence',
+    'estimators',
+    'stability',
+    'step_cost',
+    'step_cost_h100',
+    'tpu',
 ])  # fmt: skip
-def test_pages_have_what_the_files_show(name, file, plot, tmp_path):
+def test_pages_have_what_the_files_show(file):
+  name = file.removesuffix('_h100')
   command = [f'benchmarks/{name}.py', f'--show=benchmarks/{file}.json']
-  if plot:
-    command.append(f'--plot={tmp_path / plot}')
   shown = subprocess.run(
     [sys.executable, *command],
     cwd=ROOT,
@@ -52,7 +52,6 @@ def test_pages_have_what_the_files_show(name, file, plot, tmp_path):
     encoding='utf-8',
     timeout=120,
   ).stdout
-  assert (tmp_path / 'plot.png').exists() == bool(plot)
   if name == 'convergence':  # docs/results.md rounds the others.
     _, shown = shown.split('### The first 180 of 1,200 steps\n')
   assert shown.strip()
@@ -118,7 +117,4 @@ def test_stability_runs(data_dir, monkeypatch, compile_fast):
     sequences=4, num_steps=20, parts=2, target_win_rate=0.3
   )
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
-    history = stability.run(settings, seed=1)['history']
-  assert all(len(values) == 2 for values in history.values())
-  assert all(0 < x < 1 for x in history['negative_fraction'])
-  assert all(x > 0 for x in history['curvature_norm'])
+    assert 0 < stability.run(settings, seed=1) < math.log(64) + 0.1
