@@ -311,19 +311,17 @@ def _measure(results, save):
   run_all(runs, save, _JOBS.value, _TASKS.value)
 
 
-def _times():
+def _render(results):
   path = pathlib.Path(__file__).with_name('convergence_times.json')
-  return records.read(path)['optimizers']
-
-
-def _plot(results, folder):
-  runs, folder = results['runs'], pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, dpi, fig in (
-    ('convergence', 130, convergence_plots.plot_lengths(runs)),
-    ('curves', 90, convergence_plots.plot_curves(runs, _times())),
-  ):
-    fig.savefig(folder / f'{name}.png', dpi=dpi)
+  runs, times = results['runs'], records.read(path)['optimizers']
+  if _PLOT.value:
+    folder = pathlib.Path(_PLOT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = convergence_plots.plot_lengths(runs)
+    lengths.savefig(folder / 'convergence.png', dpi=130)
+    curves = convergence_plots.plot_curves(runs, times)
+    curves.savefig(folder / 'curves.png', dpi=90)
+  return convergence_tables.render(runs, times)
 
 
 if __name__ == '__main__':
@@ -335,6 +333,5 @@ if __name__ == '__main__':
     'runs of the task from which its settings come.',
   )
   _JOBS = flags.DEFINE_integer('jobs', 1, 'Parallel runs, one core each.')
-  records.main(
-    _measure, lambda x: convergence_tables.render(x['runs'], _times()), _plot
-  )
+  _PLOT = flags.DEFINE_string('plot', None, 'Folder to draw into.')
+  records.main(_measure, _render)

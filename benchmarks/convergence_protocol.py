@@ -50,37 +50,23 @@ _LONG = 'adamw', 'nadamw', *UNTUNED
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A problem and the length of its runs.
+  """A problem and the length of its runs."""
 
-  Attributes:
-    title: Title in tables and plots.
-    problem: A name for `convergence_problems.get`.
-    steps: Number of steps in a run.
-    tokens: Number of tokens per parameter; 0 if the problem has no tokens.
-    parent: Task whose best trials are used. None means a search of its own.
-    carried: Number of trials to use from the parent.
-    rate: Power of √2 by which to multiply their learning rates first.
-    margin: The sweep of the learning rate ends when the loss is this much above
-      the best. None means no sweep, and with a parent no search: its best
-      settings are used.
-    peers: The optimizers, AdamW first.
-    stop: Number of steps after which runs end, before their schedule does.
-    seeds: Seeds of the report.
-    rates: Powers of √2 by which the report multiplies the best learning rate.
-  """
-
-  title: str
-  problem: str
+  title: str  # in tables and plots
+  problem: str  # a name for `convergence_problems.get`
   steps: int
-  tokens: float = 0
+  tokens: float = 0  # per parameter; 0 if the problem has no tokens
+  # The task whose best trials are used, and how many. None: its own search.
   parent: str | None = None
   carried: int = 2
-  rate: int = 0
+  rate: int = 0  # power of √2 by which to multiply their learning rates first
+  # The sweep of the learning rate ends when the loss is this much above the
+  # best. None: no sweep, and with a parent no search but its best settings.
   margin: float | None = 0.0
-  peers: tuple[str, ...] = _PEERS
-  stop: int | None = None
-  seeds: tuple[int, ...] = SEEDS
-  rates: tuple[int, ...] = (0,)
+  peers: tuple[str, ...] = _PEERS  # the optimizers, AdamW first
+  stop: int | None = None  # step at which runs end, before their schedule does
+  seeds: tuple[int, ...] = SEEDS  # of the report
+  rates: tuple[int, ...] = (0,)  # and powers of √2 for its learning rates
 
 
 def _small(steps, tokens, parent=None, **options):
@@ -126,7 +112,8 @@ TASKS = {  # in the order in which they are run
     'The first 180 of 1,200 steps',
     'language',
     1200,
-    parent='language_1200',
+    0,
+    'language_1200',
     margin=None,
     peers=_LONG,
     stop=180,
@@ -164,13 +151,15 @@ _SIGN = {
   **_SHARED,
   'weight_decay': _log_uniform(0.1, 1.0),
 }
-_SOPHIA = {
+_RULE = {
   # For capped updates. Other updates can be 1 / 0.3 times larger, so the drawn
   # rate is multiplied by 0.3 for them.
   'learning_rate': _log_uniform(2e-3, 3e-2),
   **_SHARED,
   'b2': _decay(0.8, 0.99),
   'weight_decay': _log_uniform(0.03, 0.3),
+}
+_SOPHIA = _RULE | {
   'cap': _choice(_CAP, None),
   # γ at the end of the run, relative to the start. It changes by a cosine over
   # the second half.
@@ -185,27 +174,16 @@ SPACES = {
   'sophia_h': _SOPHIA | _GAMMA_H,
   'lion': _SIGN | {'b2': _decay(0.9, 0.995)},
   'signum': _SIGN | {'nesterov': _choice(True, False)},
-  'contrib': {
-    'learning_rate': _log_uniform(6e-4, 9e-3),
-    **_SHARED,
-    'b2': _decay(0.8, 0.99),
-    'weight_decay': _log_uniform(0.03, 0.3),
-  }
-  | _GAMMA_H,
+  'contrib': _RULE | {'learning_rate': _log_uniform(6e-4, 9e-3)} | _GAMMA_H,
 }
 _SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
+# docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
 _COPIED = _SOPHIA_FIXED | {'b2': 0.95}
+_COPIED_G = {'gamma': 0.1, 'target_win_rate': 0.3, 'parts': 8}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,
-  # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
-  'copied_g': _COPIED
-  | {
-    'gamma': 0.1,
-    'target_win_rate': 0.3,
-    'parts': 8,
-    'eps': 1e-15,  # of `sophia_g`
-  },
+  'copied_g': _COPIED | _COPIED_G | {'eps': 1e-15},  # eps of `sophia_g`
   'copied_h': _COPIED | {'gamma': 0.05, 'gamma_end': 0.1},
 }
 # Factors for the learning rates of problems other than language.
@@ -226,23 +204,14 @@ VARIANTS = {  # by task and optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One run.
+  """One run."""
 
-  Attributes:
-    task: A key of `TASKS`.
-    optimizer: A key of `SPACES`, or one of `UNTUNED`.
-    trial: Index of the point in the space. For `UNTUNED`, in AdamW's space.
-    rate: Power of √2 by which the learning rate is multiplied.
-    seed: Seed of parameters, batches and probes.
-    variant: One of the `VARIANTS` of task and optimizer, or ''.
-  """
-
-  task: str
-  optimizer: str
-  trial: int
-  rate: int = 0
-  seed: int = 0
-  variant: str = ''
+  task: str  # a key of `TASKS`
+  optimizer: str  # a key of `SPACES`, or one of `UNTUNED`
+  trial: int  # index of the point in the space; for `UNTUNED`, in AdamW's
+  rate: int = 0  # power of √2 by which the learning rate is multiplied
+  seed: int = 0  # of parameters, batches and probes
+  variant: str = ''  # one of the `VARIANTS` of task and optimizer, or none
 
 
 @functools.cache

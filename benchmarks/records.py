@@ -31,7 +31,6 @@ _OUTPUT = flags.DEFINE_string(
 _SHOW = flags.DEFINE_string(
   'show', None, 'JSON file whose tables to print; nothing is measured.'
 )
-_PLOT = flags.DEFINE_string('plot', None, 'PNG file or folder to draw into.')
 
 Results = dict[str, Any]
 
@@ -39,7 +38,6 @@ Results = dict[str, Any]
 def main(
   measure: Callable[[Results, Callable[[], None]], None],
   render: Callable[[Results], str],
-  plot: Callable[[Results, str], None] | None = None,
 ) -> None:
   """Runs a benchmark from the command line.
 
@@ -47,7 +45,6 @@ def main(
     measure: Takes the results in the output file (or {}), to which it adds, and
       a function that writes them.
     render: Lays out results in tables.
-    plot: Draws results into a file or folder.
   """
 
   def run(argv):
@@ -56,13 +53,11 @@ def main(
         f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
       )
     path = _SHOW.value or _OUTPUT.value
-    exists = path and (_SHOW.value or pathlib.Path(path).exists())
+    exists = _SHOW.value or (path and pathlib.Path(path).exists())
     results = read(path) if exists else {}
     if not _SHOW.value:
-      measure(results, lambda: _OUTPUT.value and write(path, results))
+      measure(results, lambda: path and write(path, results))
     print(render(results))
-    if plot and _PLOT.value:
-      plot(results, _PLOT.value)
 
   app.run(run)
 

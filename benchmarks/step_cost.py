@@ -167,9 +167,9 @@ class Times:
   `carries` has at first. A first round, which warms up, is left out.
   """
 
-  def __init__(self, programs, carries, arg, rounds, calls, bar):  # noqa: D107
+  def __init__(self, programs, carries, arg, rounds, calls):  # noqa: D107
     names, self._rounds = list(programs), []
-    for _ in range(rounds + 1):
+    for _ in tqdm.trange(rounds + 1, desc='rounds'):
       spent = dict.fromkeys(programs, 0.0)
       for _ in range(calls):
         names.append(names.pop(0))  # So that none is always the first.
@@ -180,7 +180,6 @@ class Times:
           )
           spent[name] += 1e3 * (time.perf_counter() - start) / calls
       self._rounds.append(spent)
-      bar.update()
     del self._rounds[0]
 
   def median(self, name: str) -> float:
@@ -192,13 +191,13 @@ class Times:
     return statistics.median(x[name] / x[base] for x in self._rounds)
 
 
-def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
+def measure_update(size: int, rounds: int) -> Table:
   """Returns the columns of the update alone, by row."""
   rows = update_rows()
   grads = list(jax.random.normal(jax.random.key(0), (32, size, size)))
   inputs = jnp.ones((8, size))
   programs, kept, first = {}, {}, {}
-  for row in rows:
+  for row in tqdm.tqdm(rows, desc='update'):
     tx = optax.with_extra_args_support(row.tx)
 
     def update(params, state, grads, tx=tx, decision=row.decision):
@@ -220,11 +219,10 @@ def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
     programs[row.name] = compile_program(update, *args)
     kept[row.name] = compile_program(update, *args, donate=())
     first[row.name] = start
-    bar.update()
 
   def time_all(programs):
     carries = {name: start() for name, start in first.items()}
-    return Times(programs, carries, grads, rounds, 1, bar)
+    return Times(programs, carries, grads, rounds, 1)
 
   times, times_kept = time_all(programs), time_all(kept)
   table = {}
@@ -241,7 +239,7 @@ def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
   return table
 
 
-def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
+def measure_step(sizes: Sizes, rounds: int) -> Table:
   """Returns the columns of the train step, by row."""
   _, num_layers, width, num_heads, length = sizes
   model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
@@ -262,7 +260,7 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
 
   gradient_flops = compile_program(gradient, params, (), tokens).flops
   rows, programs, carries, ordinary = step_rows(), {}, {}, {}
-  for row in rows:
+  for row in tqdm.tqdm(rows, desc='step'):
     tx = optax.with_extra_args_support(row.tx)
 
     def step(params, state, tokens, tx=tx, size=_BATCH // row.fraction):
@@ -284,9 +282,8 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
     programs[row.name] = compile_program(step, *carry, tokens)
     if row.tx not in ordinary:  # It is the same whatever curvature is of.
       ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
-    bar.update()
 
-  times = Times(programs, carries, tokens, rounds, _K, bar)
+  times = Times(programs, carries, tokens, rounds, _K)
   base = programs['optax.adamw']
   table = {}
   for row in rows:
@@ -307,7 +304,7 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
   return table
 
 
-def measure_optimizers(problem: str, rounds: int, bar: tqdm.tqdm) -> Table:
+def measure_optimizers(problem: str, rounds: int) -> Table:
   """Returns the times of convergence.py's optimizers on one of its problems."""
   tasks = convergence_protocol.TASKS
   task = next(t for t, spec in tasks.items() if spec.problem == problem)
@@ -317,8 +314,7 @@ def measure_optimizers(problem: str, rounds: int, bar: tqdm.tqdm) -> Table:
     settings = convergence_protocol.settings(case)
     params, state, advance, *_ = convergence.start(task, name, settings, 0)
     programs[name], carries[name] = Program(advance), (params, state)
-  calls = 30 // convergence.CHUNK
-  times = Times(programs, carries, 0, rounds, calls, bar)
+  times = Times(programs, carries, 0, rounds, 30 // convergence.CHUNK)
   return {
     name: {
       'ms': round(times.median(name) / convergence.CHUNK, 3),
@@ -349,28 +345,19 @@ def render(results: records.Results) -> str:
 def _measure(results, save):
   results.clear()
   quick = _SIZES.value == 'quick'
-  rounds = 2 if quick else _ROUNDS.value
-  step_rounds = max(rounds // 4, 1)
-  sizes, tables = SIZES[_SIZES.value], _TABLES.value
-  problems = ('axes',) if quick else ('language', 'photographs')
-  steps = {
-    'update': len(update_rows()) + 2 * (rounds + 1),
-    'step': len(step_rows()) + step_rounds + 1,
-    'optimizers': len(problems) * (rounds + 1),
-  }
-  with tqdm.tqdm(total=sum(steps[table] for table in tables)) as bar:
-    if 'update' in tables:
-      results['update'] = measure_update(sizes.side, rounds, bar)
+  rounds, sizes = 2 if quick else _ROUNDS.value, SIZES[_SIZES.value]
+  if 'update' in _TABLES.value:
+    results['update'] = measure_update(sizes.side, rounds)
+    save()
+  if 'step' in _TABLES.value:
+    results['step'] = measure_step(sizes, max(rounds // 4, 1))
+    save()
+  if 'optimizers' in _TABLES.value:
+    os.environ['NPROC'] = '1'  # Number of XLA threads.
+    of_problem = results['optimizers'] = {}
+    for problem in ('axes',) if quick else ('language', 'photographs'):
+      of_problem[problem] = measure_optimizers(problem, rounds)
       save()
-    if 'step' in tables:
-      results['step'] = measure_step(sizes, step_rounds, bar)
-      save()
-    if 'optimizers' in tables:
-      os.environ['NPROC'] = '1'  # Number of XLA threads.
-      of_problem = results['optimizers'] = {}
-      for problem in problems:
-        of_problem[problem] = measure_optimizers(problem, rounds, bar)
-        save()
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ import sys
 
 import jax
 import pytest
-import tqdm
 
 import convergence
 import estimators
@@ -88,12 +87,12 @@ def test_step_cost_runs(monkeypatch, compile_fast):
     step_cost, 'update_rows', lambda: update[:1] + update[2:5]
   )
   monkeypatch.setattr(step_cost, 'step_rows', lambda: step[:1] + step[3:4])
-  sizes, bar = step_cost.SIZES['quick'], tqdm.tqdm(disable=True)
+  sizes = step_cost.SIZES['quick']
   with jax.numpy_dtype_promotion('standard'):  # optax.adamw needs it.
     results = {
-      'update': step_cost.measure_update(sizes.side, 1, bar),
-      'step': step_cost.measure_step(sizes, 1, bar),
-      'optimizers': {'axes': step_cost.measure_optimizers('axes', 1, bar)},
+      'update': step_cost.measure_update(sizes.side, 1),
+      'step': step_cost.measure_step(sizes, 1),
+      'optimizers': {'axes': step_cost.measure_optimizers('axes', 1)},
     }
   assert results['step']['sophia, H']['FLOPs/adamw'] > 1
   assert results['optimizers']['axes'].keys() == set(convergence.OPTIMIZERS)
