@@ -39,7 +39,6 @@ steps in a round, of which three refresh, in one thread.
 
 from collections.abc import Callable
 import os
-import statistics
 import sys
 import time
 from typing import Any, NamedTuple
@@ -47,6 +46,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tqdm
 
@@ -57,6 +57,7 @@ import sophia_optax
 
 sys.path.append(records.EXAMPLES)
 import gpt
+import gpt_program
 
 _K = 10  # steps from one refresh to the next
 _NEVER = 2**30
@@ -160,35 +161,31 @@ def compile_program(
   return Program(compiled, flops, size / 1e6, seconds)
 
 
-class Times:
-  """Paired times of programs, in milliseconds of a call.
+def measure_times(
+  programs: dict[str, Program], carries: dict, arg: Any, rounds: int, calls: int
+) -> dict[str, np.ndarray]:
+  """Returns paired times of programs, in milliseconds of a call, by round.
 
   Their `call`s go from (params, state, arg) to the next (params, state), which
   `carries` has at first. A first round, which warms up, is left out.
   """
+  names, spent = list(programs), {name: [] for name in programs}
+  for _ in tqdm.trange(rounds + 1, desc='rounds'):
+    for times in spent.values():
+      times.append(0.0)
+    for _ in range(calls):
+      names.append(names.pop(0))  # So that none is always the first.
+      for name in names:
+        start = time.perf_counter()
+        carries[name] = jax.block_until_ready(
+          programs[name].call(*carries[name], arg)
+        )
+        spent[name][-1] += 1e3 * (time.perf_counter() - start) / calls
+  return {name: np.array(times[1:]) for name, times in spent.items()}
 
-  def __init__(self, programs, carries, arg, rounds, calls):  # noqa: D107
-    names, self._rounds = list(programs), []
-    for _ in tqdm.trange(rounds + 1, desc='rounds'):
-      spent = dict.fromkeys(programs, 0.0)
-      for _ in range(calls):
-        names.append(names.pop(0))  # So that none is always the first.
-        for name in names:
-          start = time.perf_counter()
-          carries[name] = jax.block_until_ready(
-            programs[name].call(*carries[name], arg)
-          )
-          spent[name] += 1e3 * (time.perf_counter() - start) / calls
-      self._rounds.append(spent)
-    del self._rounds[0]
 
-  def median(self, name: str) -> float:
-    """Returns the median over rounds."""
-    return statistics.median(x[name] for x in self._rounds)
-
-  def ratio(self, name: str, base: str) -> float:
-    """Returns the median over rounds of the ratio of two programs."""
-    return statistics.median(x[name] / x[base] for x in self._rounds)
+def _median(times) -> float:
+  return float(np.median(times))
 
 
 def measure_update(size: int, rounds: int) -> Table:
@@ -222,20 +219,20 @@ def measure_update(size: int, rounds: int) -> Table:
 
   def time_all(programs):
     carries = {name: start() for name, start in first.items()}
-    return Times(programs, carries, grads, rounds, 1)
+    return measure_times(programs, carries, grads, rounds, 1)
 
-  times, times_kept = time_all(programs), time_all(kept)
+  times, in_kept = time_all(programs), time_all(kept)
   table = {}
   for name, _, _, over, _ in rows:
     table[name] = columns = {
-      'ms': times.median(name),
-      'time/adamw': times.ratio(name, 'optax.adamw'),
-      'time/adamw, kept': times_kept.ratio(name, 'optax.adamw'),
+      'ms': _median(times[name]),
+      'time/adamw': _median(times[name] / times['optax.adamw']),
+      'time/adamw, kept': _median(in_kept[name] / in_kept['optax.adamw']),
       'MB': programs[name].megabytes,
     }
     if over:
-      columns['time/contrib'] = times.ratio(name, over)
-      columns['time/contrib, kept'] = times_kept.ratio(name, over)
+      columns['time/contrib'] = _median(times[name] / times[over])
+      columns['time/contrib, kept'] = _median(in_kept[name] / in_kept[over])
   return table
 
 
@@ -246,14 +243,8 @@ def measure_step(sizes: Sizes, rounds: int) -> Table:
   shape = _BATCH, length + 1
   tokens = jax.random.randint(jax.random.key(0), shape, 0, 256)
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
-
-  def predict_fn(params, tokens):
-    return model.apply({'params': params}, tokens[:, :-1])
-
-  def loss_fn(params, tokens):
-    return optax.softmax_cross_entropy_with_integer_labels(
-      predict_fn(params, tokens), tokens[:, 1:]
-    ).mean()
+  predict_fn = gpt_program.make_predict(model)
+  loss_fn = gpt_program.make_loss(predict_fn)
 
   def gradient(params, _, tokens):
     return jax.grad(loss_fn)(params, tokens)
@@ -283,7 +274,7 @@ def measure_step(sizes: Sizes, rounds: int) -> Table:
     if row.tx not in ordinary:  # It is the same whatever curvature is of.
       ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
 
-  times = Times(programs, carries, tokens, rounds, _K)
+  times = measure_times(programs, carries, tokens, rounds, _K)
   base = programs['optax.adamw']
   table = {}
   for row in rows:
@@ -296,8 +287,8 @@ def measure_step(sizes: Sizes, rounds: int) -> Table:
       'refresh/gradient': refresh / gradient_flops,
       'MB': program.megabytes,
       'MB/adamw': program.megabytes / base.megabytes,
-      'ms': times.median(row.name),
-      'time/adamw': times.ratio(row.name, 'optax.adamw'),
+      'ms': _median(times[row.name]),
+      'time/adamw': _median(times[row.name] / times['optax.adamw']),
       'compile s': program.compile_seconds,
       'compile/adamw': program.compile_seconds / base.compile_seconds,
     }
@@ -312,13 +303,14 @@ def measure_optimizers(problem: str, rounds: int) -> Table:
   for name in tasks[task].peers:
     case = convergence_protocol.Case(task, name, 0)
     settings = convergence_protocol.settings(case)
-    params, state, advance, *_ = convergence.start(task, name, settings, 0)
-    programs[name], carries[name] = Program(advance), (params, state)
-  times = Times(programs, carries, 0, rounds, 30 // convergence.CHUNK)
+    *carry, advance, _, _ = convergence.start(task, name, settings, 0)
+    programs[name], carries[name] = Program(advance), carry
+  calls = 30 // convergence.CHUNK
+  times = measure_times(programs, carries, 0, rounds, calls)
   return {
     name: {
-      'ms': round(times.median(name) / convergence.CHUNK, 3),
-      'time/adamw': round(times.ratio(name, 'adamw'), 3),
+      'ms': round(_median(times[name]) / convergence.CHUNK, 3),
+      'time/adamw': round(_median(times[name] / times['adamw']), 3),
     }
     for name in programs
   }

@@ -76,7 +76,7 @@ def test_estimators_run(monkeypatch, compile_fast):
   monkeypatch.setattr(estimators, 'rows', lambda: rows)
   table = estimators.measure(draws=2)
   assert list(table) == ['gradient', 'H, whole batch', 'H, 2 parts']
-  assert 'scatter' in estimators.render({'table': table})
+  assert table['H, 2 parts']['scatter'] > 0
 
 
 @pytest.mark.slow
