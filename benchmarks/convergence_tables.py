@@ -183,7 +183,7 @@ def _fractions(rows, task, parent_rows):
   """Yields the steps to the loss that AdamW has after all steps, by name."""
   spec = protocol.TASKS[task]
   part = spec.steps / protocol.TASKS[spec.parent].steps
-  target = parent_rows['adamw']['runs']
+  target = parent_rows['adamw']['runs'] if 'adamw' in parent_rows else {}
   for name, row in rows.items():
     full = parent_rows[name]['runs']
     fractions = [

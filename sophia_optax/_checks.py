@@ -73,22 +73,19 @@ def one_of(name: str, value: Any, known: Collection[str]):
 
 
 _EXAMPLES = {
-  'params': '...)',
-  'batch': 'batch=batch, ...)',
   'obj_fn': 'obj_fn=loss_fn, batch=batch) with loss_fn(params, batch) -> loss',
-  'predict_fn': (
-    'predict_fn=predict_fn, batch=batch) with predict_fn(params, batch) ->'
-    ' outputs, such as logits'
-  ),
+  'predict_fn': 'predict_fn=predict_fn, batch=batch) with'
+  ' predict_fn(params, batch) -> outputs, such as logits',
 }
 
 
 def given(name: str, value: Any, user: str, others: Collection[str] = ()):
   if value is None:
     got = f'only {", ".join(others)}' if others else 'None'
+    example = _EXAMPLES.get(name, '...)')
     raise ValueError(
-      f'{user} needs {name}, got {got}. Pass it to update:'
-      f' update(grads, state, params, {_EXAMPLES[name]}.'
+      f'{user} needs {name}, got {got}. Pass it to update: update(grads, state,'
+      f' params, {example}.'
     )
 
 

@@ -262,12 +262,7 @@ def scale_by_sophia(
   ):
     _checks.given('params', params, 'scale_by_sophia')
     _checks.same_shapes('The gradient', updates, params)
-    _check_options(
-      state,
-      second_moment=('adam_b2', adam_b2),
-      gamma_factor=('target_win_rate', target_win_rate),
-      by_leaf=('diagnostics', diagnostics or None),
-    )
+    _check_options(state, adam_b2, target_win_rate, diagnostics)
     if loss_scale is not None:
       extra_args['loss_scale'] = loss_scale
     updates = jax.tree.map(_gradient_of, params, updates)
@@ -338,9 +333,13 @@ def _estimate(estimator, state, grads, params, extra_args):
   return estimate, estimator_state
 
 
-def _check_options(state, **options):
+def _check_options(state, adam_b2, target_win_rate, diagnostics):
   """Raises unless the state has a field for each option, and no other."""
-  for field, (option, value) in options.items():
+  for field, option, value in (
+    ('second_moment', 'adam_b2', adam_b2),
+    ('gamma_factor', 'target_win_rate', target_win_rate),
+    ('by_leaf', 'diagnostics', diagnostics or None),
+  ):
     found = getattr(state, field)
     if (value is None) != (found is None):
       raise ValueError(

@@ -191,12 +191,6 @@ def test_options_that_do_not_fit_the_state(option):
       tx.update(PARAMS, other.init(PARAMS), PARAMS)
 
 
-def test_loss_scale_that_the_estimator_ignores():
-  tx = sophia_optax.sophia(0.1, **ESTIMATOR)
-  with pytest.raises(ValueError, match='estimator that divides its estimate'):
-    tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss_scale=2.0)
-
-
 @pytest.mark.parametrize(
   ('extra', 'match'),
   [

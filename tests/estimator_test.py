@@ -1,7 +1,5 @@
 """`sampled_estimator`: keys, parts, loss scales, aux and hidden parameters."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -119,21 +117,6 @@ def test_seed_where_raw_keys_are_forbidden():
     assert key == jax.random.key(5)
 
 
-def test_draws_in_half_precision():
-  def make_draw(theta, loss, tools, /, **extra_args):
-    return lambda key: jax.grad(loss)(theta)
-
-  params = jnp.array([1.0, 2.0], jnp.bfloat16)
-  for num_samples in (1, 2):
-    estimate = oracles.estimate(
-      sophia_optax.sampled_estimator(make_draw, num_samples=num_samples),
-      params,
-      obj_fn=lambda x: jnp.sum(x**2),
-    )
-    assert estimate.dtype == jnp.float32
-    np.testing.assert_array_equal(estimate, [2.0, 4.0])
-
-
 # What is passed to the user's functions, and what they return.
 
 
@@ -161,30 +144,9 @@ def test_predictions_and_extra_arguments():
   assert seen == {'label_mask': 'mask', 'loss_scale': 8.0, 'theta': 0.5}
 
 
-def test_value_fn_of_line_searches():
-  estimate = oracles.estimate(own(), PARAMS, value_fn=loss_fn)
-  chex.assert_trees_all_close(estimate, CURVATURE, atol=0.01)
-
-
 def test_unknown_function():
   with pytest.raises(ValueError, match=r"one of \['obj_fn', 'predict_fn'\]"):
     own(fn_name='loss_fn')
-
-
-@pytest.mark.parametrize('maximize', [False, True])
-def test_aux_makes_no_difference(maximize):
-  aux = {'key': jax.random.key(3), 'name': 'batch_stats', 'none': None}
-  tx = sophia_optax.sophia_g(
-    b2=0.0, maximize=maximize, hessian_diagonal_fn=own(has_aux=True)
-  )
-  state = jax.jit(
-    lambda p: tx.update(
-      p, tx.init(p), p, obj_fn=lambda p: (loss_fn(p), aux | p)
-    )
-  )(PARAMS)[1]
-  sign = -1 if maximize else 1  # The loss is negated, and aux is not.
-  nu = jax.tree.map(lambda h: sign * np.array(h), optax.tree.get(state, 'nu'))
-  chex.assert_trees_all_close(nu, CURVATURE, atol=0.01)
 
 
 # Loss scales.
@@ -235,6 +197,7 @@ def test_loss_scale_that_an_estimator_divides_by(name):
     )
   )(X)
   np.testing.assert_allclose(state.nu, expected, atol=5e-3 / min(scale, 1))
+  np.testing.assert_allclose(state.mu, 0.035 * X**2 / 2, rtol=1e-5)
 
 
 def wrapper(inner, forwards):
@@ -291,27 +254,9 @@ def test_chained_transformations_act_on_the_average_of_the_parts():
   np.testing.assert_allclose(estimate, 4.5, atol=0.01)  # Not that of 1 and 5.
 
 
-def users():
-  """An estimator that is not written with `sampled_estimator`."""
-
-  def update(updates, state, params=None, *, batch, **extra_args):
-    scale = jax.lax.pmean(jnp.mean(batch), 'data')
-    return jax.tree.map(lambda c: c * scale.astype(c.dtype) / MEAN, params), (
-      state
-    )
-
-  return optax.GradientTransformationExtraArgs(
-    lambda params: optax.EmptyState(), update
-  )
-
-
-@pytest.mark.parametrize(
-  ('make', 'expected'),
-  [(functools.partial(own, axis_name='data'), CURVATURE), (users, PARAMS)],
-)
-def test_parts_where_another_axis_is_left_to_the_compiler(make, expected):
+def test_parts_where_another_axis_is_left_to_the_compiler():
   # Regression: a bare AssertionError.
-  estimator = parts(make())
+  estimator = parts(own(axis_name='data'))
   mesh = jax.make_mesh(
     (2, 4), ('data', 'other'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
@@ -325,7 +270,7 @@ def test_parts_where_another_axis_is_left_to_the_compiler(make, expected):
     axis_names={'data'},
   )
   chex.assert_trees_all_close(
-    jax.jit(mapped)(PARAMS, BATCH), expected, atol=0.01
+    jax.jit(mapped)(PARAMS, BATCH), CURVATURE, atol=0.01
   )
 
 
@@ -364,33 +309,6 @@ def test_hidden_parameters():
     },
   }
   chex.assert_trees_all_close(estimate, expected, rtol=1e-3, atol=0.01)
-
-
-def test_partition():
-  tx = optax.partition(
-    {
-      'sophia': sophia_optax.sophia(0.01, b2=0.0, hessian_diagonal_fn=own()),
-      'sgd': optax.sgd(0.01),
-    },
-    {'embedding': 'sgd', 'layer': 'sophia'},
-  )
-
-  @jax.jit
-  def step(params):
-    grads = jax.grad(model_loss)(params)
-    return tx.update(
-      grads, tx.init(params), params, obj_fn=model_loss, full_params=params
-    )
-
-  updates, state = step(MODEL)
-  nu = optax.tree.get(
-    state, 'nu', filtering=lambda path, _: 'sophia' in str(path)
-  )
-  assert isinstance(nu['embedding'], optax.MaskedNode)
-  scale = np.sum(MODEL['embedding'] ** 2)
-  np.testing.assert_allclose(nu['layer']['bias'], 2 * scale, atol=0.01)
-  for update in jax.tree.leaves(updates):
-    assert jnp.all(update != 0)
 
 
 def test_error_without_full_params():

@@ -163,33 +163,6 @@ def test_numbers_are_drawn_with_their_moments(likelihood, mean, variance):
     np.testing.assert_allclose(labels.var(axis=0), variance, rtol=0.05)
 
 
-def test_score_is_the_gradient_of_the_negative_log_likelihood():
-  table = [
-    (
-      likelihoods.categorical,
-      lambda z, y: -jnp.sum(jax.nn.log_softmax(z) * jax.nn.one_hot(y, 4)),
-    ),
-    (
-      likelihoods.bernoulli,
-      lambda z, y: -jnp.sum(jax.nn.log_sigmoid(jnp.where(y, z, -z))),
-    ),
-    (likelihoods.gaussian(0.5), lambda z, y: jnp.sum((y - z) ** 2) / 0.5),
-  ]
-
-  @jax.jit
-  def scores(outputs):
-    pairs = []
-    for likelihood, negative_log_p in table:
-      labels = likelihood.sample(jax.random.PRNGKey(1), outputs)
-      score = likelihood.score(outputs, labels)
-      pairs.append((score, jax.grad(negative_log_p)(outputs, labels)))
-    return pairs
-
-  outputs = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-  for score, gradient in scores(outputs):
-    np.testing.assert_allclose(score, gradient, rtol=1e-5, atol=1e-6)
-
-
 def test_samples_share_one_forward_pass():
   params, inputs, forward = float32(PARAMS), jnp.ones((4, 2)), []
 

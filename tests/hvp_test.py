@@ -222,53 +222,13 @@ def test_memory_is_that_of_a_gradient():
 # error has a note if only the second derivative is missing.
 
 
-def refusal(hvp, obj_fn, params, match):
-  """Returns the error that an estimate raises, and its notes."""
+def assert_refused(hvp, obj_fn, params, match):
   with pytest.raises(Exception, match=match) as caught:
     estimate(params, obj_fn, hvp)
-  return caught.value, ' '.join(getattr(caught.value, '__notes__', []))
+  assert 'finite_difference' in ' '.join(caught.value.__notes__)
 
 
-TARGETS = np.float32([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]])
 WEIGHTS = np.float32([0.3, -0.5, 0.8])
-
-
-def plain_cross_entropy(logits, targets):
-  picked = jnp.sum(logits * targets, axis=-1)
-  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-def with_own_rule(calls_itself):
-  """A cross-entropy with a backward rule of its own."""
-  cross_entropy = jax.custom_vjp(plain_cross_entropy)
-  forward = cross_entropy if calls_itself else plain_cross_entropy
-
-  def backward_rule(residuals, g):
-    probabilities, targets = residuals
-    return g * (probabilities - targets) / len(targets), None
-
-  cross_entropy.defvjp(
-    lambda z, targets: (forward(z, targets), (jax.nn.softmax(z), targets)),
-    backward_rule,
-  )
-  return cross_entropy
-
-
-@pytest.mark.parametrize(
-  ('hvp', 'calls_itself'),
-  [
-    ('forward_over_reverse', False),
-    ('reverse_over_reverse', True),
-    ('finite_difference', True),
-  ],
-)
-def test_cross_entropy_with_its_own_rule(hvp, calls_itself):
-  inputs = np.float32([[1.0], [-2.0], [0.5], [1.5]])
-  own = with_own_rule(calls_itself)
-  loss = lambda w, fn=own: fn(jnp.tanh(inputs * w), TARGETS)
-  got = estimate(WEIGHTS, loss, hvp)
-  exact = estimate(WEIGHTS, lambda w: loss(w, plain_cross_entropy))
-  np.testing.assert_allclose(got, exact, rtol=0.01)
 
 
 def power(backward):
@@ -296,21 +256,9 @@ def test_backward_rule_without_a_derivative(backward, without):
   loss, x = power(backward), np.float32([1.0, 2.0])
   for hvp in MODES:
     if hvp in without:
-      _, notes = refusal(hvp, loss, x, 'callbacks|Reverse-mode')
-      assert 'finite_difference' in notes
+      assert_refused(hvp, loss, x, 'callbacks|Reverse-mode')
     else:
       np.testing.assert_allclose(estimate(x, loss, hvp), 6 * x, rtol=1e-3)
-
-
-@pytest.mark.parametrize('hvp', MODES)
-def test_errors_of_the_objective_are_raised_as_they_are(hvp):
-  mine = TypeError('mine')
-
-  def obj_fn(params):
-    raise mine
-
-  error, _ = refusal(hvp, obj_fn, WEIGHTS, 'mine')
-  assert error is mine
 
 
 SIZE = 128  # The smallest that the kernel takes.
@@ -322,43 +270,34 @@ PARAMS = {
 }
 
 
-def flash_loss(params):
-  q, k, v = (TOKENS * w for w in params['qkv'])  # (T, C)
-  out = flash_attention.flash_attention(
-    q[None, None], k[None, None], v[None, None], sm_scale=SIZE**-0.5
-  )[0, 0]
+def head_loss(out, params):
   return optax.softmax_cross_entropy_with_integer_labels(
     out @ params['out'], (TOKENS[:, 0] > 0).astype(int)
   ).mean()
 
 
+def flash_loss(params):
+  q, k, v = (TOKENS * w for w in params['qkv'])  # (T, C)
+  out = flash_attention.flash_attention(
+    q[None, None], k[None, None], v[None, None], sm_scale=SIZE**-0.5
+  )[0, 0]
+  return head_loss(out, params)
+
+
 def test_flash_attention_has_no_second_derivative():
   with pltpu.force_tpu_interpret_mode():
-    _, notes = refusal(MODES[0], flash_loss, PARAMS, 'Higher-order AD')
-  assert 'finite_difference' in notes
+    assert_refused(MODES[0], flash_loss, PARAMS, 'Higher-order AD')
 
 
 @pytest.mark.slow
-def test_flash_attention_trains():
-  estimator = hutchinson(hvp='finite_difference')
-  tx = sophia_optax.sophia(
-    0.02, update_interval=2, hessian_diagonal_fn=estimator
-  )
+def test_curvature_of_flash_attention():
+  def plain_loss(params):
+    q, k, v = (TOKENS * w for w in params['qkv'])
+    return head_loss(jax.nn.softmax(q @ k.T * SIZE**-0.5) @ v, params)
 
-  @jax.jit
-  def step(params, state):
-    loss, grads = jax.value_and_grad(flash_loss)(params)
-    updates, state = tx.update(grads, state, params, obj_fn=flash_loss)
-    return optax.apply_updates(params, updates), state, loss
-
-  params, state, losses = PARAMS, tx.init(PARAMS), []
   with pltpu.force_tpu_interpret_mode():
-    for _ in range(4):
-      params, state, loss = step(params, state)
-      losses.append(float(loss))
-  assert losses == sorted(losses, reverse=True)
-  assert losses[-1] < 0.9 * losses[0]
-  assert optax.tree.get(state, 'refresh_count') == 2
-  assert optax.tree.get(state, 'nonfinite_count') == 0
-  for h in jax.tree.leaves(optax.tree.get(state, 'nu')):
-    assert np.mean(h != 0) > 0.9
+    got = difference(PARAMS, flash_loss)
+  exact = estimate(PARAMS, plain_loss)
+  for name in PARAMS:
+    error = np.linalg.norm(got[name] - exact[name])
+    assert error < 0.03 * np.linalg.norm(exact[name])

@@ -188,31 +188,6 @@ def test_predictions_divided_over_another_axis_are_one_estimate():
   chex.assert_trees_all_close(chunked, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_vocabulary_divided_over_another_axis():
-  def update(num_chunks, params, tokens):
-    head = lambda p, hidden: jax.lax.all_gather(
-      hidden @ p['table'].T, 'model', axis=-1, tiled=True
-    )
-    hidden = lambda p: jnp.tanh(jax.nn.one_hot(tokens, 3) @ p['layer'])
-    estimator = estimator_of(
-      likelihood=likeliest, num_chunks=num_chunks, axis_name='data'
-    )
-    fns = {'predict_fn': lambda p: head(p, hidden(p))}
-    if num_chunks:
-      fns = {'predict_fn': hidden, 'head_fn': head}
-    return oracles.first(estimator, params, **fns)
-
-  specs = {'table': P('model'), 'layer': P()}
-  whole, chunked = map_grid(
-    lambda *args: [update(n, *args) for n in (None, 2)],
-    {name: PARAMS[name] for name in specs},
-    jnp.tile(TOKENS, (1, 2)),
-    specs=(specs, P('data')),
-    out_specs=[specs, specs],
-  )
-  chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-7)
-
-
 # What chunks cost.
 
 
@@ -272,9 +247,3 @@ def test_errors(num_chunks, extra, match):
     oracles.estimate(
       estimator_of(num_chunks=num_chunks), PARAMS, predict_fn=hidden_fn, **extra
     )
-
-
-@pytest.mark.parametrize('num_chunks', [0, 1.5])
-def test_number_of_chunks(num_chunks):
-  with pytest.raises(ValueError, match='num_chunks must be a whole number'):
-    estimator_of(num_chunks=num_chunks)

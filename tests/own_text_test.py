@@ -9,7 +9,6 @@ import pathlib
 import re
 import shlex
 
-from absl import app
 from absl import flags
 from absl import logging
 import jax
@@ -112,7 +111,7 @@ def commands(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_run(commands):
+def test_commands_of_the_readme_run(commands, tmp_path):
   folder, printed = commands
   assert list(printed) == list(SCRIPTS)
   assert 'AdamW           2' in printed['demo.py']
@@ -121,11 +120,21 @@ def test_commands_of_the_readme_run(commands):
   assert 'checkpoint in runs/mine' in printed['train_gpt.py']
   assert printed['sample.py'].startswith('Once upon')
   assert len(printed['sample.py']) > len('Once upon')
+  # Sampling leaves alone what a run that still trains is writing.
+  out_dir = folder / 'runs' / 'mine'
+  (out_dir / '3.orbax-checkpoint-tmp').mkdir()
+  before = sorted(out_dir.rglob('*'))
+  config, params = sample.load(str(out_dir))
+  assert sorted(out_dir.rglob('*')) == before
   # The size of the vocabulary came from meta.json.
-  config, params = sample.load(str(folder / 'runs' / 'mine'))
   assert config.optimizer == 'sophia_h'
   assert config.vocab_size == meta['vocab_size'] > 257
   assert params['tokens']['embedding'].shape == (meta['vocab_size'], 16)
+  tokenizers.Tokenizer(tokenizers.models.BPE({'a': 9999}, [])).save(
+    str(tmp_path / 'tokenizer.json')
+  )
+  with pytest.raises(ValueError, match=r'below vocab_size = \d+ .*; got 9999'):
+    sample.sample(str(out_dir), 'a', data_dir=str(tmp_path))
 
 
 # Preparation.
@@ -169,6 +178,8 @@ def test_tokens_contain_all_of_the_text_once(tmp_path, monkeypatch, piece_size):
     }
     for name in names
   ]
+  with pytest.raises(FileExistsError, match='already has a train'):
+    prepare_text.prepare(names, str(out), 300)
 
 
 def test_tokenizer_does_not_learn_from_what_is_held_out(tmp_path):
@@ -201,25 +212,20 @@ def test_names_match_files(tmp_path, monkeypatch):
     (['nowhere'], {}, FileNotFoundError, "'nowhere' matches none"),
     (['empty'], {}, ValueError, 'empty is empty'),
     (['prose', 'latin'], {}, ValueError, 'latin is not, at byte 70003: inv'),
-    (['prose', 'late'], {}, ValueError, 'late is not, at byte 70003: inv'),
     (['cut'], {}, ValueError, r'cut is not, at byte 1000: unexpected end'),
     (['short'], {}, ValueError, r'val\.bin .* 65 tokens, .* have 12\.'),
     (['prose'], {'block_size': 9999}, ValueError, r'train\.bin .* 10000 tok'),
     (['prose'], {'vocab_size': 256}, ValueError, '257 .*; got 256'),
-    (['prose'], {'vocab_size': 65_537}, ValueError, 'got 65537'),
-    (['prose'], {'val_fraction': 1.0}, ValueError, r'below 1; got 1\.0'),
 ])  # fmt: skip
 def test_bad_text_is_a_clear_error(
   tmp_path, monkeypatch, names, settings, error, message
 ):
   monkeypatch.chdir(tmp_path)
-  latin = b'a ' * 35_000 + b'abc\xe9\n'
   for name, content in {
     'prose': PROSE.encode(),
     'short': b'a ' * 100,
     'empty': b'',
-    'latin': latin + b'a ' * 10_000,  # for training
-    'late': latin,  # held out
+    'latin': b'a ' * 35_000 + b'abc\xe9\n' + b'a ' * 10_000,
     'cut': b'a ' * 500 + '日'.encode()[:2],
   }.items():
     pathlib.Path(name).write_bytes(content)
@@ -227,18 +233,6 @@ def test_bad_text_is_a_clear_error(
     prepare_text.prepare(names, 'out', **({'vocab_size': 300} | settings))
   # The folder is unchanged, so it can be used again.
   assert not os.path.exists('out') or not os.listdir('out')
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('command', 'message'), [
-    ('prepare_text.py --out_dir=corpus my_files', 'already has a train'),
-    ('train_gpt.py --data_dir=corpus --vocab_size=64', r'at least \d+, .* 64'),
-])  # fmt: skip
-def test_refused_commands(commands, command, message):
-  folder, _ = commands
-  script, *args = command.split()
-  with contextlib.chdir(folder), pytest.raises(app.UsageError, match=message):
-    run(script, args)
 
 
 # The size of the vocabulary.
@@ -255,10 +249,9 @@ def test_vocabulary_of_a_folder(tmp_path, monkeypatch):
   assert text.vocab_size('') is None  # the standard library, wherever it runs
   with pytest.raises(ValueError, match=r'at least 300, .*; got 299'):
     text.vocab_size(folder, 299)
-  for bad in '{', '{}', '[]', '{"vocab_size": null}':
-    (tmp_path / 'meta.json').write_text(bad)
-    with pytest.raises(ValueError, match=r'meta\.json must be JSON with a voc'):
-      text.vocab_size(folder)
+  (tmp_path / 'meta.json').write_text('{"vocab_size": null}')
+  with pytest.raises(ValueError, match=r'meta\.json must be JSON with a voc'):
+    text.vocab_size(folder)
 
 
 # Sampling.
@@ -323,39 +316,3 @@ def test_demo_is_sampled_in_bytes(commands):
   assert draw() == draw()
   assert draw() != draw(seed=1)
   assert draw().startswith('é')
-
-
-@pytest.mark.slow
-def test_sampling_does_not_change_a_run_that_still_trains(commands):
-  folder, _ = commands
-  run_dir = folder / 'runs' / 'mine'
-  half_written = run_dir / '3.orbax-checkpoint-tmp'
-  half_written.mkdir()
-  files = lambda: sorted(str(path) for path in run_dir.rglob('*'))
-  before = files()
-  sample.load(str(run_dir))
-  assert files() == before
-  half_written.rmdir()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('settings', 'error', 'message'), [
-    ({'out_dir': 'nowhere'}, FileNotFoundError, 'nowhere must have a check'),
-    ({'data_dir': 'nowhere'}, FileNotFoundError, r'no nowhere/tokenizer\.json'),
-    ({'data_dir': 'large'}, ValueError, r'below vocab_size = \d+ .*; got 9999'),
-    ({'num_tokens': 0}, ValueError, 'at least 1; got 0'),
-    ({'temperature': -1.0}, ValueError, r'at least 0, .*; got -1\.0'),
-    ({'top_k': -1}, ValueError, 'at least 0, .*; got -1'),
-])  # fmt: skip
-def test_bad_samples_are_a_clear_error(
-  commands, monkeypatch, settings, error, message
-):
-  folder, _ = commands
-  monkeypatch.chdir(folder)
-  os.makedirs('large', exist_ok=True)  # The tokenizer of another model.
-  tokenizers.Tokenizer(tokenizers.models.BPE({'a': 9999}, [])).save(
-    'large/tokenizer.json'
-  )
-  with pytest.raises(error, match=message):
-    sample.sample(**({'out_dir': 'runs/mine', 'prompt': 'a'} | settings))
-  assert not os.path.exists('nowhere')

@@ -1,7 +1,6 @@
 """Tests each row of docs/reliability.md: a fault in step n of a training.
 
-A row's test is named after its first cell. Run as a script, this file is a
-training whose disk is full in the end.
+A row's test is named after its first cell.
 """
 
 import functools
@@ -10,9 +9,6 @@ import pathlib
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 from typing import NamedTuple
 
 import chex
@@ -57,25 +53,18 @@ def test_page_and_tests_have_the_same_rows():
 # Training.
 
 
-class Faults(NamedTuple):
-  """Faults of each step. All arrays have shape (NUM_STEPS,)."""
-
-  entry: np.ndarray  # added to one entry of the estimate
-  curvature: np.ndarray  # factor of what the estimator differentiates
-  gradient: np.ndarray  # added to one entry of the gradient
-
-
-NO_FAULTS = Faults(
-  *np.float32([[0], [1], [0]]) * np.ones(NUM_STEPS, np.float32)
-)
-
-
 def faults(steps=FAULT, **values):
-  changed = NO_FAULTS._asdict()
+  """Returns faults of each step: arrays of shape (NUM_STEPS,)."""
+  none = np.zeros(NUM_STEPS, np.float32)
+  found = {
+    'entry': none,  # added to one entry of the estimate
+    'curvature': none + 1,  # factor of what the estimator differentiates
+    'gradient': none,  # added to one entry of the gradient
+  }
   for name, value in values.items():
-    changed[name] = changed[name].copy()
-    changed[name][steps] = value
-  return Faults(**changed)
+    found[name] = found[name].copy()
+    found[name][steps] = value
+  return found
 
 
 def init_params():
@@ -136,15 +125,15 @@ def training(tx, axis_name=None):
     def step(carry, fault):
       params, state = carry
       loss, grads = jax.value_and_grad(loss_fn)(params, inputs, labels)
-      grads['hidden'] = grads['hidden'].at[0, 0].add(fault.gradient)
+      grads['hidden'] = grads['hidden'].at[0, 0].add(fault['gradient'])
       if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
       updates, state = tx.update(
         grads,
         state,
         params,
-        entry_fault=fault.entry,
-        predict_fn=lambda p: fault.curvature * predict(p, inputs),
+        entry_fault=fault['entry'],
+        predict_fn=lambda p: fault['curvature'] * predict(p, inputs),
       )
       params = optax.apply_updates(params, updates)
       return (params, state), Steps(params, state, loss)
@@ -169,7 +158,7 @@ def train(faults, guarded=False):
 
 @functools.cache
 def undisturbed(guarded=False):
-  return train(NO_FAULTS, guarded)
+  return train(faults(), guarded)
 
 
 def get(steps, name):
@@ -283,7 +272,7 @@ def mapped():
 def train_replicas(**values):
   """Trains on all devices, with the fault on the last one only."""
   num_devices = jax.device_count()
-  each = [NO_FAULTS] * (num_devices - 1) + [faults(**values)]
+  each = [faults()] * (num_devices - 1) + [faults(**values)]
   shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])
   replicas = jax.device_get(
     mapped()(
@@ -387,25 +376,15 @@ def test_obj_fn_raises_while_it_runs_in_a_callback(donate):
   assert_lost_only_if_donated(donate, fault)
 
 
-@pytest.fixture
-def heed_interrupts():
-  """Handles interrupts, which a shell's background job would ignore."""
-  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures('heed_interrupts')
 @donating
 def test_an_interrupt_during_a_step(donate):
   def interrupted(step, carry):
-    carry = step(carry, (INPUTS, LABELS), False)
-    signal.raise_signal(signal.SIGINT)
-    return carry
+    step(carry, (INPUTS, LABELS), False)
+    raise KeyboardInterrupt
 
   def fault(step, carry):
     with pytest.raises(KeyboardInterrupt):
-      carry = interrupted(step, carry)
+      interrupted(step, carry)
 
   assert_lost_only_if_donated(donate, fault)
 
@@ -413,12 +392,31 @@ def test_an_interrupt_during_a_step(donate):
 # Checkpoints.
 
 
+def abstract(sharding_of=lambda tree: None, **changed):
+  """Returns the shapes of what is saved, by default of arrays on one device."""
+  tree = jax.eval_shape(python_step(donate=True)[0])
+  tree = tree[0] | changed, tree[1]
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = sharding_of(tree) or jax.tree.map(lambda _: one, tree)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
+def make_saver(out_dir, **settings):
+  config = gpt_configs.get_config(
+    'demo', 'sophia_h', out_dir=str(out_dir), **settings
+  )
+  return checkpoints.Checkpoints(config)
+
+
 def train_with_checkpoints(out_dir, num_steps, fault=lambda step, state: state):
   """Trains or resumes; calls fault before it saves. Returns state, record."""
-  config = gpt_configs.get_config('demo', 'sophia_h', out_dir=str(out_dir))
-  saver = checkpoints.Checkpoints(config)
+  saver = make_saver(out_dir)
   begin, step_fn = python_step(donate=True)
-  step, state, record = saver.restore(abstract(begin)) or (
+  step, state, record = saver.restore(abstract()) or (
     0,
     begin(),
     {'first': [], 'run': 0},
@@ -431,14 +429,6 @@ def train_with_checkpoints(out_dir, num_steps, fault=lambda step, state: state):
     saver.save(step, fault(step, state), record)
   saver.close()
   return jax.device_get(state), record
-
-
-def abstract(begin):
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-    jax.eval_shape(begin),
-  )
 
 
 @functools.cache
@@ -462,20 +452,15 @@ def three_steps(tmp_path_factory):
   return out_dir
 
 
-def files(checkpoint):
-  return sorted(path for path in checkpoint.rglob('*') if path.is_file())
-
-
 def check_each_file(three_steps, out_dir, damage):
   """Damages each file in turn: restoring gives the whole state or an error."""
-  begin, _ = python_step(donate=True)
-  _, whole, _ = restore(three_steps, abstract(begin))
+  _, whole, _ = make_saver(three_steps).restore(abstract())
   errors = []
-  for original in files(three_steps / '3'):
+  for original in filter(pathlib.Path.is_file, three_steps.rglob('3/**/*')):
     shutil.copytree(three_steps, out_dir, dirs_exist_ok=True)
     damage(out_dir / original.relative_to(three_steps))
     try:
-      step, state, _ = restore(out_dir, abstract(begin))
+      step, state, _ = make_saver(out_dir).restore(abstract())
     except RuntimeError as error:
       errors.append(str(error))
     else:
@@ -510,49 +495,29 @@ def test_a_killed_save_left_its_temporary_folder(three_steps, tmp_path):
   assert_continues(out_dir)
 
 
-def _process():
-  """Trains with a limit on the size of files, in bytes."""
-  out_dir, num_bytes = sys.argv[1:]
-
-  def fault(step, state):
-    jax.block_until_ready(state)
-    if step == 3:
-      _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-      resource.setrlimit(resource.RLIMIT_FSIZE, (int(num_bytes), hard))
-    return state
-
-  train_with_checkpoints(out_dir, 4, fault)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('num_bytes', [0, 1500])
 def test_the_disk_is_full_while_saving(tmp_path, num_bytes):
   # A limit on the size of files simulates a full disk without privileges. With
   # 0 no record can be written, with 1500 no parameters.
-  out_dir = tmp_path / 'out'
-  process = subprocess.run(
-    [sys.executable, __file__, str(out_dir), str(num_bytes)],
-    env=os.environ
-    | {
-      'PYTHONPATH': os.pathsep.join(sys.path),
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': '8',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
-    },
-    stderr=subprocess.PIPE,
-    text=True,
-    timeout=240,
-    check=False,
-  )
-  assert process.returncode == 1, process.stderr[-4000:]
-  error = process.stderr[process.stderr.index('\nRuntimeError: ') :]
-  assert f'step 3 could not be written to {out_dir}' in error
-  assert 'the same command resumes from step 2.' in error
-  assert 'File too large' in process.stderr
-  left = set(os.listdir(out_dir))
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fault(step, state):
+    if step == 3:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    return state
+
+  try:
+    with pytest.raises(RuntimeError, match='step 3 could not be') as info:
+      train_with_checkpoints(tmp_path, 4, fault)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert f'written to {tmp_path}, ' in str(info.value)
+  assert 'the same command resumes from step 2.' in str(info.value)
+  assert 'File too large' in str(info.value.__cause__)
+  left = set(os.listdir(tmp_path))
   assert left >= {'1', '2'}
   assert '3' not in left
-  assert_continues(out_dir)
+  assert_continues(tmp_path)
 
 
 def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
@@ -571,29 +536,16 @@ def test_the_state_is_not_finite_when_it_is_saved(tmp_path):
   assert_continues(tmp_path)
 
 
-def restore(out_dir, tree, **settings):
-  config = gpt_configs.get_config(
-    'demo', 'sophia_h', out_dir=str(out_dir), **settings
-  )
-  return checkpoints.Checkpoints(config).restore(tree)
-
-
 def test_restored_with_other_settings(three_steps):
-  begin, _ = python_step(donate=True)
   with pytest.raises(ValueError, match=r'\(width: 64 saved, 32 now\)'):
-    restore(three_steps, abstract(begin), width=32)
+    make_saver(three_steps, width=32).restore(abstract())
 
 
 def test_restored_into_other_shapes(three_steps):
-  begin, _ = python_step(donate=True)
-  tree = abstract(begin)
-  hidden = jax.ShapeDtypeStruct(
-    (16, 8), np.float32, sharding=tree[0]['hidden'].sharding
-  )
-  tree = (tree[0] | {'hidden': hidden}, tree[1])
+  tree = abstract(hidden=jax.ShapeDtypeStruct((16, 8), np.float32))
   message = r'\(16, 8\) is not compatible with the stored shape: \(16, 32\)'
   with pytest.raises(RuntimeError, match='could not be restored') as info:
-    restore(three_steps, tree)
+    make_saver(three_steps).restore(tree)
   assert re.search(message, str(info.value.__cause__))
   with (
     ocp.StandardCheckpointer() as checkpointer,
@@ -605,21 +557,14 @@ def test_restored_into_other_shapes(three_steps):
 @pytest.mark.parametrize('num_devices', [2, 8])
 def test_restored_on_another_number_of_devices(three_steps, num_devices):
   spec = f'fsdp:{num_devices}'
-  begin, _ = python_step(donate=True)
-  one = abstract(begin)
-  several = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    one,
-    sharding.state_sharding(sharding.make_mesh(spec), one),
+  sharding_of = functools.partial(
+    sharding.state_sharding, sharding.make_mesh(spec)
   )
-  _, expected, _ = restore(three_steps, one)
-  step, state, _ = restore(three_steps, several, mesh=spec)
+  _, expected, _ = make_saver(three_steps).restore(abstract())
+  step, state, _ = make_saver(three_steps, mesh=spec).restore(
+    abstract(sharding_of)
+  )
   assert step == 3
   chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
   hidden = state[0]['hidden'].sharding
   assert hidden.shard_shape((16, 32)) == (16, 32 // num_devices)
-
-
-if __name__ == '__main__':
-  jax.config.update('jax_numpy_dtype_promotion', 'strict')
-  _process()

@@ -153,30 +153,45 @@ CASES = {
 }
 
 
+def coordinates(tree):
+  """Returns real and imaginary parts of each step: (steps, 48)."""
+  real, z = tree
+  return np.concatenate([real, z.real, z.imag], axis=-1)
+
+
+def leaves(x):
+  """Returns 24 real and 12 complex parameters with these coordinates."""
+  x = jnp.asarray(x)
+  return x[..., :24], jax.lax.complex(x[..., 24:36], x[..., 36:])
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_algorithm_3_in_numpy(name):
   settings = DEFAULTS | CASES[name]
   rng = np.random.default_rng(0)
-  scale = np.repeat([1.0, 0.01, 1e-4], 16)  # The smallest are below c ε.
+  scale = np.tile([1.0, 0.01, 1e-4], 16)  # The smallest are below c ε.
   grads = np.float32(scale * rng.normal(size=(30, 48)))
   grads[:, ::5] *= rng.integers(0, 2, size=(30, 10))
   estimates = np.float32(scale * (5 * rng.normal(size=(30, 48)) + 4))
   expected = list(transcript(grads, estimates, **settings))
 
   tx = sophia_optax.sophia(
-    **settings, hessian_diagonal_fn=scripted(jnp.asarray(estimates))
+    **settings, hessian_diagonal_fn=scripted(leaves(estimates))
   )
-  params, _, (state, *_) = run(tx, jnp.asarray(grads), jnp.zeros(48))
+  # optax's decay with a schedule promotes complex parameters.
+  promotion = 'standard' if name == 'schedules' else 'strict'
+  with jax.numpy_dtype_promotion(promotion):
+    params, _, (state, *_) = run(tx, leaves(grads), leaves(np.zeros(48)))
   theta, h, v, win_rate, factor = map(np.stack, zip(*expected, strict=True))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
-  close(params, theta)
-  close(state.nu, h)
+  close(coordinates(params), theta)
+  close(coordinates(state.nu), h)
   close(state.win_rate, win_rate)
   if 'target_win_rate' in settings:
     close(state.gamma_factor, factor)
     assert len(np.unique(factor)) > 5
   if 'adam_b2' in settings:
-    close(state.second_moment, v)
+    close(coordinates(state.second_moment), v)
   k = settings['update_interval']
   np.testing.assert_array_equal(state.count, np.arange(30) + 1)
   np.testing.assert_array_equal(state.refresh_count, np.arange(30) // k + 1)
@@ -209,25 +224,6 @@ def test_every_keyword_of_sophia_g_reaches_sophia():
     run(sophia_optax.sophia_g(rho=2.0, **shared), grads, grads[0]),
     run(sophia_optax.sophia(gamma=2.0, eps=1e-15, **shared), grads, grads[0]),
   )
-
-
-@pytest.mark.parametrize('nesterov', [False, True])
-def test_without_curvature_adam_b2_gives_adam(nesterov):
-  grads = jnp.float32(np.random.default_rng(0).normal(size=(12, 20)))
-  ours = sophia_optax.scale_by_sophia(
-    0.9,
-    gamma=0.0,
-    eps=1e-30,
-    clip_threshold=None,
-    adam_b2=0.8,
-    nesterov=nesterov,
-    hessian_diagonal_fn=optax.identity(),
-  )
-  adam = optax.scale_by_adam(0.9, 0.8, eps=0.0, nesterov=nesterov)
-  _, actual, _ = run(ours, grads, grads[0])
-  with jax.numpy_dtype_promotion('standard'):  # optax's needs it.
-    _, expected, _ = run(adam, grads, grads[0])
-  np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 # Kinds and dtypes of leaves.
@@ -294,46 +290,6 @@ def test_x64():
   np.testing.assert_allclose(new_state.nu['f64'], -0.03, rtol=1e-14)
   # After one gradient, m̂ equals it up to round-off.
   np.testing.assert_allclose(updates['f64'], -1.0, rtol=1e-14)
-
-
-@pytest.mark.parametrize('params', [{}, jnp.array(2.0), 2.0], ids=str)
-def test_trees_of_every_size(params):
-  tx = sophia_optax.sophia(
-    0.1,
-    weight_decay=0.0,
-    target_win_rate=0.3,
-    hessian_diagonal_fn=optax.identity(),
-  )
-  updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-  chex.assert_trees_all_close(
-    updates, jax.tree.map(lambda _: jnp.float32(-0.1), params)
-  )
-  assert jnp.isfinite(optax.tree.get(state, 'win_rate'))
-
-
-def test_real_and_imaginary_parts_are_two_parameters():
-  rng = np.random.default_rng(0)
-  grads, estimates = jnp.float32(rng.normal(size=(2, 9, 4, 2)))
-  join = lambda x: jax.lax.complex(x[..., 0], x[..., 1])
-  results = []
-  for fn in join, lambda x: x:
-    tx = sophia_optax.scale_by_sophia(
-      0.5,
-      0.5,
-      update_interval=2,
-      gamma=1.0,
-      adam_b2=0.8,
-      target_win_rate=0.4,
-      hessian_diagonal_fn=scripted(fn(estimates)),
-    )
-    results.append(run(tx, fn(grads), fn(grads[0])))
-  (_, updates, state), (_, real_updates, real_state) = results
-  for name in 'mu', 'nu', 'second_moment':
-    expected = join(getattr(real_state, name))
-    np.testing.assert_allclose(getattr(state, name), expected, rtol=1e-6)
-  np.testing.assert_allclose(updates, join(real_updates), rtol=1e-6)
-  np.testing.assert_array_equal(state.win_rate, real_state.win_rate)
-  np.testing.assert_array_equal(state.gamma_factor, real_state.gamma_factor)
 
 
 def test_squares_are_in_float32():
@@ -415,20 +371,6 @@ def test_masks_in_equinox(mask):
 # Estimates that do not fit.
 
 
-def test_nonfinite_entries_never_enter_nu():
-  first, bad = jnp.arange(1.0, 5.0), jnp.array([3.0, np.nan, np.inf, -np.inf])
-  tx = sophia_optax.scale_by_sophia(
-    b2=0.5,
-    update_interval=1,
-    hessian_diagonal_fn=scripted(jnp.stack([first, bad, first])),
-  )
-  _, _, state = run(tx, jnp.ones((3, 4)), jnp.ones(4))
-  h = [[0.5, 1, 1.5, 2], [1.75, 1, 1.5, 2], [1.375, 1.5, 2.25, 3]]
-  np.testing.assert_allclose(state.nu, h)
-  np.testing.assert_array_equal(state.nonfinite_count, [0, 1, 1])
-  np.testing.assert_array_equal(state.refresh_count, [1, 2, 3])
-
-
 def test_the_average_and_not_the_estimate_must_fit_nu_dtype():
   # Regression: the estimate was cast to nu_dtype before it was averaged.
   tx = sophia_optax.scale_by_sophia(
@@ -446,24 +388,6 @@ def test_the_average_and_not_the_estimate_must_fit_nu_dtype():
 
 
 # Numbers.
-
-
-def test_hyperparameters_may_be_of_any_numeric_type():
-  txs = [
-    sophia_optax.scale_by_sophia(
-      b1=number(0),
-      b2=number(0),
-      eps=number(1),
-      gamma=number(2),
-      clip_threshold=number(1),
-      update_interval=number(2),
-      hessian_diagonal_fn=optax.identity(),
-    )
-    for number in (int, float, np.float64, np.array, jnp.array)
-  ]
-  grads = jnp.array([[0.5, -3.0, 0.1]] * 3)
-  results = jax.jit(lambda: [run(tx, grads, grads[0]) for tx in txs])()
-  chex.assert_trees_all_equal(*results)
 
 
 def test_update_interval_in_float32_with_parameters_in_bfloat16():
@@ -485,18 +409,16 @@ def test_update_interval_in_float32_with_parameters_in_bfloat16():
 # Win rate.
 
 
-@pytest.mark.parametrize(('clip', 'win_rate'), [(1.0, 0.5), (None, 1.0)])
-def test_coordinate_at_the_threshold_does_not_win(clip, win_rate):
+def test_coordinate_at_the_threshold_does_not_win():
   tx = sophia_optax.scale_by_sophia(
     b1=0.0,
     b2=0.0,
     gamma=1.0,
-    clip_threshold=clip,
     refresh_before_update=True,
     hessian_diagonal_fn=optax.stateless(lambda g, _: jnp.ones_like(g)),
   )
   _, _, state = run(tx, jnp.array([[1.0, 0.5]]), jnp.ones(2))
-  assert state.win_rate == win_rate
+  assert state.win_rate == 0.5
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import sys
 from typing import Any
 
 import chex
-from flax import jax_utils
-from flax import serialization
 from flax.training import train_state
 import jax
 import jax.numpy as jnp
@@ -31,22 +29,12 @@ class TrainState(sophia_optax.SophiaTrainState):
   dropout_key: jax.Array
 
 
-def loss_fn(params, x=1.0):
-  return jnp.mean(jnp.cosh(x * params['w'])) + jnp.sum(params['b'] ** 4)
+def loss_fn(params):
+  return jnp.mean(jnp.cosh(params['w'])) + jnp.sum(params['b'] ** 4)
 
 
 def init_params():  # New for each test, because some donate them.
   return {'w': jnp.array([0.5, -1.0, 2.0]), 'b': jnp.array([1.0, -2.0])}
-
-
-def make_optimizer(**kwargs):
-  return sophia_optax.sophia(
-    0.1,
-    update_interval=2,
-    hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
-      **kwargs
-    ),
-  )
 
 
 def create(tx, params=None):
@@ -56,17 +44,6 @@ def create(tx, params=None):
     tx=tx,
     batch_stats={'mean': jnp.zeros(2)},
     dropout_key=jax.random.key(0),
-  )
-
-
-def train_step(state, x=1.0, axis_name=None):
-  local_loss = lambda params: state.apply_fn(params, x)
-  grads = jax.grad(local_loss)(state.params)
-  mean = state.batch_stats['mean'] + 1.0
-  if axis_name is not None:
-    grads = jax.lax.pmean(grads, axis_name)
-  return state.apply_gradients(
-    grads=grads, obj_fn=local_loss, batch_stats={'mean': mean}
   )
 
 
@@ -81,7 +58,7 @@ def recorder():
 
 
 def test_is_the_same_as_an_explicit_loop():
-  tx = make_optimizer()
+  tx = sophia_optax.sophia(0.1, update_interval=2)
   params = init_params()
   opt_state = tx.init(params)
 
@@ -97,7 +74,11 @@ def test_is_the_same_as_an_explicit_loop():
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state):
     traces.append(None)
-    return train_step(state)
+    return state.apply_gradients(
+      grads=jax.grad(loss_fn)(state.params),
+      obj_fn=loss_fn,
+      batch_stats={'mean': state.batch_stats['mean'] + 1.0},
+    )
 
   state = create(tx)
   structure = jax.tree.structure(state)
@@ -166,48 +147,6 @@ def test_collections_that_are_overwritten():
     plain = plain.apply_gradients(grads=grads, obj_fn=loss_fn)
   chex.assert_trees_all_equal(state.params['params'], plain.params)
   chex.assert_trees_all_equal(state.params[OVERWRITTEN], new_scales)
-
-
-def test_bytes():
-  class Stored(sophia_optax.SophiaTrainState):  # Flax stores raw keys only.
-    dropout_key: jax.Array
-
-  def make(seed):
-    return Stored.create(
-      apply_fn=loss_fn,
-      params=init_params(),
-      tx=make_optimizer(random_seed=seed),
-      dropout_key=jax.random.PRNGKey(seed),
-    )
-
-  state, other = make(1), make(2)
-  restored = serialization.from_bytes(other, serialization.to_bytes(state))
-  assert isinstance(restored, Stored)
-  chex.assert_trees_all_equal(*(x.replace(tx=None) for x in (restored, state)))
-
-
-def test_replicas():
-  x = jnp.array([0.5, 1.5])
-  step = jax.pmap(
-    functools.partial(train_step, axis_name='data'),
-    axis_name='data',
-    devices=jax.devices()[:2],
-    donate_argnums=0,
-  )
-  state = create(make_optimizer(axis_name='data'))
-  state = jax_utils.replicate(state, jax.devices()[:2], axis_name='data')
-  state = step(state, x)
-  for leaf in jax.tree.leaves((state.step, state.params, state.opt_state)):
-    np.testing.assert_array_equal(leaf[0], leaf[1])
-  # The Hessian is diagonal, so every estimate is exact.
-  w = np.array([0.5, -1.0, 2.0])[:, None]
-  gradient = np.mean(x * np.sinh(x * w) / 3, axis=1)
-  curvature = np.mean(x**2 * np.cosh(x * w) / 3, axis=1)
-  mu, nu = (optax.tree.get(state, name)['w'][0] for name in ('mu', 'nu'))
-  np.testing.assert_allclose(mu, 0.035 * gradient, rtol=1e-5)
-  np.testing.assert_allclose(nu, 0.01 * curvature, rtol=1e-5)
-  updated = step(state, x)
-  np.testing.assert_array_equal(updated.batch_stats['mean'], 2.0)
 
 
 def test_without_flax():
@@ -304,9 +243,3 @@ def test_statistics_of_the_example_move_once_and_replicas_stay_equal():
     rtol=1e-4,
     atol=1e-6,
   )
-
-
-def test_devices_that_do_not_divide_the_batch_of_the_example(monkeypatch):
-  monkeypatch.setattr(jax, 'local_device_count', lambda: 3)
-  with pytest.raises(ValueError, match=r'must divide .*; got 3'):
-    flax_train_state.train(1, pmap=True)
