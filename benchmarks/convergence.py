@@ -10,9 +10,8 @@ batch, on every tenth step.
 
 A run is written as soon as it ends, and runs that are in the file are not run
 again, so a benchmark that was stopped continues where it was. --jobs runs go on
-side by side, in one thread each. Seconds are of the host's processor, without
-compilation and validation. On a GPU they do not measure the run. `step_cost.py
---tables=optimizers` compares the optimizers' times.
+side by side, in one thread each. `step_cost.py --tables=optimizers` compares
+the optimizers' times.
 
 A new optimizer needs an entry in OPTIMIZERS below, in `SPACES` (or `UNTUNED`,
 if its settings follow from AdamW's) and in the peers of tasks in
@@ -28,7 +27,6 @@ import itertools
 import multiprocessing
 import os
 import pathlib
-import platform
 import time
 from typing import Any
 
@@ -80,13 +78,8 @@ def _gamma(s):
 
 def _from_optax(make, s, problem, key):
   del key
-  return make(
-    _learning_rate(s),
-    s['b1'],
-    s['b2'],
-    weight_decay=s['weight_decay'],
-    mask=problem.decay_mask,
-  )
+  decay = {'weight_decay': s['weight_decay'], 'mask': problem.decay_mask}
+  return make(_learning_rate(s), s['b1'], s['b2'], **decay)
 
 
 def _contrib(s, problem, key):
@@ -122,11 +115,6 @@ def _sophia(make_estimator, s, problem, key):
   )
 
 
-def _hutchinson(s, problem, key):
-  del s, problem
-  return sophia_optax.hutchinson_estimator_diag_hessian(key)
-
-
 def _gauss_newton_bartlett(s, problem, key):
   # The average of several estimates, each on its part of the batch, has less
   # variance than one on all of it, at the same cost.
@@ -139,7 +127,10 @@ def _gauss_newton_bartlett(s, problem, key):
 
 
 _SOPHIA_G = functools.partial(_sophia, _gauss_newton_bartlett)
-_SOPHIA_H = functools.partial(_sophia, _hutchinson)
+_SOPHIA_H = functools.partial(
+  _sophia,
+  lambda s, problem, key: sophia_optax.hutchinson_estimator_diag_hessian(key),
+)
 # From settings and `steps` (floats may be traced), problem, and key of probes.
 OPTIMIZERS = {
   'adamw': functools.partial(_from_optax, optax.adamw),
@@ -229,11 +220,11 @@ def start(
   `validate` and `validate_all`.
   """
   spec = protocol.TASKS[task]
-  static = {k: v for k, v in settings.items() if not isinstance(v, float)}
   numbers = {k: v for k, v in settings.items() if isinstance(v, float)}
+  static = tuple(x for x in settings.items() if x[0] not in numbers)
   numbers = jax.tree.map(jnp.float32, numbers | {'steps': float(spec.steps)})
   init_params, init, advance, *validate = _programs(
-    spec.problem, optimizer, tuple(static.items())
+    spec.problem, optimizer, static
   )
   params = init_params(seed)
 
@@ -250,21 +241,19 @@ def _rounded(x, digits=5):
 def run(case: protocol.Case) -> dict:
   """Trains once.
 
-  Returns the case, without default values, `device`, `jax`, `loss` (the final
-  loss on all held-out data) and `seconds`. For a run of the report also
-  `settings`, `curve` (losses on a part of the held-out data, evenly spaced)
-  and, with this library's Sophia, `win_rate` at the same steps.
+  Returns the case, without default values, `device`, `jax` and `loss`, the
+  final loss on all held-out data. For a run of the report also `settings`,
+  `curve` (losses on a part of the held-out data, evenly spaced) and, with this
+  library's Sophia, `win_rate` at the same steps.
   """
   spec = protocol.TASKS[case.task]
   settings = protocol.settings(case)
   params, opt_state, advance, validate, validate_all = start(
     case.task, case.optimizer, settings, case.seed
   )
-  curve, win_rates, seconds = [], [], []
+  curve, win_rates = [], []
   for step in range(0, spec.stop or spec.steps, CHUNK):
-    clock = time.process_time()
-    params, opt_state = jax.block_until_ready(advance(params, opt_state, step))
-    seconds.append(time.process_time() - clock)
+    params, opt_state = advance(params, opt_state, step)
     if (step + CHUNK) % (spec.steps // _CURVE) == 0:
       curve.append(_rounded(validate(params)))
       win_rate = optax.tree.get(opt_state, 'win_rate')
@@ -278,8 +267,6 @@ def run(case: protocol.Case) -> dict:
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
     'loss': _rounded(validate_all(params)),
-    # Leaves out the first chunk, which may include compilation.
-    'seconds': round(sum(seconds[1:]) * len(seconds) / len(seconds[1:]), 2),
   }
   if protocol.is_reported(case):
     result |= {'settings': settings, 'curve': curve}
@@ -291,7 +278,6 @@ def run_all(
   runs: list[dict],
   save: Callable[[], Any],
   jobs: int,
-  num_trials: int,
   tasks: Collection[str] = tuple(protocol.TASKS),
 ):
   """Adds all cases that are missing in `runs`, and calls `save` after each."""
@@ -303,9 +289,7 @@ def run_all(
     while True:
       known = {protocol.case_of(r) for r in runs} | set(running.values())
       left = (
-        c
-        for c in protocol.plan(runs, num_trials)
-        if c.task in tasks and c not in known
+        c for c in protocol.plan(runs) if c.task in tasks and c not in known
       )
       for case in itertools.islice(left, jobs - len(running)):
         running[pool.submit(run, case)] = case
@@ -315,54 +299,32 @@ def run_all(
         running, return_when=concurrent.futures.FIRST_COMPLETED
       )
       for future in done:
-        result = future.result()
-        runs.append(result)
+        runs.append(future.result())
         save()
-        print(
-          time.strftime('%H:%M:%S'),
-          len(runs),
-          *dataclasses.astuple(running.pop(future)),
-          f'loss {result["loss"]}, {result["seconds"]} s',
-          flush=True,
-        )
-
-
-def _processor():
-  info = pathlib.Path('/proc/cpuinfo')
-  if info.exists():
-    for line in info.read_text().splitlines():
-      if line.startswith('model name'):
-        return line.split(':')[1].strip()
-  return platform.processor()
+        now, case = time.strftime('%H:%M:%S'), running.pop(future)
+        print(now, len(runs), case, f'loss {runs[-1]["loss"]}', flush=True)
 
 
 def _measure(results, save):
-  results['processor'] = _processor()
   results['text_sha256'] = text.fingerprint(text.standard_library())
   runs = results['runs'] = results.pop('runs', [])
-  run_all(runs, save, _JOBS.value, _TRIALS.value, _TASKS.value)
+  run_all(runs, save, _JOBS.value, _TASKS.value)
 
 
-def _times():
+def _render(results):
   path = pathlib.Path(__file__).with_name('convergence_times.json')
-  return records.read(path)['optimizers']
-
-
-def _plot(results, folder):
-  runs, folder = results['runs'], pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, dpi, fig in (
-    ('convergence', 130, convergence_plots.plot_lengths(runs)),
-    ('curves', 90, convergence_plots.plot_curves(runs, _times())),
-    ('tuning', 150, convergence_plots.plot_tuning(runs)),
-  ):
-    fig.savefig(folder / f'{name}.png', dpi=dpi)
+  runs, times = results['runs'], records.read(path)['optimizers']
+  if _PLOT.value:
+    folder = pathlib.Path(_PLOT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = convergence_plots.plot_lengths(runs)
+    lengths.savefig(folder / 'convergence.png', dpi=130)
+    curves = convergence_plots.plot_curves(runs, times)
+    curves.savefig(folder / 'curves.png', dpi=90)
+  return convergence_tables.render(runs, times)
 
 
 if __name__ == '__main__':
-  _TRIALS = flags.DEFINE_integer(
-    'trials', protocol.NUM_TRIALS, 'Trials for each optimizer.'
-  )
   _TASKS = flags.DEFINE_multi_enum(
     'task',
     list(protocol.TASKS),
@@ -371,6 +333,5 @@ if __name__ == '__main__':
     'runs of the task from which its settings come.',
   )
   _JOBS = flags.DEFINE_integer('jobs', 1, 'Parallel runs, one core each.')
-  records.main(
-    _measure, lambda x: convergence_tables.render(x['runs'], _times()), _plot
-  )
+  _PLOT = flags.DEFINE_string('plot', None, 'Folder to draw into.')
+  records.main(_measure, _render)

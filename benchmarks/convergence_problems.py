@@ -32,13 +32,12 @@ class Problem(NamedTuple):
   loss: Callable[[Any, jax.Array], jax.Array]  # (params, batch) -> mean loss
   predict: Callable[[Any, jax.Array], jax.Array]  # -> logits or means
   likelihood: str  # of labels given logits or means, for Sophia-G
-  validate: Callable[
-    [Any], jax.Array
-  ]  # (params) -> loss, on some held-out data
-  validate_all: Callable[[Any], jax.Array]  # on all held-out data
   micro_batch: int  # examples in one gradient, a divisor of B
-  decay_mask: Callable[[Any], Any]  # (params) -> what has weight decay
-  clip_norm: float  # limit on the global norm of the gradient
+  # (params) -> loss, on a part of the held-out data and on all of it
+  validate: Callable[[Any], jax.Array]
+  validate_all: Callable[[Any], jax.Array]
+  decay_mask: Callable[[Any], Any] = gpt.decay_mask  # what has weight decay
+  clip_norm: float = 1.0  # limit on the global norm of the gradient
 
 
 def _mean_over_batches(loss, examples, size):
@@ -51,13 +50,7 @@ def _mean_over_batches(loss, examples, size):
   ).mean()
 
 
-def language(
-  width: int,
-  num_layers: int,
-  num_heads: int,
-  batch_size: int,
-  micro_batch: int = 16,
-):
+def language(width, num_layers, num_heads, batch_size, micro_batch=16):
   """Returns a byte-level GPT on text of the standard library.
 
   Sequences have 64 bytes. Half a million bytes are held out; `validate` uses
@@ -73,9 +66,8 @@ def language(
   few = starts[np.linspace(0, len(starts) - 1, 512, dtype=int)]
 
   def init(seed):
-    return model.init(jax.random.key(seed), jnp.zeros((1, length), jnp.int32))[
-      'params'
-    ]
+    inputs = jnp.zeros((1, length), jnp.int32)
+    return model.init(jax.random.key(seed), inputs)['params']
 
   def cut(tokens, starts):  # (B, T + 1)
     return tokens[starts[:, None] + windows].astype(jnp.int32)
@@ -90,11 +82,9 @@ def language(
     loss,
     predict,
     'categorical',
+    micro_batch,
     _mean_over_batches(loss, cut(held_out, few), 32),
     _mean_over_batches(loss, cut(held_out, starts), 32),
-    micro_batch,
-    gpt.decay_mask,
-    1.0,
   )
 
 
@@ -136,17 +126,13 @@ def photographs(batch_size: int = 256):
       jax.random.randint(keys[2], shape, 0, edge - size + 1),
     )
 
-  held_out = cut(
-    *map(
-      jnp.ravel,
-      jnp.meshgrid(
-        jnp.arange(num_photos),
-        jnp.arange(0, height - size + 1, 4),
-        jnp.arange(edge, width - size + 1, 4),
-        indexing='ij',
-      ),
-    )
+  held_out = jnp.meshgrid(
+    jnp.arange(num_photos),
+    jnp.arange(0, height - size + 1, 4),
+    jnp.arange(edge, width - size + 1, 4),
+    indexing='ij',
   )
+  held_out = cut(*map(jnp.ravel, held_out))
 
   def predict(params, x):
     return model.apply({'params': params}, x)
@@ -154,20 +140,12 @@ def photographs(batch_size: int = 256):
   def loss(params, x):
     return jnp.mean((predict(params, x) - x) ** 2) / 2
 
+  def init(seed):
+    return model.init(jax.random.key(seed), jnp.zeros((1, size**2)))['params']
+
   validate = _mean_over_batches(loss, held_out, 256)
   return Problem(
-    lambda seed: model.init(jax.random.key(seed), jnp.zeros((1, size**2)))[
-      'params'
-    ],
-    sample,
-    loss,
-    predict,
-    'gaussian',
-    validate,
-    validate,
-    batch_size,
-    lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-    1.0,
+    init, sample, loss, predict, 'gaussian', batch_size, validate, validate
   )
 
 
@@ -194,10 +172,8 @@ def regression(rotated: bool, condition: float = 1e5, batch_size: int = 128):
   def loss(params, x):
     return jnp.mean((x @ (params - solution)) ** 2) / 2
 
-  def excess(params):
-    return jnp.sum((inputs @ (params - solution)) ** 2)
-
   def validate(params):
+    excess = lambda x: jnp.sum((inputs @ (x - solution)) ** 2)
     return excess(params) / excess(jnp.zeros(size))
 
   return Problem(
@@ -206,9 +182,9 @@ def regression(rotated: bool, condition: float = 1e5, batch_size: int = 128):
     loss,
     predict,
     'gaussian',
-    validate,
-    validate,
     batch_size,
+    validate,
+    validate,
     lambda params: False,
     float('inf'),
   )
@@ -228,8 +204,3 @@ _MAKERS = {
 def get(name: str) -> Problem:
   """Returns the problem with this name. It is created once."""
   return _MAKERS[name]()
-
-
-def num_params(name: str) -> int:
-  """Counts the parameters of a problem."""
-  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(get(name).init, 0)))

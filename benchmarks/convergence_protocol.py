@@ -50,37 +50,23 @@ _LONG = 'adamw', 'nadamw', *UNTUNED
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A problem and the length of its runs.
+  """A problem and the length of its runs."""
 
-  Attributes:
-    title: Title in tables and plots.
-    problem: A name for `convergence_problems.get`.
-    steps: Number of steps in a run.
-    tokens: Number of tokens per parameter; 0 if the problem has no tokens.
-    parent: Task whose best trials are used. None means a search of its own.
-    carried: Number of trials to use from the parent.
-    rate: Power of √2 by which to multiply their learning rates first.
-    margin: The sweep of the learning rate ends when the loss is this much above
-      the best. None means no sweep, and with a parent no search: its best
-      settings are used.
-    peers: The optimizers, AdamW first.
-    stop: Number of steps after which runs end, before their schedule does.
-    seeds: Seeds of the report.
-    rates: Powers of √2 by which the report multiplies the best learning rate.
-  """
-
-  title: str
-  problem: str
+  title: str  # in tables and plots
+  problem: str  # a name for `convergence_problems.get`
   steps: int
-  tokens: float = 0
+  tokens: float = 0  # per parameter; 0 if the problem has no tokens
+  # The task whose best trials are used, and how many. None: its own search.
   parent: str | None = None
   carried: int = 2
-  rate: int = 0
+  rate: int = 0  # power of √2 by which to multiply their learning rates first
+  # The sweep of the learning rate ends when the loss is this much above the
+  # best. None: no sweep, and with a parent no search but its best settings.
   margin: float | None = 0.0
-  peers: tuple[str, ...] = _PEERS
-  stop: int | None = None
-  seeds: tuple[int, ...] = SEEDS
-  rates: tuple[int, ...] = (0,)
+  peers: tuple[str, ...] = _PEERS  # the optimizers, AdamW first
+  stop: int | None = None  # step at which runs end, before their schedule does
+  seeds: tuple[int, ...] = SEEDS  # of the report
+  rates: tuple[int, ...] = (0,)  # and powers of √2 for its learning rates
 
 
 def _small(steps, tokens, parent=None, **options):
@@ -126,7 +112,8 @@ TASKS = {  # in the order in which they are run
     'The first 180 of 1,200 steps',
     'language',
     1200,
-    parent='language_1200',
+    0,
+    'language_1200',
     margin=None,
     peers=_LONG,
     stop=180,
@@ -164,13 +151,15 @@ _SIGN = {
   **_SHARED,
   'weight_decay': _log_uniform(0.1, 1.0),
 }
-_SOPHIA = {
+_RULE = {
   # For capped updates. Other updates can be 1 / 0.3 times larger, so the drawn
   # rate is multiplied by 0.3 for them.
   'learning_rate': _log_uniform(2e-3, 3e-2),
   **_SHARED,
   'b2': _decay(0.8, 0.99),
   'weight_decay': _log_uniform(0.03, 0.3),
+}
+_SOPHIA = _RULE | {
   'cap': _choice(_CAP, None),
   # γ at the end of the run, relative to the start. It changes by a cosine over
   # the second half.
@@ -185,27 +174,16 @@ SPACES = {
   'sophia_h': _SOPHIA | _GAMMA_H,
   'lion': _SIGN | {'b2': _decay(0.9, 0.995)},
   'signum': _SIGN | {'nesterov': _choice(True, False)},
-  'contrib': {
-    'learning_rate': _log_uniform(6e-4, 9e-3),
-    **_SHARED,
-    'b2': _decay(0.8, 0.99),
-    'weight_decay': _log_uniform(0.03, 0.3),
-  }
-  | _GAMMA_H,
+  'contrib': _RULE | {'learning_rate': _log_uniform(6e-4, 9e-3)} | _GAMMA_H,
 }
 _SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
+# docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
 _COPIED = _SOPHIA_FIXED | {'b2': 0.95}
+_COPIED_G = {'gamma': 0.1, 'target_win_rate': 0.3, 'parts': 8}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,
-  # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
-  'copied_g': _COPIED
-  | {
-    'gamma': 0.1,
-    'target_win_rate': 0.3,
-    'parts': 8,
-    'eps': 1e-15,  # of `sophia_g`
-  },
+  'copied_g': _COPIED | _COPIED_G | {'eps': 1e-15},  # eps of `sophia_g`
   'copied_h': _COPIED | {'gamma': 0.05, 'gamma_end': 0.1},
 }
 # Factors for the learning rates of problems other than language.
@@ -226,23 +204,14 @@ VARIANTS = {  # by task and optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One run.
+  """One run."""
 
-  Attributes:
-    task: A key of `TASKS`.
-    optimizer: A key of `SPACES`, or one of `UNTUNED`.
-    trial: Index of the point in the space. For `UNTUNED`, in AdamW's space.
-    rate: Power of √2 by which the learning rate is multiplied.
-    seed: Seed of parameters, batches and probes.
-    variant: One of the `VARIANTS` of task and optimizer, or ''.
-  """
-
-  task: str
-  optimizer: str
-  trial: int
-  rate: int = 0
-  seed: int = 0
-  variant: str = ''
+  task: str  # a key of `TASKS`
+  optimizer: str  # a key of `SPACES`, or one of `UNTUNED`
+  trial: int  # index of the point in the space; for `UNTUNED`, in AdamW's
+  rate: int = 0  # power of √2 by which the learning rate is multiplied
+  seed: int = 0  # of parameters, batches and probes
+  variant: str = ''  # one of the `VARIANTS` of task and optimizer, or none
 
 
 @functools.cache
@@ -283,6 +252,11 @@ def case_of(result: dict) -> Case:
   return Case(**{name: x for name, x in result.items() if name in names})
 
 
+def losses_of(results: list[dict]) -> dict[Case, float]:
+  """Returns the final loss of each case."""
+  return {case_of(r): r['loss'] for r in results}
+
+
 def is_reported(case: Case) -> bool:
   """Whether the curve of a run is shown, and not only its final loss."""
   return case.seed in SEEDS and not case.variant
@@ -307,8 +281,18 @@ def twins(case: Case) -> list[Case]:
   return [dataclasses.replace(case, seed=seed) for seed in seeds]
 
 
+def swept_from(start: Case, losses: dict[Case, float]) -> dict[Case, float]:
+  """Returns the scores of the cases that differ only in the learning rate."""
+  of_trial = (case for case in losses if case.trial == start.trial)
+  cases = [
+    c for c in of_trial if dataclasses.replace(c, rate=start.rate) == start
+  ]
+  scores = {case: score(case, losses) for case in cases}
+  return {case: x for case, x in scores.items() if x is not None}
+
+
 def search(
-  task: str, optimizer: str, losses: dict[Case, float], num_trials: int
+  task: str, optimizer: str, losses: dict[Case, float]
 ) -> tuple[list[Case], Case | None]:
   """Returns the cases of a search for an optimizer's settings, and the best.
 
@@ -319,79 +303,63 @@ def search(
   key = functools.partial(score, losses=losses)
 
   def sweep(start):  # cases with other learning rates, and the best of them
-    swept = [
-      c
-      for c in losses
-      if c.trial == start.trial
-      and dataclasses.replace(c, rate=start.rate) == start
-      and key(c) is not None
-    ]
-    lowest = min(swept, key=key, default=start)
+    swept = swept_from(start, losses)
+    lowest = min(swept, key=swept.get, default=start)
     cases = twins(start)
-    for direction in -1, 1:
-      for distance in range(1, 13):
-        case = dataclasses.replace(
-          lowest, rate=lowest.rate + direction * distance
-        )
+    for rates in range(-1, -13, -1), range(1, 13):
+      for rate in rates:
+        case = dataclasses.replace(lowest, rate=lowest.rate + rate)
         cases += twins(case)
         if key(case) is None or key(case) > key(lowest) + spec.margin:
           break
-    cases += [twin for case in swept for twin in twins(case)]
-    return cases, lowest
+    return cases + [twin for case in swept for twin in twins(case)], lowest
 
   if optimizer in UNTUNED:
-    _, best = search(task, 'adamw', losses, num_trials)
+    _, best = search(task, 'adamw', losses)
     if best is None:
       return [], None
     best = dataclasses.replace(best, optimizer=optimizer)
     # In the shortest language task, which alone has a margin above 0.
     return sweep(best)[0] if spec.margin else [], best
   if spec.parent is None:
-    cases = [Case(task, optimizer, trial) for trial in range(num_trials)]
+    cases = [Case(task, optimizer, trial) for trial in range(NUM_TRIALS)]
   else:
-    tried, best = search(spec.parent, optimizer, losses, num_trials)
+    tried, best = search(spec.parent, optimizer, losses)
     if best is None:
       return [], None
     if spec.margin is None:
       return [], dataclasses.replace(best, task=task)
-    scores = {
-      case: score(case, losses)
-      for case in tried
-      if case.seed == 0 and score(case, losses) is not None
-    }
-    first_of_trial = {}
-    for case in sorted(scores, key=scores.get):
-      first_of_trial.setdefault(case.trial, case)
+    scored = (c for c in tried if c.seed == 0 and key(c) is not None)
+    best_of_trial = {}
+    for case in sorted(scored, key=key):
+      best_of_trial.setdefault(case.trial, case)
     cases = [
       dataclasses.replace(case, task=task, rate=case.rate + spec.rate)
-      for case in list(first_of_trial.values())[: spec.carried]
+      for case in itertools.islice(best_of_trial.values(), spec.carried)
     ]
   if any(case not in losses for case in cases):
     return cases, None
   finalists = sorted(cases, key=losses.get)[:_NUM_FINALISTS]
-  cases = list(
-    dict.fromkeys(cases + [twin for case in finalists for twin in twins(case)])
-  )
-  if any(case not in losses for case in cases):
-    return cases, None
-  best = min(finalists, key=key)
-  if spec.margin is None:
-    return cases, best
-  more, best = sweep(best)
-  cases = list(dict.fromkeys(cases + more))
-  return cases, best if all(c in losses for c in cases) else None
+  for case in finalists:
+    cases += twins(case)
+  best = None
+  if all(case in losses for case in cases):
+    best = min(finalists, key=key)
+    if spec.margin is not None:
+      more, best = sweep(best)
+      cases += more
+  is_complete = all(case in losses for case in cases)
+  return list(dict.fromkeys(cases)), best if is_complete else None
 
 
-def plan(results: list[dict], num_trials: int = NUM_TRIALS) -> Iterator[Case]:
+def plan(results: list[dict]) -> Iterator[Case]:
   """Yields all needed cases, finished or not, in the order to run them."""
-  losses = {case_of(r): r['loss'] for r in results}
+  losses = losses_of(results)
   for task, spec in TASKS.items():
-    searches = {o: search(task, o, losses, num_trials) for o in spec.peers}
-    # Takes the optimizers in turn.
-    for row in itertools.zip_longest(
-      *(cases for cases, _ in searches.values())
-    ):
-      yield from filter(None, row)
+    searches = {o: search(task, o, losses) for o in spec.peers}
+    of_optimizers = (cases for cases, _ in searches.values())
+    for in_turn in itertools.zip_longest(*of_optimizers):
+      yield from filter(None, in_turn)
     best = [case for _, case in searches.values() if case]
     for seed, rate, case in itertools.product(spec.seeds, spec.rates, best):
       reported = dataclasses.replace(case, seed=seed, rate=case.rate + rate)

@@ -29,6 +29,7 @@ import sophia_optax
 sys.path.append(records.EXAMPLES)
 import dry_run
 import gpt
+import gpt_program
 
 
 class Row(NamedTuple):
@@ -45,14 +46,14 @@ def rows() -> list[Row]:
   g = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
   result = []
   for kind, make in (('H', h), ('G', g)):
-    variants = {'whole batch': make()}
-    for parts in (2, 4, 8):
-      variants[f'{parts} parts'] = sophia_optax.microbatched(make(), parts)
-    variants['4 samples'] = make(num_samples=4)
-    if kind == 'H':
-      variants['normal probe'] = make(distribution='normal')
     base = f'{kind}, whole batch'
-    result += [Row(f'{kind}, {x}', tx, base) for x, tx in variants.items()]
+    result.append(Row(base, make(), base))
+    for parts in (2, 4, 8):
+      tx = sophia_optax.microbatched(make(), parts)
+      result.append(Row(f'{kind}, {parts} parts', tx, base))
+    result.append(Row(f'{kind}, 4 samples', make(num_samples=4), base))
+    if kind == 'H':
+      result.append(Row('H, normal probe', make(distribution='normal'), base))
   return result
 
 
@@ -63,14 +64,8 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
   # Larger parameters, because initial ones give almost uniform predictions.
   params = jax.tree.map(lambda p: 2.0 * p, params)
-
-  def predict_fn(params, tokens):
-    return model.apply({'params': params}, tokens[:, :-1])
-
-  def loss_fn(params, tokens):
-    return optax.softmax_cross_entropy_with_integer_labels(
-      predict_fn(params, tokens), tokens[:, 1:]
-    ).mean()
+  predict_fn = gpt_program.make_predict(model)
+  loss_fn = gpt_program.make_loss(predict_fn)
 
   def cost(fn, *args):
     compiled = jax.jit(fn).lower(*args).compile()
@@ -109,17 +104,6 @@ def measure(draws: int) -> dict[str, dict[str, float]]:
   return table
 
 
-def render(results: records.Results) -> str:
-  """Lays out the table."""
-  table = results['table']
-  columns = list(table['H, whole batch'])
-  lines = [f'{"":18}' + ''.join(f'{c:>17}' for c in columns)]
-  for name, cells in table.items():
-    cells = [f'{cells[c]:17.3f}' if c in cells else ' ' * 17 for c in columns]
-    lines.append(f'{name:18}{"".join(cells)}'.rstrip())
-  return '\n'.join(lines)
-
-
 def _measure(results, save):
   results['table'] = measure(_DRAWS.value)
   save()
@@ -127,4 +111,4 @@ def _measure(results, save):
 
 if __name__ == '__main__':
   _DRAWS = flags.DEFINE_integer('draws', 300, 'Number of estimates per row.')
-  records.main(_measure, render)
+  records.main(_measure, lambda x: records.figures('', x['table']))

@@ -26,7 +26,7 @@ where it begins. In the others only the computation counts.
 """
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import functools
 import math
 import re
@@ -88,7 +88,7 @@ class Instruction(NamedTuple):
   @property
   def names(self) -> list[str]:
     """The names of the operands."""
-    return _names(self.operands)
+    return re.findall(r'%([\w.-]+)', self.operands)
 
   @property
   def whole(self) -> float:
@@ -167,15 +167,20 @@ def _count(
     fewest, most = Cost(), Cost()
     siblings = computations[name]
     for instruction in siblings.values():
-      cost = cost_of(computations, siblings, instruction)
+      cost, times = cost_of(computations, siblings, instruction), 1
       if cost is not None:
-        fewest.update(cost)
-        most.update(cost)
-        continue
-      for times, alternatives in _parts(computations, siblings, instruction):
-        counts = [count(alternative) for alternative in alternatives]
+        costs = [(cost, cost)]
+      elif instruction.opcode == 'conditional':
+        counts = [count(branch) for branch in _branches(instruction)]
         low = min((low for low, _ in counts), key=total)
-        high = max((high for _, high in counts), key=total)
+        costs = [(low, max((high for _, high in counts), key=total))]
+      else:
+        roles = 'calls', 'to_apply', 'body', 'condition'
+        called = (_called(instruction, role) for role in roles)
+        costs = [count(name) for name in called if name]
+        if instruction.opcode == 'while':
+          times = _trips(computations, siblings, instruction)
+      for low, high in costs:
         if total(high) and not times:
           raise ValueError(
             'XLA does not know how often this loop runs, whose body costs'
@@ -188,23 +193,17 @@ def _count(
   return count(entry)
 
 
-def _parts(computations, siblings, instruction) -> Iterator:
-  """Yields (times, the computations of which one is run)."""
-  attributes, times = instruction.attributes, 1
-  if instruction.opcode == 'conditional':
-    branches = re.search(r'branch_computations=\{([^}]*)\}', attributes)
-    two = re.findall(r'(?:true|false)_computation=%([\w.-]+)', attributes)
-    yield 1, _names(branches[1]) if branches else two
-    return
-  if instruction.opcode == 'while':
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-    times = int(
-      known[1] if known else _trips(computations, siblings, instruction)
-    )
-  for name in re.findall(
-    r'(?:calls|to_apply|body|condition)=%([\w.-]+)', attributes
-  ):
-    yield times, [name]
+def _called(instruction: Instruction, role: str = 'calls') -> str | None:
+  """Returns the name of the computation that an instruction calls."""
+  found = re.search(rf'\b{role}=%([\w.-]+)', instruction.attributes)
+  return found and found[1]
+
+
+def _branches(conditional: Instruction) -> list[str]:
+  names = re.search(r'branch_computations=\{([^}]*)\}', conditional.attributes)
+  if names:
+    return re.findall(r'%([\w.-]+)', names[1])
+  return [_called(conditional, f'{x}_computation') for x in ('true', 'false')]
 
 
 def _constant(instructions: Computation, name: str) -> int | None:
@@ -217,24 +216,25 @@ def _constant(instructions: Computation, name: str) -> int | None:
 
 
 def _trips(computations, siblings, loop) -> int:
-  """Returns how often a loop runs whose counter goes up to a constant, or 0.
+  """Returns how often a loop runs, or 0 if that is not known.
 
-  That is what is left of the loops of a TPU, whose HLO says no trip count.
+  The HLO of a TPU says no trip count. The loops that are left there have a
+  counter that goes up to a constant.
   """
-  condition, body = (
-    computations[re.search(rf'{part}=%([\w.-]+)', loop.attributes)[1]]
-    for part in ('condition', 'body')
-  )
-  compare = condition[list(condition)[-1]]
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+  if known:
+    return int(known[1])
+  condition = computations[_called(loop, 'condition')]
+  body = computations[_called(loop, 'body')]
+  compare, start = _root(condition), siblings[loop.names[0]]
   if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
     return 0
   counter, limit = compare.names
   index = re.search(r'index=(\d+)', condition[counter].attributes)
-  start = siblings[loop.names[0]]
   if not index or start.opcode != 'tuple':
     return 0
   index = int(index[1])
-  following = body[body[list(body)[-1]].names[index]]
+  following = body[_root(body).names[index]]
   step = next(filter(None, (_constant(body, x) for x in following.names)), 0)
   first = _constant(siblings, start.names[index])
   last = _constant(condition, limit)
@@ -243,20 +243,15 @@ def _trips(computations, siblings, loop) -> int:
   return -(-(last - first) // step)
 
 
-def _names(text: str) -> list[str]:
-  return re.findall(r'%([\w.-]+)', text)
-
-
-def _called(computations: Computations, fusion: Instruction) -> Computation:
-  """Returns the instructions of the computation that a fusion is."""
-  return computations[re.search(r'calls=%([\w.-]+)', fusion.attributes)[1]]
+def _root(computation: Computation) -> Instruction:
+  return computation[next(reversed(computation))]
 
 
 def _within(computations, instruction):
   """Returns the collective in a fusion and the instructions beside it."""
   if instruction.opcode != 'fusion':
     return None
-  called = _called(computations, instruction)
+  called = computations[_called(instruction)]
   for inner in called.values():
     if inner.opcode.removesuffix('-start') in KINDS:
       return inner, called
@@ -320,9 +315,9 @@ def _moved(computations, siblings, instruction):
     or re.search('"(ConcatBitcast|AllocateBuffer)"', attributes)
   ):
     return Cost()
-  # A set: an operand that is named twice is read once.
-  shapes = {n: siblings[n].shape for n in instruction.names}
-  read = sum(map(_in_hbm, shapes.values()))
+  # A dict: an operand that is named twice is read once.
+  operands = {name: siblings[name] for name in instruction.names}
+  read = sum(_in_hbm(x.shape) for x in operands.values())
   written = _in_hbm(shape)
   if opcode == 'copy-start':  # (target, source, a flag)
     read, written = written, 0.0
@@ -333,32 +328,29 @@ def _moved(computations, siblings, instruction):
   elif opcode.endswith('-start'):  # (source, target, ...) of a collective.
     written -= read if shape.startswith('(') and written > read else 0.0
   elif opcode == 'fusion':
-    return Cost({'HBM': _moved_by_fusion(computations, shapes, instruction)})
+    read, written = _moved_by_fusion(computations, operands, instruction)
   elif opcode in _SLICES:
-    read = min(read, size_in_bytes(arrays(shape)[0]))
+    read = min(read, instruction.whole)
   elif opcode == 'dynamic-update-slice':
-    update = shapes[instruction.names[1]]
-    read, written = _in_hbm(update), size_in_bytes(arrays(update)[0])
+    update = operands[instruction.names[1]]
+    read, written = _in_hbm(update.shape), update.whole
   return Cost({'HBM': read + written})
 
 
-def _moved_by_fusion(computations, shapes, fusion) -> float:
-  """Returns the bytes that a fusion moves, whose operands have these shapes."""
-  called = _called(computations, fusion)
-  uses = collections.Counter()
-  for i, operand in enumerate(fusion.names):
-    uses[operand] += _read(computations, called, _parameter(called, i))
-  moved = sum(min(_in_hbm(shapes[x]), n) for x, n in uses.items())
-  sizes = _written(computations, called, list(called)[-1])
-  for result, n in zip(_layouts(fusion.shape), sizes, strict=True):
-    moved += min(_in_hbm(result), n)
+def _moved_by_fusion(computations, operands, fusion) -> tuple[float, float]:
+  """Returns the bytes that a fusion reads and writes."""
+  uses = _uses(computations, fusion)
+  read = sum(min(_in_hbm(operands[x].shape), n) for x, n in uses.items())
+  sizes = _written(computations, fusion)
+  results = zip(_layouts(fusion.shape), sizes, strict=True)
+  written = sum(min(_in_hbm(result), n) for result, n in results)
   found = _within(computations, fusion)
   if found and not _continues(*found):
     collective, siblings = found
     sources = (siblings[x] for x in collective.names)
-    moved += _in_hbm(collective.shape)
-    moved += sum(_in_hbm(x.shape) for x in sources if x.opcode == 'parameter')
-  return moved
+    written += _in_hbm(collective.shape)
+    read += sum(_in_hbm(x.shape) for x in sources if x.opcode == 'parameter')
+  return read, written
 
 
 def _layouts(shape: str) -> list[str]:
@@ -368,19 +360,22 @@ def _layouts(shape: str) -> list[str]:
 
 def _in_hbm(shape: str) -> float:
   """Returns the bytes of the arrays that no S(n) puts elsewhere."""
-  return sum(
-    size_in_bytes(arrays(array)[0])
-    for array in _layouts(shape)
-    if not re.search(r'S\([1-9]', array)
-  )
+  in_hbm = (x for x in _layouts(shape) if not re.search(r'S\([1-9]', x))
+  return sum(size_in_bytes(arrays(x)[0]) for x in in_hbm)
 
 
-def _parameter(called: Computation, index: int) -> str:
-  return next(
-    name
+def _uses(computations, fusion) -> Cost:
+  """Returns the bytes that a fusion reads of each operand, wherever it is."""
+  called = computations[_called(fusion)]
+  parameters = {
+    int(inner.operands): name
     for name, inner in called.items()
-    if inner.opcode == 'parameter' and inner.operands == str(index)
-  )
+    if inner.opcode == 'parameter'
+  }
+  uses = Cost()
+  for i, operand in enumerate(fusion.names):
+    uses[operand] += _read(computations, called, parameters[i])
+  return uses
 
 
 def _read(computations, called, name) -> float:
@@ -398,10 +393,7 @@ def _read(computations, called, name) -> float:
     elif inner.opcode == 'tuple' or _is_sent(called, inner):
       continue  # Passed on, or counted with the collective.
     elif inner.opcode == 'fusion':
-      within = _called(computations, inner)
-      for i, operand in enumerate(inner.names):
-        if operand == name:
-          read += _read(computations, within, _parameter(within, i))
+      read += _uses(computations, inner)[name]
     else:
       read += called[name].whole
   return min(read, called[name].whole)
@@ -414,16 +406,19 @@ def _is_sent(called, inner) -> bool:
   return inner.opcode in KINDS or 'AsyncCollective' in inner.attributes
 
 
-def _written(computations, called, name) -> list[float]:
+def _written(computations, fusion) -> list[float]:
   """Returns the bytes that a fusion writes of each of its results."""
-  inner = called[name]
-  if inner.opcode == 'parameter' or _is_sent(called, inner):
-    return [0.0] * len(arrays(inner.shape))
-  if inner.opcode in ('tuple', 'bitcast'):
-    return [n for x in inner.names for n in _written(computations, called, x)]
-  if inner.opcode == 'dynamic-update-slice':
-    return [called[inner.names[1]].whole]
-  if inner.opcode == 'fusion':
-    within = _called(computations, inner)
-    return _written(computations, within, list(within)[-1])
-  return [size_in_bytes(array) for array in arrays(inner.shape)]
+  called = computations[_called(fusion)]
+
+  def of(inner):
+    if inner.opcode == 'parameter' or _is_sent(called, inner):
+      return [0.0] * len(arrays(inner.shape))
+    if inner.opcode in ('tuple', 'bitcast'):
+      return [n for x in inner.names for n in of(called[x])]
+    if inner.opcode == 'dynamic-update-slice':
+      return [called[inner.names[1]].whole]
+    if inner.opcode == 'fusion':
+      return _written(computations, inner)
+    return [size_in_bytes(array) for array in arrays(inner.shape)]
+
+  return of(_root(called))

@@ -31,7 +31,6 @@ _OUTPUT = flags.DEFINE_string(
 _SHOW = flags.DEFINE_string(
   'show', None, 'JSON file whose tables to print; nothing is measured.'
 )
-_PLOT = flags.DEFINE_string('plot', None, 'PNG file or folder to draw into.')
 
 Results = dict[str, Any]
 
@@ -39,7 +38,6 @@ Results = dict[str, Any]
 def main(
   measure: Callable[[Results, Callable[[], None]], None],
   render: Callable[[Results], str],
-  plot: Callable[[Results, str], None] | None = None,
 ) -> None:
   """Runs a benchmark from the command line.
 
@@ -47,7 +45,6 @@ def main(
     measure: Takes the results in the output file (or {}), to which it adds, and
       a function that writes them.
     render: Lays out results in tables.
-    plot: Draws results into a file or folder.
   """
 
   def run(argv):
@@ -56,13 +53,11 @@ def main(
         f'Only flags are accepted, such as --output=f; got {argv[1:]}.'
       )
     path = _SHOW.value or _OUTPUT.value
-    exists = path and (_SHOW.value or pathlib.Path(path).exists())
+    exists = _SHOW.value or (path and pathlib.Path(path).exists())
     results = read(path) if exists else {}
     if not _SHOW.value:
-      measure(results, lambda: _OUTPUT.value and write(path, results))
+      measure(results, lambda: path and write(path, results))
     print(render(results))
-    if plot and _PLOT.value:
-      plot(results, _PLOT.value)
 
   app.run(run)
 
@@ -112,6 +107,20 @@ def table(lines: Iterable[Iterable[str]]) -> str:
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   layout = '  '.join([f'{{:{widths[0]}}}', *(f'{{:>{w}}}' for w in widths[1:])])
   return '\n'.join(layout.format(*line).rstrip() for line in lines)
+
+
+def figures(
+  title: str,
+  rows: dict[str, dict[str, float]],
+  digits: Callable[[str], int] = lambda column: 3,
+) -> str:
+  """Lays out figures by row and column, with so many digits in a column."""
+  columns = list(max(rows.values(), key=len))
+  lines = [[title, *columns]]
+  for name, row in rows.items():
+    cells = (f'{row[c]:.{digits(c)}f}' if c in row else '' for c in columns)
+    lines.append([name, *cells])
+  return table(lines)
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

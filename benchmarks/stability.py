@@ -1,14 +1,13 @@
 """Settings that make Sophia unstable, remedies, and a γ that adapts.
 
   python benchmarks/stability.py --output=benchmarks/stability.json
-  python benchmarks/stability.py --show=benchmarks/stability.json --plot=x.png
+  python benchmarks/stability.py --show=benchmarks/stability.json
 
 In the first table Sophia-H trains the demo's byte-level GPT (0.12 million
 parameters). It starts from good settings and changes one of them at a time to
 one that users report as trouble: a learning rate that is too high, no warm-up,
 a large b1, few tokens per step, or the paper's ε. Each is combined with each
-remedy of this library. The table gives the final validation loss. The plot
-shows loss, win rate, norm of h and the negative fraction of h for one trouble.
+remedy of this library. The table gives the final validation loss.
 
 The second table compares a fixed γ with one that adapts to a win rate. Each run
 is one of examples/train_gpt.py, with 250 steps of 8,192 tokens. Except for γ
@@ -24,7 +23,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from matplotlib import figure
 import numpy as np
 import optax
 import tqdm
@@ -72,23 +70,8 @@ REMEDIES = {
   'warm-up of 60 %': {'warmup': 0.6},
   'refresh_before_update': {'refresh_before_update': True},
 }
-_SHOWN = 'learning rate × 4'
 _CONFIG = gpt_configs.get_config('demo', 'sophia_h')
-_CHUNK = 10  # steps per call, and per point of a history
-_LABELS = {
-  'loss': 'Training loss (nats)',
-  'win_rate': 'Win rate',
-  'negative_fraction': 'Fraction of h below zero',
-  'curvature_norm': 'Norm of h',
-}
-_LINES = (  # of the plot
-  ('none', 'nothing', 'learning rate × 1', '#999999', '-'),
-  (_SHOWN, 'nothing', '× 4, nothing', '#000000', '--'),
-  (_SHOWN, 'target_win_rate=0.3', '× 4, target_win_rate=0.3', '#0072B2', '-'),
-  (_SHOWN, 'microbatched', '× 4, microbatched', '#D55E00', '-.'),
-  (_SHOWN, 'eps=1e-4', '× 4, eps=1e-4', '#009E73', ':'),
-)
-
+_CHUNK = 10  # steps per call, and from one win rate to the next
 _TARGET = 0.3
 _STARTS = (1e-2, 1.0, 1e2)  # γ at first, in multiples of the tuned one
 _TUNED = {
@@ -111,15 +94,21 @@ _TUNED = {
 }
 
 
-def make_optimizer(s: Settings, seed: int):
-  """Returns Sophia-H with clipping, warm-up and cosine."""
-  rate, warmup = s.learning_rate, int(s.warmup * s.num_steps)
-  return optax.chain(
+def run(settings: Settings, seed: int) -> float:
+  """Trains once with clipping, warm-up and cosine; returns the final loss."""
+  config = dataclasses.replace(_CONFIG, unroll=1)
+  sizes = config.block_size, config.vocab_size
+  tokens, held_out = text.load(config.data_dir)
+  model = gpt_program.make_model(config)
+  loss_fn = gpt_program.make_loss(gpt_program.make_predict(model))
+  s, peak = settings, settings.learning_rate
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, peak, int(s.warmup * s.num_steps), s.num_steps, 0.05 * peak
+  )
+  optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
     sophia_optax.sophia(
-      optax.warmup_cosine_decay_schedule(
-        0.0, rate, warmup, s.num_steps, 0.05 * rate
-      ),
+      schedule,
       s.b1,
       s.b2,
       s.eps,
@@ -127,66 +116,45 @@ def make_optimizer(s: Settings, seed: int):
       weight_decay_mask=gpt.decay_mask,
       target_win_rate=s.target_win_rate,
       refresh_before_update=s.refresh_before_update,
-      diagnostics=True,
       hessian_diagonal_fn=sophia_optax.microbatched(
         sophia_optax.hutchinson_estimator_diag_hessian(seed), s.parts
       ),
     ),
   )
 
-
-def run(settings: Settings, seed: int) -> dict:
-  """Trains once; returns the final loss, and metrics of every tenth step."""
-  config = dataclasses.replace(_CONFIG, unroll=1)
-  sizes = config.block_size, config.vocab_size
-  tokens, held_out = text.load(config.data_dir)
-  model = gpt_program.make_model(config)
-  loss_fn = gpt_program.make_loss(gpt_program.make_predict(model))
-  optimizer = make_optimizer(settings, seed)
-
   @functools.partial(jax.jit, donate_argnums=0)
   def train(carry, batches):  # batches: (_CHUNK, B, T + 1)
     def step(carry, batch):
       params, state = carry
-      loss, grads = jax.value_and_grad(loss_fn)(params, batch)
       updates, state = optimizer.update(
-        grads, state, params, obj_fn=loss_fn, batch=batch
+        jax.grad(loss_fn)(params, batch),
+        state,
+        params,
+        obj_fn=loss_fn,
+        batch=batch,
       )
-      return (optax.apply_updates(params, updates), state), loss
+      return (optax.apply_updates(params, updates), state), None
 
-    (params, state), losses = jax.lax.scan(step, carry, batches)
-    nu, _ = jax.flatten_util.ravel_pytree(optax.tree.get(state, 'nu'))
-    return (params, state), {
-      'loss': jnp.mean(losses),
-      'win_rate': optax.tree.get(state, 'win_rate'),
-      'negative_fraction': jnp.mean(nu < 0),
-      'curvature_norm': jnp.linalg.norm(nu),
-    }
+    return jax.lax.scan(step, carry, batches)[0]
 
   shape = jnp.zeros((1, config.block_size), jnp.int32)
   params = model.init(jax.random.key(seed), shape)['params']
   carry = params, optimizer.init(params)
-  history = {name: [] for name in _LABELS}
-  for start in range(0, settings.num_steps, _CHUNK):
+  for start in range(0, s.num_steps, _CHUNK):
     batches = [
-      text.sample(tokens, seed, step, settings.sequences, *sizes)
+      text.sample(tokens, seed, step, s.sequences, *sizes)
       for step in range(start, start + _CHUNK)
     ]
-    carry, seen = train(carry, np.stack(batches))
-    for name, x in seen.items():
-      history[name].append(float(f'{x:.4g}'))
+    carry = train(carry, np.stack(batches))
   validation = text.validation(held_out, 16, 32, *sizes)
-  loss = gpt_program.make_evaluate(loss_fn)(carry[0], validation)
-  return {'val_loss': float(f'{loss:.6g}'), 'history': history}
+  return float(gpt_program.make_evaluate(loss_fn)(carry[0], validation))
 
 
 def run_case(trouble: str, remedy: str) -> dict:
-  """Runs a case, and keeps the history of those that are discussed."""
-  settings = Settings(**TROUBLES[trouble] | REMEDIES[remedy])
-  case = {'trouble': trouble, 'remedy': remedy} | run(settings, seed=0)
-  if trouble != _SHOWN and remedy != 'nothing':
-    del case['history']
-  return case
+  """Runs a case of the first table."""
+  loss = run(Settings(**TROUBLES[trouble] | REMEDIES[remedy]), seed=0)
+  case = {'trouble': trouble, 'remedy': remedy}
+  return case | {'val_loss': float(f'{loss:.6g}')}
 
 
 def run_gamma(optimizer: str, start: float, target: float) -> dict:
@@ -240,25 +208,18 @@ def measure(results: records.Results, save) -> None:
 
 
 def _render_gamma(cases):
-  lines = [
-    f'{"":24}{"fixed":>24}{f"steered to {_TARGET}":>46}',
-    f'{"":9}{"start / tuned γ":>15}{"loss":>12}{"win rate":>12}'
-    f'{"loss":>12}{"win rate":>12}{"γ / tuned":>12}{"from step":>10}',
-  ]
-  rows = {}
+  figures = {}
   for case in cases:
-    rows.setdefault((case['optimizer'], case['start']), []).append(case)
-  for (optimizer, start), pair in rows.items():
-    line = f'{optimizer:9}{start:15g}'
-    for case in pair:
-      line += f'{case["val_loss"]:12.3f}{case["win_rate"][-1]:12.2f}'
-      if case['target_win_rate']:
-        off = [abs(x - _TARGET) > 0.1 for x in case['win_rate']]
-        held = list(itertools.takewhile(lambda x: not x, off[::-1]))
-        since = _CHUNK * (len(off) - len(held) + 1) if held else 'never'
-        line += f'{case["gamma_factor"] * start:12.3g}{since:>10}'
-    lines.append(line)
-  return '\n'.join(lines)
+    rates, start = case['win_rate'], case['start']
+    kind = 'adapted ' if case['target_win_rate'] else ''
+    row = figures.setdefault(f'{case["optimizer"]}, {start:g}', {})
+    row |= {f'{kind}loss': case['val_loss'], f'{kind}win rate': rates[-1]}
+    if kind:
+      row['γ'] = case['gamma_factor'] * start
+      off = [i for i, x in enumerate(rates, 1) if abs(x - _TARGET) > 0.1]
+      row['from step'] = _CHUNK * (max(off, default=0) + 1)
+  digits = {'loss': 3, 'adapted loss': 3, 'from step': 0}
+  return records.figures('start of γ', figures, lambda x: digits.get(x, 2))
 
 
 def render(results: records.Results) -> str:
@@ -274,30 +235,5 @@ def render(results: records.Results) -> str:
   return f'{table}\n\n{_render_gamma(results.get("gamma", []))}'
 
 
-def plot(results: records.Results, path: str) -> None:
-  """Draws the diagnostics of one trouble, with each remedy."""
-  fig = figure.Figure(figsize=(7.5, 6), layout='constrained')
-  histories = {
-    (r['trouble'], r['remedy']): r['history']
-    for r in results['runs']
-    if 'history' in r
-  }
-  for ax, name in zip(fig.subplots(2, 2).flat, _LABELS, strict=True):
-    for trouble, remedy, label, color, style in _LINES:
-      y = histories[trouble, remedy][name]
-      x = _CHUNK * np.arange(1, len(y) + 1)
-      ax.plot(x, y, color=color, linestyle=style, linewidth=2, label=label)
-    ax.set(xlabel='Steps', ylabel=_LABELS[name])
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
-    if name == 'curvature_norm':
-      ax.set_yscale('log')
-    if name == 'negative_fraction':
-      ax.axhline(0.5, color='#999999', linewidth=1, zorder=0)
-  fig.axes[0].legend(frameon=False, fontsize='small')
-  fig.suptitle(f'Sophia-H, {_SHOWN}: diagnostics')
-  fig.savefig(path, dpi=110)
-
-
 if __name__ == '__main__':
-  records.main(measure, render, plot)
+  records.main(measure, render)

@@ -39,7 +39,6 @@ steps in a round, of which three refresh, in one thread.
 
 from collections.abc import Callable
 import os
-import statistics
 import sys
 import time
 from typing import Any, NamedTuple
@@ -47,6 +46,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tqdm
 
@@ -57,6 +57,7 @@ import sophia_optax
 
 sys.path.append(records.EXAMPLES)
 import gpt
+import gpt_program
 
 _K = 10  # steps from one refresh to the next
 _NEVER = 2**30
@@ -83,13 +84,12 @@ Table = dict[str, dict[str, float]]  # columns by row
 
 
 class Row(NamedTuple):
-  """An optimizer and what is asked of it."""
+  """An optimizer and how it is used."""
 
   name: str
   tx: optax.GradientTransformation
   fraction: int = 1  # curvature is estimated on 1 / fraction of the batch
   over: str | None = None  # row of optax.contrib.sophia to compare with
-  goals: dict[str, float] = {}  # noqa: RUF012  # largest values, by column
   decision: dict[str, bool] = {}  # noqa: RUF012  # of two programs
 
 
@@ -97,14 +97,6 @@ def update_rows() -> list[Row]:
   """Rows of the update alone: no refresh in the steps that are timed."""
   free = optax.stateless(lambda grads, _: jax.tree.map(jnp.square, grads))
   two = {'refresh': False}
-  one_program = {'MB/contrib': 1.01}
-  two_programs = {
-    'time/adamw': 1.0,
-    'time/contrib': 0.95,
-    'time/adamw, kept': 1.0,
-    'time/contrib, kept': 0.95,
-    'MB': 1.0,
-  }
 
   def sophia(make=sophia_optax.sophia, **options):
     return make(1e-3, update_interval=_NEVER, **options)
@@ -118,16 +110,12 @@ def update_rows() -> list[Row]:
     tx = sophia(**options)
     rows += [
       Row(base, sophia(optax.contrib.sophia, **options)),
-      Row(ours, tx, 1, base, one_program),
-      Row(f'{ours}, two programs', tx, 1, base, two_programs, two),
+      Row(ours, tx, over=base),
+      Row(f'{ours}, two programs', tx, over=base, decision=two),
     ]
-  with_limit = sophia(adam_b2=0.95, hessian_diagonal_fn=free)
   name = 'sophia, g², adam_b2'
-  return [
-    *rows,
-    Row(name, with_limit),
-    Row(f'{name}, two programs', with_limit, decision=two),
-  ]
+  tx = sophia(adam_b2=0.95, hessian_diagonal_fn=free)
+  return [*rows, Row(name, tx), Row(f'{name}, two programs', tx, decision=two)]
 
 
 def step_rows() -> list[Row]:
@@ -136,27 +124,26 @@ def step_rows() -> list[Row]:
   h = sophia_optax.sophia(1e-3, update_interval=_K)
   g = sophia_optax.sophia(1e-3, update_interval=_K, hessian_diagonal_fn=g)
   contrib = optax.contrib.sophia(1e-3, update_interval=_K)
-  goals = lambda flops: {'FLOPs/adamw': flops, 'MB/adamw': 1.01}
   return [
     Row('optax.adamw', optax.adamw(1e-3)),
     Row('optax.lion', optax.lion(1e-3)),
     Row('optax.contrib.sophia', contrib),
     Row('sophia, H', h),
     Row('sophia, H, 1/8', h, 8),
-    Row('sophia, H, 1/16', h, 16, goals=goals(1.02)),
-    Row('sophia, G', g, goals={'refresh/gradient': 1.01}),
-    Row('sophia, G, 1/2', g, 2, goals=goals(1.055)),
-    Row('sophia, G, 1/8', g, 8, goals=goals(1.015)),
+    Row('sophia, H, 1/16', h, 16),
+    Row('sophia, G', g),
+    Row('sophia, G, 1/2', g, 2),
+    Row('sophia, G, 1/8', g, 8),
   ]
 
 
 class Program(NamedTuple):
-  """A compiled program and what its compilation showed."""
+  """A program and what its compilation showed."""
 
   call: Callable[..., Any]
-  flops: float
-  megabytes: float
-  compile_seconds: float
+  flops: float = 0.0
+  megabytes: float = 0.0
+  compile_seconds: float = 0.0
 
 
 def compile_program(
@@ -168,54 +155,46 @@ def compile_program(
   compiled = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
   seconds = time.process_time() - start
   memory = compiled.memory_analysis()
-  size = (
-    memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  size = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  size -= memory.alias_size_in_bytes
   flops = compiled.cost_analysis()['flops']
   return Program(compiled, flops, size / 1e6, seconds)
 
 
-class Times:
-  """Paired times of programs, in milliseconds of a call.
+def measure_times(
+  programs: dict[str, Program], carries: dict, arg: Any, rounds: int, calls: int
+) -> dict[str, np.ndarray]:
+  """Returns paired times of programs, in milliseconds of a call, by round.
 
-  The programs go from (params, state, arg) to the next (params, state), which
+  Their `call`s go from (params, state, arg) to the next (params, state), which
   `carries` has at first. A first round, which warms up, is left out.
   """
-
-  def __init__(self, programs, carries, arg, rounds, calls, bar):  # noqa: D107
-    names, self._rounds = list(programs), []
-    for _ in range(rounds + 1):
-      spent = dict.fromkeys(programs, 0.0)
-      for _ in range(calls):
-        names.append(names.pop(0))  # So that none is always the first.
-        for name in names:
-          start = time.perf_counter()
-          carries[name] = jax.block_until_ready(
-            programs[name](*carries[name], arg)
-          )
-          spent[name] += 1e3 * (time.perf_counter() - start) / calls
-      self._rounds.append(spent)
-      bar.update()
-    del self._rounds[0]
-
-  def median(self, name: str) -> float:
-    """Returns the median over rounds."""
-    return statistics.median(x[name] for x in self._rounds)
-
-  def ratio(self, name: str, base: str) -> float:
-    """Returns the median over rounds of the ratio of two programs."""
-    return statistics.median(x[name] / x[base] for x in self._rounds)
+  names, spent = list(programs), {name: [] for name in programs}
+  for _ in tqdm.trange(rounds + 1, desc='rounds'):
+    for times in spent.values():
+      times.append(0.0)
+    for _ in range(calls):
+      names.append(names.pop(0))  # So that none is always the first.
+      for name in names:
+        start = time.perf_counter()
+        carries[name] = jax.block_until_ready(
+          programs[name].call(*carries[name], arg)
+        )
+        spent[name][-1] += 1e3 * (time.perf_counter() - start) / calls
+  return {name: np.array(times[1:]) for name, times in spent.items()}
 
 
-def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
+def _median(times) -> float:
+  return float(np.median(times))
+
+
+def measure_update(size: int, rounds: int) -> Table:
   """Returns the columns of the update alone, by row."""
   rows = update_rows()
   grads = list(jax.random.normal(jax.random.key(0), (32, size, size)))
   inputs = jnp.ones((8, size))
   programs, kept, first = {}, {}, {}
-  for row in rows:
+  for row in tqdm.tqdm(rows, desc='update'):
     tx = optax.with_extra_args_support(row.tx)
 
     def update(params, state, grads, tx=tx, decision=row.decision):
@@ -237,54 +216,42 @@ def measure_update(size: int, rounds: int, bar: tqdm.tqdm) -> Table:
     programs[row.name] = compile_program(update, *args)
     kept[row.name] = compile_program(update, *args, donate=())
     first[row.name] = start
-    bar.update()
 
   def time_all(programs):
     carries = {name: start() for name, start in first.items()}
-    calls = {name: program.call for name, program in programs.items()}
-    return Times(calls, carries, grads, rounds, 1, bar)
+    return measure_times(programs, carries, grads, rounds, 1)
 
-  times, times_kept = time_all(programs), time_all(kept)
+  times, in_kept = time_all(programs), time_all(kept)
   table = {}
-  for name, _, _, over, _, _ in rows:
+  for name, _, _, over, _ in rows:
     table[name] = columns = {
-      'ms': times.median(name),
-      'time/adamw': times.ratio(name, 'optax.adamw'),
-      'time/adamw, kept': times_kept.ratio(name, 'optax.adamw'),
+      'ms': _median(times[name]),
+      'time/adamw': _median(times[name] / times['optax.adamw']),
+      'time/adamw, kept': _median(in_kept[name] / in_kept['optax.adamw']),
       'MB': programs[name].megabytes,
     }
     if over:
-      # Less than a megabyte is scalars.
-      ours, base = (max(programs[x].megabytes, 1.0) for x in (name, over))
-      columns['time/contrib'] = times.ratio(name, over)
-      columns['time/contrib, kept'] = times_kept.ratio(name, over)
-      columns['MB/contrib'] = ours / base
+      columns['time/contrib'] = _median(times[name] / times[over])
+      columns['time/contrib, kept'] = _median(in_kept[name] / in_kept[over])
   return table
 
 
-def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
+def measure_step(sizes: Sizes, rounds: int) -> Table:
   """Returns the columns of the train step, by row."""
-  rows = step_rows()
   _, num_layers, width, num_heads, length = sizes
   model = gpt.GPT(256, length, num_layers, num_heads, width, unroll=num_layers)
   shape = _BATCH, length + 1
   tokens = jax.random.randint(jax.random.key(0), shape, 0, 256)
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])['params']
-
-  def predict_fn(params, tokens):
-    return model.apply({'params': params}, tokens[:, :-1])
-
-  def loss_fn(params, tokens):
-    return optax.softmax_cross_entropy_with_integer_labels(
-      predict_fn(params, tokens), tokens[:, 1:]
-    ).mean()
+  predict_fn = gpt_program.make_predict(model)
+  loss_fn = gpt_program.make_loss(predict_fn)
 
   def gradient(params, _, tokens):
     return jax.grad(loss_fn)(params, tokens)
 
   gradient_flops = compile_program(gradient, params, (), tokens).flops
-  programs, carries, ordinary = {}, {}, {}
-  for row in rows:
+  rows, programs, carries, ordinary = step_rows(), {}, {}, {}
+  for row in tqdm.tqdm(rows, desc='step'):
     tx = optax.with_extra_args_support(row.tx)
 
     def step(params, state, tokens, tx=tx, size=_BATCH // row.fraction):
@@ -306,10 +273,8 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
     programs[row.name] = compile_program(step, *carry, tokens)
     if row.tx not in ordinary:  # It is the same whatever curvature is of.
       ordinary[row.tx] = compile_program(ordinary_step, *carry, tokens).flops
-    bar.update()
 
-  calls = {name: program.call for name, program in programs.items()}
-  times = Times(calls, carries, tokens, rounds, _K, bar)
+  times = measure_times(programs, carries, tokens, rounds, _K)
   base = programs['optax.adamw']
   table = {}
   for row in rows:
@@ -322,101 +287,69 @@ def measure_step(sizes: Sizes, rounds: int, bar: tqdm.tqdm) -> Table:
       'refresh/gradient': refresh / gradient_flops,
       'MB': program.megabytes,
       'MB/adamw': program.megabytes / base.megabytes,
-      'ms': times.median(row.name),
-      'time/adamw': times.ratio(row.name, 'optax.adamw'),
+      'ms': _median(times[row.name]),
+      'time/adamw': _median(times[row.name] / times['optax.adamw']),
       'compile s': program.compile_seconds,
       'compile/adamw': program.compile_seconds / base.compile_seconds,
     }
   return table
 
 
-def measure_optimizers(problem: str, rounds: int, bar: tqdm.tqdm) -> Table:
+def measure_optimizers(problem: str, rounds: int) -> Table:
   """Returns the times of convergence.py's optimizers on one of its problems."""
   tasks = convergence_protocol.TASKS
   task = next(t for t, spec in tasks.items() if spec.problem == problem)
-  calls, carries = {}, {}
+  programs, carries = {}, {}
   for name in tasks[task].peers:
     case = convergence_protocol.Case(task, name, 0)
     settings = convergence_protocol.settings(case)
-    params, state, advance, *_ = convergence.start(task, name, settings, 0)
-    calls[name], carries[name] = advance, (params, state)
-  steps = 30 // convergence.CHUNK
-  times = Times(calls, carries, 0, rounds, steps, bar)
+    *carry, advance, _, _ = convergence.start(task, name, settings, 0)
+    programs[name], carries[name] = Program(advance), carry
+  calls = 30 // convergence.CHUNK
+  times = measure_times(programs, carries, 0, rounds, calls)
   return {
     name: {
-      'ms': round(times.median(name) / convergence.CHUNK, 3),
-      'time/adamw': round(times.ratio(name, 'adamw'), 3),
+      'ms': round(_median(times[name]) / convergence.CHUNK, 3),
+      'time/adamw': round(_median(times[name] / times['adamw']), 3),
     }
-    for name in calls
+    for name in programs
   }
-
-
-def _lay_out(title: str, rows: list[Row], table: Table, names: list[str]):
-  """Puts goals beside the figures; `!` marks a missed one.
-
-  A record that is older than a row is shown without it.
-  """
-  lines = [[title, *names]]
-  for row in (row for row in rows if row.name in table):
-    cells = [row.name]
-    for name in names:
-      value = table[row.name].get(name)
-      cell = '' if value is None else f'{value:.{3 if "/" in name else 1}f}'
-      if name in row.goals:
-        cell += f' (≤ {row.goals[name]:g})' + '!' * (value > row.goals[name])
-      cells.append(cell)
-    lines.append(cells)
-  return records.table(lines)
 
 
 def render(results: records.Results) -> str:
   """Lays out the tables that were measured."""
-  parts = []
-  if update := results.get('update'):
-    columns = ['ms', 'time/adamw', 'time/contrib', 'time/adamw, kept']
-    columns += ['time/contrib, kept', 'MB', 'MB/contrib']
-    parts.append(_lay_out('update alone', update_rows(), update, columns))
-  if step := results.get('step'):
-    columns = list(step['sophia, H'])
-    parts.append(_lay_out('train step, GPT', step_rows(), step, columns))
-  if parts:
+  titles = {'update': 'update alone', 'step': 'train step, GPT'}
+  tables = {
+    title: results[name] for name, title in titles.items() if name in results
+  }
+  parts = [
+    records.figures(title, table, lambda column: 3 if '/' in column else 1)
+    for title, table in (tables | results.get('optimizers', {})).items()
+  ]
+  if tables:
     parts.append(
-      'In brackets the goals; ! marks a missed one. Names: g² squared gradient,'
-      ' H Hutchinson,\nG Gauss-Newton-Bartlett, then the part of the batch for'
-      f' curvature. k = {_K}.'
+      'Names: g² squared gradient, H Hutchinson, G Gauss-Newton-Bartlett, then'
+      f' the part of\nthe batch for curvature. k = {_K}.'
     )
-  for problem, table in results.get('optimizers', {}).items():
-    names = ['ms', 'time/adamw']
-    rows = [Row(name, None) for name in table]
-    parts.append(_lay_out(problem, rows, table, names))
   return '\n\n'.join(parts)
 
 
 def _measure(results, save):
   results.clear()
   quick = _SIZES.value == 'quick'
-  rounds = 2 if quick else _ROUNDS.value
-  step_rounds = max(rounds // 4, 1)
-  sizes, tables = SIZES[_SIZES.value], _TABLES.value
-  problems = ('axes',) if quick else ('language', 'photographs')
-  steps = {
-    'update': len(update_rows()) + 2 * (rounds + 1),
-    'step': len(step_rows()) + step_rounds + 1,
-    'optimizers': len(problems) * (rounds + 1),
-  }
-  with tqdm.tqdm(total=sum(steps[table] for table in tables)) as bar:
-    if 'update' in tables:
-      results['update'] = measure_update(sizes.side, rounds, bar)
+  rounds, sizes = 2 if quick else _ROUNDS.value, SIZES[_SIZES.value]
+  if 'update' in _TABLES.value:
+    results['update'] = measure_update(sizes.side, rounds)
+    save()
+  if 'step' in _TABLES.value:
+    results['step'] = measure_step(sizes, max(rounds // 4, 1))
+    save()
+  if 'optimizers' in _TABLES.value:
+    os.environ['NPROC'] = '1'  # Number of XLA threads.
+    of_problem = results['optimizers'] = {}
+    for problem in ('axes',) if quick else ('language', 'photographs'):
+      of_problem[problem] = measure_optimizers(problem, rounds)
       save()
-    if 'step' in tables:
-      results['step'] = measure_step(sizes, step_rounds, bar)
-      save()
-    if 'optimizers' in tables:
-      os.environ['NPROC'] = '1'  # Number of XLA threads.
-      of_problem = results['optimizers'] = {}
-      for problem in problems:
-        of_problem[problem] = measure_optimizers(problem, rounds, bar)
-        save()
 
 
 if __name__ == '__main__':

@@ -3,14 +3,12 @@
   pip install '.[examples,tpu]'  # libtpu is for Linux on x86, 0.7 GB
   python benchmarks/tpu.py --output=benchmarks/tpu.json
   python benchmarks/tpu.py --output=benchmarks/tpu.json --only='124M, v5e-8'
-  python benchmarks/tpu.py --show=benchmarks/tpu.json --plot=tpu.png
+  python benchmarks/tpu.py --show=benchmarks/tpu.json
 
 Programs are compiled ahead of time for chips that are not there, and never run:
 there are no times here but those of compilation. The programs are in
-tpu_cases.py, the tables and the plot in tpu_tables.py. The first command
-compiles all programs that the file does not have, in minutes each; --only
-chooses those whose names contain a text. tpu.json has all of the small
-programs and a part of the train steps.
+tpu_cases.py. The first command compiles all programs that the file does not
+have, in minutes each; --only chooses those whose names contain a text.
 
 The first table is of the update alone, on one chip of v5e: 67 million
 parameters in 4 matrices of float32, parameters and state donated and returned
@@ -25,10 +23,6 @@ is little beside the parameters. Temporaries are those of XLA's memory
 analysis, in copies of the parameters. The mean is ordinary + (refresh -
 ordinary) / k with k = 10.
 
-The next tables are of random draws, for each entry that is drawn: a probe, on
-one chip and divided over four, and the labels of a language model's head, from
-hidden states to gradients.
-
 The others are of the whole train step of examples/train_gpt.py. All figures are
 of one chip. Batches have 512 sequences, micro-batches at most 8 on each chip.
 Sophia-H takes its curvature from 64 sequences, or one on each chip, Sophia-G
@@ -41,6 +35,7 @@ Seconds of compilation are of the processor, one sample each.
 """
 
 import collections
+from collections.abc import Iterable
 import importlib.metadata
 import time
 from typing import Any
@@ -53,7 +48,11 @@ import tqdm
 import hlo
 import records
 import tpu_cases
-import tpu_tables
+
+_COUNT = 4 * tpu_cases.SIZE**2  # parameters of the update alone
+_K = 10  # steps from one refresh to the next
+# Programs of an ordinary step and of a refresh.
+_WAYS = {'one program': ('one', 'one'), 'two programs': ('ordinary', 'refresh')}
 
 
 def measure(case: tpu_cases.Case) -> dict[str, Any]:
@@ -116,10 +115,72 @@ def measure_all(results: records.Results, save) -> None:
     save()
 
 
+def _pair(cells: Iterable[str]) -> str:
+  return ' / '.join(dict.fromkeys(cells))
+
+
+def render_update(cases: list[dict]) -> str:
+  """Lays out the table of the update alone; a / b is ordinary / refresh."""
+  words = lambda n: n / (4 * _COUNT)
+  programs = {(case['row'], case['program']): case for case in cases}
+  header = ['words', 'refresh adds', 'alone', 'mean', 'temporaries']
+  lines = [[f'update alone, {_COUNT:,} parameters', *header, 'compile s']]
+  for row in dict.fromkeys(case['row'] for case in cases):
+    estimator = row.split(', ')[1] if ', ' in row else ''
+    alone = programs.get((f'{estimator} alone', 'one'))
+    for way, names in _WAYS.items():
+      if any((row, name) not in programs for name in names):
+        continue
+      first, second = (programs[row, name] for name in names)
+      ordinary = words(first['HBM bytes'][0])
+      added = words(second['HBM bytes'][-1]) - ordinary
+      pair = [first] if first is second else [first, second]
+      lines.append([
+        f'{row}, {way}' if row.startswith('sophia') else row,
+        f'{ordinary:.2f}',
+        f'{added:.2f}' if added else '',
+        f'{words(alone["HBM bytes"][0]):.2f}' if alone else '',
+        f'{ordinary + added / _K:.2f}',
+        _pair(f'{words(x["temporary bytes"]):.2f}' for x in pair),
+        ' + '.join(f'{x["compile seconds"]:.0f}' for x in pair),
+      ])  # fmt: skip
+  return records.table(lines)
+
+
+def render_step(table: str, cases: list[dict]) -> str:
+  """Lays out a table of the train step; a / b is ordinary / refresh."""
+  columns = ['temporaries MB', 'HBM MB', 'GFLOPs', 'sent MB']
+  lines = [[table, *columns, *hlo.KINDS, 'compile s']]
+  for case in cases:
+    cells = [case.get('error', '')] + [''] * (len(lines[0]) - 2)
+    if 'error' not in case:
+      cells = [
+        f'{case["temporary bytes"] / 1e6:,.0f}',
+        _pair(f'{n / 1e6:,.0f}' for n in case['HBM bytes']),
+        f'{case["FLOPs"] / 1e9:,.0f}',
+        _pair(f'{n / 1e6:,.0f}' for n in case['sent bytes']),
+        *(
+          _pair(str(x.get(kind, 0)) for x in case['collectives'])
+          for kind in hlo.KINDS
+        ),
+        f'{case["compile seconds"]:.0f}',
+      ]
+    lines.append([f'{case["row"]}, {case["program"]}', *cells])
+  return records.table(lines)
+
+
+def render(cases: list[dict]) -> str:
+  """Lays out all tables."""
+  parts = []
+  for table in dict.fromkeys(case['table'] for case in cases):
+    of_table = [case for case in cases if case['table'] == table]
+    is_update = table == 'update'
+    parts.append(
+      render_update(of_table) if is_update else render_step(table, of_table)
+    )
+  return '\n\n'.join(parts)
+
+
 if __name__ == '__main__':
   _ONLY = flags.DEFINE_string('only', '', 'Part of the names of the cases.')
-  records.main(
-    measure_all,
-    lambda results: tpu_tables.render(results['cases']),
-    lambda x, path: tpu_tables.plot(x['cases']).savefig(path, dpi=130),
-  )
+  records.main(measure_all, lambda results: render(results['cases']))

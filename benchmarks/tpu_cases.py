@@ -21,7 +21,6 @@ os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import optax
 
 import records
@@ -33,7 +32,6 @@ import gpt_program
 import sharding
 
 SIZE = 4096  # rows and columns of a matrix of the update alone
-LABELS = (8 * 1024, 768, 50304)  # predictions, width, classes
 # A program: what it passes to the optimizer.
 DECISIONS = {
   'one': {},
@@ -98,26 +96,9 @@ _OPTIMIZERS = {
   'sophia_g': ('sophia_g', 256, 64),
   'sophia_g, Gumbel': ('sophia_g', 256, 64),
 }
-_PROBES = {
-  f'{name}, {chips} chip{"s" * (chips > 1)}': options | {'chips': chips}
-  for chips in (1, 4)
-  for name, options in (
-    ('threefry', {}),
-    ('threefry, not partitionable', {'partitionable': False}),
-    ('rbg', {'impl': 'rbg'}),
-  )
-}
-_LIKELIHOOD = sophia_optax.likelihoods.categorical
 GUMBEL = sophia_optax.likelihoods.Likelihood(
-  jax.random.categorical, _LIKELIHOOD.score, 1
+  jax.random.categorical, sophia_optax.likelihoods.categorical.score, 1
 )
-_SAMPLERS = {
-  'the most probable class': {'sample': lambda _, x: jnp.argmax(x, axis=-1)},
-  'sophia_optax, threefry': {'sample': _LIKELIHOOD.sample},
-  'sophia_optax, rbg': {'sample': _LIKELIHOOD.sample, 'impl': 'rbg'},
-  'jax.random.categorical, threefry': {'sample': GUMBEL.sample},
-  'jax.random.categorical, rbg': {'sample': GUMBEL.sample, 'impl': 'rbg'},
-}
 
 
 class Case(NamedTuple):
@@ -125,7 +106,7 @@ class Case(NamedTuple):
 
   table: str
   row: str
-  program: str  # one, ordinary, refresh, alone
+  program: str  # a key of DECISIONS
   lower: Callable[[], Any]
 
   @property
@@ -180,18 +161,17 @@ def lower_update(tx: optax.GradientTransformation, **decision: Any):
   def predict(params):
     return sum(jnp.tanh(inputs @ w) for w in params)
 
-  def extra_args():
-    return {
-      'obj_fn': lambda params: jnp.mean(jax.nn.logsumexp(predict(params), -1)),
-      'predict_fn': predict,
-    }
+  fns = {
+    'obj_fn': lambda params: jnp.mean(jax.nn.logsumexp(predict(params), -1)),
+    'predict_fn': predict,
+  }
 
   def step(params, state, grads):
-    updates, state = tx.update(grads, state, params, **extra_args(), **decision)
+    updates, state = tx.update(grads, state, params, **fns, **decision)
     return optax.apply_updates(params, updates), state
 
   def estimate(params, state):
-    return tx.update(None, state, params, **extra_args())
+    return tx.update(None, state, params, **fns)
 
   chip = jax.sharding.SingleDeviceSharding(devices('v5e:2x2')[0])
   if isinstance(state, sophia_optax.HutchinsonState):
@@ -199,40 +179,6 @@ def lower_update(tx: optax.GradientTransformation, **decision: Any):
   return jax.jit(step, donate_argnums=(0, 1)).lower(
     *placed((params, state, params), chip)
   )
-
-
-def lower_probe(
-  chips: int, impl: str = 'threefry2x32', partitionable: bool = True
-):
-  """Lowers the drawing of a probe, divided over chips by its last axis."""
-  mesh = make_mesh(f'fsdp:{chips}', 'v5e:2x2')
-  key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
-  divided = jax.sharding.NamedSharding(mesh, P(None, 'fsdp'))
-  with jax.threefry_partitionable(partitionable):
-    return jax.jit(
-      lambda key: jax.random.rademacher(key, (4 * SIZE, SIZE), jnp.float32),
-      out_shardings=divided,
-    ).lower(placed(key, sharding.replicated(mesh)))
-
-
-def lower_labels(sample: Callable[..., jax.Array], impl: str = 'threefry2x32'):
-  """Lowers a language model's head: logits, labels, and the gradients."""
-  rows, width, classes = LABELS
-
-  def predict(hidden, table):
-    return (hidden @ table.astype(hidden.dtype).T).astype(jnp.float32)
-
-  def estimate(key, hidden, table):
-    logits, pull_back = jax.vjp(predict, hidden, table)
-    return pull_back(_LIKELIHOOD.score(logits, sample(key, logits)))
-
-  args = (
-    jax.eval_shape(lambda: jax.random.key(0, impl=impl)),
-    jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
-    jax.ShapeDtypeStruct((classes, width), jnp.float32),
-  )
-  chip = jax.sharding.SingleDeviceSharding(devices('v5e:2x2')[0])
-  return jax.jit(estimate).lower(*placed(args, chip))
 
 
 def make_config(model: str, optimizer: str, mesh: str) -> gpt_configs.Config:
@@ -309,20 +255,16 @@ def lower_step(
 
 
 def cases() -> list[Case]:
-  """Returns all cases, the small programs first."""
+  """Returns all cases, the update alone first."""
   found = []
 
-  def add(table, row, program, lower, *args, **kwargs):
-    run = functools.partial(lower, *args, **kwargs, **DECISIONS[program])
+  def add(table, row, program, lower, *args):
+    run = functools.partial(lower, *args, **DECISIONS[program])
     found.append(Case(table, row, program, run))
 
   for row, tx in optimizers().items():
     for program in DECISIONS if row.startswith('sophia') else ('one',):
       add('update', row, program, lower_update, tx)
-  for row, options in _PROBES.items():
-    add('probes', row, 'one', lower_probe, **options)
-  for row, options in _SAMPLERS.items():
-    add('labels', row, 'one', lower_labels, **options)
   for model, chips, mesh in _STEPS:
     is_first = (model, mesh) == ('124M', 'fsdp:8')
     for optimizer, program in _PROGRAMS + _MORE_PROGRAMS * is_first:

@@ -1,13 +1,13 @@
 """Each benchmark runs, and the pages have what the committed files show."""
 
 import dataclasses
+import math
 import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
-import tqdm
 
 import convergence
 import estimators
@@ -32,18 +32,17 @@ def test_record_is_read_back(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'file', 'plot'), [
-    ('convergence', 'convergence', ''),
-    ('estimators', 'estimators', ''),
-    ('stability', 'stability', 'plot.png'),
-    ('step_cost', 'step_cost', ''),
-    ('step_cost', 'step_cost_h100', ''),
-    ('tpu', 'tpu', 'plot.png'),
+@pytest.mark.parametrize('file', [
+    'convergence',
+    'estimators',
+    'stability',
+    'step_cost',
+    'step_cost_h100',
+    'tpu',
 ])  # fmt: skip
-def test_pages_have_what_the_files_show(name, file, plot, tmp_path):
+def test_pages_have_what_the_files_show(file):
+  name = file.removesuffix('_h100')
   command = [f'benchmarks/{name}.py', f'--show=benchmarks/{file}.json']
-  if plot:
-    command.append(f'--plot={tmp_path / plot}')
   shown = subprocess.run(
     [sys.executable, *command],
     cwd=ROOT,
@@ -52,10 +51,8 @@ def test_pages_have_what_the_files_show(name, file, plot, tmp_path):
     encoding='utf-8',
     timeout=120,
   ).stdout
-  assert (tmp_path / 'plot.png').exists() == bool(plot)
   if name == 'convergence':  # docs/results.md rounds the others.
     _, shown = shown.split('### The first 180 of 1,200 steps\n')
-    shown, _ = shown.split('### Cost')
   assert shown.strip()
   text = '\n'.join(page.read_text() for page in PAGES)
   for line in shown.splitlines():
@@ -79,7 +76,7 @@ def test_estimators_run(monkeypatch, compile_fast):
   monkeypatch.setattr(estimators, 'rows', lambda: rows)
   table = estimators.measure(draws=2)
   assert list(table) == ['gradient', 'H, whole batch', 'H, 2 parts']
-  assert 'scatter' in estimators.render({'table': table})
+  assert table['H, 2 parts']['scatter'] > 0
 
 
 @pytest.mark.slow
@@ -90,12 +87,12 @@ def test_step_cost_runs(monkeypatch, compile_fast):
     step_cost, 'update_rows', lambda: update[:1] + update[2:5]
   )
   monkeypatch.setattr(step_cost, 'step_rows', lambda: step[:1] + step[3:4])
-  sizes, bar = step_cost.SIZES['quick'], tqdm.tqdm(disable=True)
+  sizes = step_cost.SIZES['quick']
   with jax.numpy_dtype_promotion('standard'):  # optax.adamw needs it.
     results = {
-      'update': step_cost.measure_update(sizes.side, 1, bar),
-      'step': step_cost.measure_step(sizes, 1, bar),
-      'optimizers': {'axes': step_cost.measure_optimizers('axes', 1, bar)},
+      'update': step_cost.measure_update(sizes.side, 1),
+      'step': step_cost.measure_step(sizes, 1),
+      'optimizers': {'axes': step_cost.measure_optimizers('axes', 1)},
     }
   assert results['step']['sophia, H']['FLOPs/adamw'] > 1
   assert results['optimizers']['axes'].keys() == set(convergence.OPTIMIZERS)
@@ -119,7 +116,4 @@ def test_stability_runs(data_dir, monkeypatch, compile_fast):
     sequences=4, num_steps=20, parts=2, target_win_rate=0.3
   )
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
-    history = stability.run(settings, seed=1)['history']
-  assert all(len(values) == 2 for values in history.values())
-  assert all(0 < x < 1 for x in history['negative_fraction'])
-  assert all(x > 0 for x in history['curvature_norm'])
+    assert 0 < stability.run(settings, seed=1) < math.log(64) + 0.1
