@@ -165,3 +165,28 @@ def test_normal_probes_are_drawn_in_float32():
     obj_fn=lambda x: jnp.sum(x.astype(jnp.float32) ** 2) / 2,
   )
   assert np.unique(squares).size > 700
+
+
+def test_gradients_are_unscaled_in_float32():
+  tx = sophia_optax.scale_by_sophia(
+    b1=0.0,
+    mu_dtype=jnp.float32,
+    hessian_diagonal_fn=sophia_optax.squared_gradient_estimator_diag_hessian(1),
+  )
+  x = jnp.ones(1, jnp.float16)
+  grads = jnp.full(1, 2.0**-20, jnp.float16)  # Dividing it by 1024 gives 0.
+  _, state = tx.update(grads, tx.init(x), x, loss_scale=2.0**10)
+  assert state.mu == 2.0**-30
+
+
+def test_h_in_bfloat16_is_averaged_in_float32():
+  tx = sophia_optax.scale_by_sophia(
+    b2=0.99,
+    nu_dtype=jnp.bfloat16,
+    hessian_diagonal_fn=optax.stateless(lambda g, _: 1.5 * jnp.ones_like(g)),
+  )
+  x = jnp.ones(1)
+  state = tx.init(x)._replace(nu=jnp.ones(1, jnp.bfloat16))
+  _, state = tx.update(x, state, x)
+  # 1.005 is nearer to this number than to 1, the average in bfloat16.
+  assert state.nu == 1 + 2.0**-7

@@ -100,6 +100,14 @@ def test_transcript_of_pytorch(maximize):
   chex.assert_trees_all_close(history, to_jax(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_eps():
+  x = jnp.ones(1)
+  tx = sophia_optax.sophia_g(0.1, weight_decay=0.0)
+  grads = jnp.full(1, 1e-9)  # Larger than eps, and h is 0: a sign update.
+  updates, _ = tx.update(grads, tx.init(x), x, refresh=False)
+  np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
+
+
 def test_maximize_negates_the_objective():
   # A maximum at 1, where the curvature is -2.
   objective = lambda x: -jnp.sum((x - 1.0) ** 2)
