@@ -163,6 +163,32 @@ def test_numbers_are_drawn_with_their_moments(likelihood, mean, variance):
     np.testing.assert_allclose(labels.var(axis=0), variance, rtol=0.05)
 
 
+@pytest.mark.parametrize(
+  ('likelihood', 'loss'),
+  [
+    (
+      likelihoods.categorical,
+      lambda z, y: -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], -1),
+    ),
+    (
+      likelihoods.bernoulli,
+      lambda z, y: -jax.nn.log_sigmoid(jnp.where(y, z, -z)),
+    ),
+    (likelihoods.gaussian(0.5), lambda z, y: 2 * (z - y) ** 2),
+  ],
+)
+def test_score_is_the_gradient_of_the_loss(likelihood, loss):
+  z = jnp.array([[1.0, -2.0, 0.3], [0.0, 0.5, -1.0]])
+
+  @jax.jit
+  def scores(z):
+    labels = likelihood.sample(jax.random.PRNGKey(0), z)
+    gradient = jax.grad(lambda z: jnp.sum(loss(z, labels)))
+    return likelihood.score(z, labels), gradient(z)
+
+  np.testing.assert_allclose(*scores(z), rtol=1e-5, atol=1e-6)
+
+
 def test_samples_share_one_forward_pass():
   params, inputs, forward = float32(PARAMS), jnp.ones((4, 2)), []
 
