@@ -139,8 +139,7 @@ MISTAKES = {
     '«jnp.moveaxis(x.reshape(shape), axis + 1, 0)→jnp.stack(jnp.split(x, '
     'num_parts, axis))»',
   },
-  '_averages estimator replicas': {
-    'parts of parts in another order': 'parts«→.swapaxes(0, 1)».reshape(-1',
+  '_averages replicas': {
     'a sum over replicas passes': 'if «tracked→False» and',
   },
   '_collectives conformance divided_parameters low_precision': {
@@ -166,6 +165,12 @@ MISTAKES = {
     'sophia_g has the ε of sophia': 'eps=1e-«15→8»',
     'maximize lowers obj_fn':
     "for name in («'obj_fn', 'value_fn'→'value_fn',»)",
+  },
+  '_multi_steps multi_steps': {
+    'the first micro-step refreshes': 'mini_step == «n - 1→0»',
+  },
+  '_diagnose diagnose': {
+    'm is not looked at': '«jnp.isfinite(m) & →»',
   },
   'flax train_state': {
     'tx keeps the arguments of a step': "«({'tx': self.tx} | fields)→fields»",
