@@ -150,7 +150,8 @@ class Config:
 def sophia_like(adamw: Config, optimizer: str) -> Config:
   """Derives settings for Sophia from settings for AdamW.
 
-  This is the rule in docs/choosing.md.
+  They are those of `sophia_optax.sophiaw`, but the curvature is that of the
+  first quarter of the batch, and γ of Sophia-H falls instead of adapting.
 
   Args:
     adamw: AdamW's settings.

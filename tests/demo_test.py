@@ -1,20 +1,11 @@
 """The demo: its settings, its table and plot, and its interruption."""
 
-import doctest
-import pathlib
 import signal
 
-import chex
-import jax
-import numpy as np
-import optax
 import pytest
 import tiny_gpt
 
 import demo
-import gpt
-import gpt_configs
-import gpt_program
 import text
 import train_gpt
 
@@ -68,62 +59,6 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert all(name in demo.table(results) for name in ('Sophia-H', 'Sophia-G'))
   win_rates = curves(demo.plot(results).axes[3])
   assert win_rates['Sophia-G'][0] == [2, 4, 6, 8]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['sophia_g', 'sophia_h'])
-def test_demo_has_the_settings_of_the_documentation(name):
-  page = pathlib.Path(__file__).parents[1] / 'docs' / 'choosing.md'
-  names = {}
-  for example in doctest.DocTestParser().get_examples(page.read_text()):
-    if example.source.startswith(('import', f'def {name}_like_adamw')):
-      exec(example.source, names)
-  config = gpt_configs.sophia_like(
-    tiny_gpt.config(
-      optimizer='adamw', batch_size=32, num_steps=8, curvature_parts=1
-    ),
-    name,
-  )
-  ours = gpt_program.make_optimizer(config)
-  schedule = gpt_program.make_schedule(config)
-  theirs = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    names[f'{name}_like_adamw'](
-      schedule,
-      *([] if name == 'sophia_g' else [config.num_steps]),
-      b1=config.b1,
-      b2=config.adam_b2,
-      weight_decay=config.weight_decay,
-      mask=gpt.decay_mask,
-    ),
-  )
-  fns = gpt_program.make_fns(config, gpt_program.make_model(config))
-  init, _ = tiny_gpt.setup(config)
-  params = jax.jit(init)().params
-  batches = np.random.default_rng(0).integers(0, 64, (8, 32, 9), np.int32)
-
-  def train(optimizer, batch_of):
-    @jax.jit
-    def step(carry, batch):
-      params, state = carry
-      updates, state = optimizer.update(
-        jax.grad(fns['obj_fn'])(params, batch),
-        state,
-        params,
-        batch=batch_of(batch),
-        **fns,
-      )
-      return (optax.apply_updates(params, updates), state), None
-
-    carry = params, optimizer.init(params)
-    return jax.lax.scan(step, carry, batches)[0][0]
-
-  with jax.numpy_dtype_promotion('standard'):  # optax's clipping needs it.
-    chex.assert_trees_all_close(
-      train(ours, lambda batch: batch[None]),
-      train(theirs, lambda batch: batch[:8]),
-      rtol=1e-5,
-    )
 
 
 def test_table_and_plot_of_the_demo():
