@@ -97,6 +97,15 @@ def _contrib(s, problem, key):
 
 
 def _sophia(make_estimator, s, problem, key):
+  if 'sophiaw' in s:
+    return sophia_optax.sophiaw(
+      _learning_rate(s),
+      s['b1'],
+      s['adam_b2'],
+      weight_decay=s['weight_decay'],
+      mask=problem.decay_mask,
+      curvature=s['sophiaw'],
+    )
   return optax.chain(
     sophia_optax.scale_by_sophia(
       s['b1'],
@@ -191,15 +200,19 @@ def _programs(problem_name, optimizer_name, static):
     def step(carry, t):
       params, opt_state = carry
       batch = problem.sample(jax.random.fold_in(key, t))
-      quarter = batch[: len(batch) // 4]
+      # sophiaw gets the whole batch, and takes a quarter of it.
+      part = len(batch) if 'sophiaw' in dict(static) else len(batch) // 4
+      curvature_batch = batch[:part]
       updates, opt_state = tx.update(
         _gradient(problem, params, batch),
         opt_state,
         params,
         # optax.contrib's estimator passes the parameters alone.
-        obj_fn=lambda params, batch=quarter: problem.loss(params, batch),
+        obj_fn=lambda params, batch=curvature_batch: problem.loss(
+          params, batch
+        ),
         predict_fn=problem.predict,
-        batch=quarter,
+        batch=curvature_batch,
       )
       return (optax.apply_updates(params, updates), opt_state), None
 

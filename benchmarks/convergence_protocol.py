@@ -195,7 +195,9 @@ VARIANTS = {  # by task and optimizer
     'without curvature': {'gamma': 0.0, 'target_win_rate': None},
     'without the limit': {'adam_b2': None},
     'warm-up of a tenth': {'warmup': 0.1},
+    'sophiaw': {'sophiaw': 'gauss_newton'},
   },
+  ('language_1200', 'copied_h'): {'sophiaw': {'sophiaw': 'hessian'}},
   ('photographs', 'copied_h'): {
     'γ adapted': {'gamma_end': 1.0, 'target_win_rate': 0.45}
   },
