@@ -20,8 +20,13 @@ def pytest_configure(config):
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-# Networks of four libraries; derivations; what the notebook runs too.
-_SLOW_PAGES = 'integrations.md', 'mathematics.md', 'getting-started.md'
+# Networks of four libraries; derivations; costs; what the notebook runs too.
+_SLOW_PAGES = (
+  'integrations.md',
+  'mathematics.md',
+  'cost.md',
+  'getting-started.md',
+)
 
 
 def pytest_collection_modifyitems(items):

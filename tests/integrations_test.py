@@ -81,6 +81,7 @@ def nnx_step(model, optimizer):
   optimizer.update(model, grads, predict_fn=predict_fn)
 
 
+@pytest.mark.slow
 def test_nnx():
   model = NNXModel(dropout_rate=0.0)
   plain = nnx.to_pure_dict(nnx.state(model, nnx.Param))
