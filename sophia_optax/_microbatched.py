@@ -31,7 +31,9 @@ def microbatched(
   strided, so a batch whose leading axis is sharded over devices stays sharded.
   With ``label_mask``, parts are weighted by their number of predictions that
   count. If ``estimator`` is a chain that begins with an estimator of this
-  library, the other transformations act on the average over the parts.
+  library, the other transformations act on the average over the parts. A
+  wrapper around an estimator of this library must forward extra arguments: it
+  gets ``microbatches``, with all parts, in place of ``batch``.
 
   Args:
     estimator: The estimator to average.
