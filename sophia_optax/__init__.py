@@ -11,6 +11,8 @@ from sophia_optax._averages import (
 )
 from sophia_optax._diagnose import diagnose as diagnose
 from sophia_optax._diagnose import ModuleDiagnosis as ModuleDiagnosis
+from sophia_optax._eigenbasis import EigenbasisState as EigenbasisState
+from sophia_optax._eigenbasis import in_eigenbasis as in_eigenbasis
 from sophia_optax._estimator import EstimatorState as EstimatorState
 from sophia_optax._estimator import sampled_estimator as sampled_estimator
 from sophia_optax._gauss_newton_bartlett import (

@@ -9,6 +9,7 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax import _coordinates
+from sophia_optax import _eigenbasis
 from sophia_optax import _gauss_newton_bartlett
 from sophia_optax import _hutchinson
 from sophia_optax import _microbatched
@@ -122,8 +123,6 @@ def sophia(
     Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
   """
-  _checks.number_or_schedule('learning_rate', learning_rate)
-  _checks.number_or_schedule('weight_decay', weight_decay)
   scaling = _sophia.scale_by_sophia(
     b1=b1,
     b2=b2,
@@ -144,9 +143,16 @@ def sophia(
     target_win_rate=target_win_rate,
     diagnostics=diagnostics,
   )
+  return _descent(scaling, learning_rate, weight_decay, weight_decay_mask)
+
+
+def _descent(scaling, learning_rate, weight_decay, mask):
+  """Chains a scaling with weight decay and the learning rate."""
+  _checks.number_or_schedule('learning_rate', learning_rate)
+  _checks.number_or_schedule('weight_decay', weight_decay)
   # Partial functions, because Equinox makes pytrees of plain ones, which optax
   # would take for trees of booleans.
-  decays = functools.partial(_decays, weight_decay_mask)
+  decays = functools.partial(_decays, mask)
   has_rate = functools.partial(_coordinates.where_differentiable)
   return optax.chain(
     scaling,
@@ -198,6 +204,7 @@ def sophiaw(
   curvature: str | optax.GradientTransformation = 'gauss_newton',
   curvature_fraction: float = 0.25,
   curvature_parts: int = 8,
+  eigenbasis: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Sophia with the arguments of AdamW, and settings that need no tuning.
 
@@ -237,6 +244,8 @@ def sophiaw(
       is rounded to 1 / n for a whole number n.
     curvature_parts: Largest number of parts. The number is reduced to a divisor
       of the number of examples.
+    eigenbasis: Whether to take momentum, curvature and limit in the eigenbasis
+      of each matrix, see :func:`sophia_optax.in_eigenbasis`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs
@@ -285,19 +294,19 @@ def sophiaw(
     ),
     max_parts=_checks.whole_number('curvature_parts', curvature_parts, 1),
   )
-  return sophia(
-    learning_rate,
+  scaling = _sophia.scale_by_sophia(
     b1=b1,
     b2=0.95,
     eps=eps,
-    weight_decay=weight_decay,
-    weight_decay_mask=mask,
     mu_dtype=mu_dtype,
     nu_bias_correction=True,
     nesterov=True,
     adam_b2=b2,
     **(settings | {'hessian_diagonal_fn': estimator}),
   )
+  if eigenbasis:
+    scaling = _eigenbasis.in_eigenbasis(scaling)
+  return _descent(scaling, learning_rate, weight_decay, mask)
 
 
 def sophia_g(

@@ -69,11 +69,12 @@ class MultiSteps(optax.MultiSteps):
     Sophia also gets ``may_refresh``. If a line search is in the same chain, its
     ``value_fn`` needs an argument of that name.
     """
-    # A line search would refuse this argument, so only Sophia gets it.
-    has_sophia = optax.tree.get_all_with_path(
-      state.inner_opt_state, 'SophiaState'
+    # A line search would refuse this argument.
+    refreshes = any(
+      optax.tree.get_all_with_path(state.inner_opt_state, name)
+      for name in ('SophiaState', 'EigenbasisState')
     )
-    if has_sophia and extra_args.get('refresh') is None:
+    if refreshes and extra_args.get('refresh') is None:
       every_k = self._num_micro_steps
       n = every_k(state.gradient_step) if callable(every_k) else every_k
       emits = state.mini_step == n - 1

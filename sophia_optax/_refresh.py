@@ -62,16 +62,12 @@ def when(due: Any, refreshed: Callable[[Any], Any], state: Any) -> Any:
   compute anything from them before it, such as m̂: XLA would keep that in memory
   for both branches.
   """
-  if isinstance(due, bool):
-    return refreshed(state) if due else state
   names = 'count', 'mu', 'second_moment'
   rest = {name: getattr(state, name) for name in names}
   without = dict.fromkeys(rest)
 
   def branch(state):
-    new = refreshed(state._replace(**rest))._replace(**without)
-    own = _own_condition(due)
-    return jax.tree.map(lambda x, y: jnp.where(own, x, y), new, state)
+    return refreshed(state._replace(**rest))._replace(**without)
 
   return conditional(due, branch, state._replace(**without))._replace(**rest)
 
@@ -81,12 +77,21 @@ def conditional(condition: Any, branch: Callable[[Any], Any], x: Any) -> Any:
 
   With a batched condition, `vmap` would compute the branch on every step. Here
   the members of a `vmap` decide together: the branch is computed if the
-  condition holds for any of them.
+  condition holds for any of them, and each member selects its result.
   """
-  condition = known(_any_condition(condition))
+  condition = known(condition)
   if isinstance(condition, bool):
     return branch(x) if condition else x
-  return jax.lax.cond(condition, branch, lambda x: x, x)
+
+  def selected(x):
+    own = _own_condition(condition)
+    select = lambda new, old: jnp.where(own, new, old)
+    return jax.tree.map(select, branch(x), x)
+
+  is_due = known(_any_condition(condition))
+  if isinstance(is_due, bool):  # Under `vmap` without `jit`.
+    return selected(x) if is_due else x
+  return jax.lax.cond(is_due, selected, lambda x: x, x)
 
 
 @custom_batching.custom_vmap

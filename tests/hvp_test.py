@@ -1,8 +1,5 @@
 """Hessian-vector products: their bias, the step of differences, kernels."""
 
-import functools
-import itertools
-
 import chex
 from devices import map_grid
 import jax
@@ -31,42 +28,6 @@ def difference(params, obj_fn, **options):
 
 # Bias.
 
-INPUTS = np.array(jax.random.normal(jax.random.PRNGKey(4), (64, 2)))
-LABELS = np.sum(INPUTS, axis=1) + INPUTS[:, 0] * INPUTS[:, 1] > 0
-NETWORK = {
-  'a': jnp.array([[0.9, -0.3], [0.4, 0.7]]),
-  'c': jnp.array([[-0.6, 0.5], [0.8, 1.1]]),
-}
-
-
-def network_loss(params, dtype):
-  """Two layers with activations and cast weights of this dtype."""
-  a, c = params['a'].astype(dtype), params['c'].astype(dtype)
-  logits = jnp.tanh(INPUTS.astype(dtype) @ a) @ c
-  logits = logits.astype(params['a'].dtype)
-  picked = jnp.where(LABELS, logits[:, 1], logits[:, 0])
-  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-@functools.cache
-def all_signs():
-  """Returns a key for each of the 256 probes of the network."""
-  keys = jax.random.split(jax.random.PRNGKey(5), 4000)
-
-  @jax.jit
-  @jax.vmap
-  def signs(key):
-    return oracles.flat(
-      optax.tree.random_like(
-        jax.random.split(key)[1], NETWORK, jax.random.rademacher
-      )
-    )
-
-  drawn = np.array(signs(keys))
-  key_of = {tuple(v): k for v, k in zip(drawn, np.array(keys), strict=True)}
-  assert set(key_of) == set(itertools.product([-1.0, 1.0], repeat=8))
-  return np.array(list(key_of.values()))
-
 
 # docs/mathematics.md has these figures.
 @pytest.mark.parametrize(
@@ -86,13 +47,15 @@ def test_bias_over_all_probes(hvp, dtype, least, largest):
   @jax.vmap
   def estimates(key):
     state = sophia_optax.HutchinsonState(key)
-    obj_fn = lambda p: network_loss(p, dtype)
+    obj_fn = lambda p: oracles.network_loss(p, dtype)
     return oracles.flat(
-      estimator.update(None, state, NETWORK, obj_fn=obj_fn)[0]
+      estimator.update(None, state, oracles.NETWORK, obj_fn=obj_fn)[0]
     )
 
-  found = np.array(estimates(all_signs()), np.float64)
-  hessian = oracles.hessian(lambda p: network_loss(p, jnp.float32), NETWORK)
+  found = np.array(estimates(oracles.all_signs()), np.float64)
+  hessian = oracles.hessian(
+    lambda p: oracles.network_loss(p, jnp.float32), oracles.NETWORK
+  )
   diagonal = np.diag(hessian)
   bias = np.linalg.norm(found.mean(0) - diagonal) / np.linalg.norm(diagonal)
   # The variance of an entry is the sum of squares off the diagonal.

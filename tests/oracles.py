@@ -1,8 +1,13 @@
 """Exact curvature from dense matrices, and an estimate to compare with it."""
 
+import functools
+import itertools
+
 import jax
 import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 # Fisher information of one prediction: (B, C) outputs -> (B, C, C).
 FISHER = {
@@ -61,3 +66,42 @@ def gauss_newton(jacobian, fisher, mask=True):
   mask = np.broadcast_to(mask, jacobian.shape[:1])
   each = np.einsum('bcp,bcd,bdp->bp', jacobian, fisher, jacobian)
   return mask @ each / max(mask.sum(), 1)
+
+
+# A network with few enough parameters for all sign vectors.
+
+INPUTS = np.array(jax.random.normal(jax.random.PRNGKey(4), (64, 2)))
+LABELS = np.sum(INPUTS, axis=1) + INPUTS[:, 0] * INPUTS[:, 1] > 0
+NETWORK = {
+  'a': jnp.array([[0.9, -0.3], [0.4, 0.7]]),
+  'c': jnp.array([[-0.6, 0.5], [0.8, 1.1]]),
+}
+
+
+def network_loss(params, dtype):
+  """Two layers with activations and cast weights of this dtype."""
+  a, c = params['a'].astype(dtype), params['c'].astype(dtype)
+  logits = jnp.tanh(INPUTS.astype(dtype) @ a) @ c
+  logits = logits.astype(params['a'].dtype)
+  picked = jnp.where(LABELS, logits[:, 1], logits[:, 0])
+  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+@functools.cache
+def all_signs():
+  """Returns a key for each of the 256 probes of the network."""
+  keys = jax.random.split(jax.random.PRNGKey(5), 4000)
+
+  @jax.jit
+  @jax.vmap
+  def signs(key):
+    return flat(
+      optax.tree.random_like(
+        jax.random.split(key)[1], NETWORK, jax.random.rademacher
+      )
+    )
+
+  drawn = np.array(signs(keys))
+  key_of = {tuple(v): k for v, k in zip(drawn, np.array(keys), strict=True)}
+  assert set(key_of) == set(itertools.product([-1.0, 1.0], repeat=8))
+  return np.array(list(key_of.values()))
