@@ -200,8 +200,9 @@ def hutchinson_estimator_diag_hessian(
   )
 
 
-# JAX raises these if a function has no derivative.
-_REFUSALS = AssertionError, NotImplementedError, TypeError, ValueError
+# JAX raises these if a function has no derivative, and Equinox a RuntimeError,
+# of which NotImplementedError is a subclass.
+_REFUSALS = AssertionError, RuntimeError, TypeError, ValueError
 _KERNEL_NOTE = (
   'hvp={hvp!r} needs a second derivative of obj_fn. If JAX can compute its'
   ' gradient, the second derivative is missing, as in many fused kernels. Then'

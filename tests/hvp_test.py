@@ -221,6 +221,22 @@ def test_backward_rule_without_a_derivative(backward, without):
       np.testing.assert_allclose(estimate(x, loss, hvp), 6 * x, rtol=1e-3)
 
 
+def test_backward_rule_that_raises_a_runtime_error():
+  # Diffrax's BacksolveAdjoint: its backward rule refuses tangents.
+  @jax.custom_jvp
+  def square(x):
+    return x**2
+
+  @square.defjvp
+  def _(primals, tangents):
+    raise RuntimeError('Unexpected tangent.')
+
+  loss, x = power(square), np.float32([1.0, 2.0])
+  for hvp in MODES[:2]:
+    assert_refused(hvp, loss, x, 'Unexpected tangent')
+  np.testing.assert_allclose(difference(x, loss), 6 * x, rtol=1e-3)
+
+
 SIZE = 128  # The smallest that the kernel takes.
 RNG = np.random.default_rng(0)
 TOKENS = RNG.normal(size=(SIZE, SIZE)).astype(np.float32)
