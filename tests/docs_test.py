@@ -1,12 +1,19 @@
 """Checks of the documentation site that `make docs` does not make."""
 
+import difflib
 import inspect
 import pathlib
 import re
+import runpy
+
+import jax
+import pytest
 
 import sophia_optax
 
-DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
+LOOPS = [ROOT / f'examples/{name}_loop.py' for name in ('adamw', 'sophia')]
 
 
 def public_names(module):
@@ -50,3 +57,26 @@ def test_every_page_is_in_the_table_of_contents_once():
     r'^[^|\n]*<([\w-]+)>$', (DOCS / 'index.md').read_text(), re.M
   )
   assert sorted(linked) == sorted(pages)
+
+
+def test_readme_has_the_three_changes_from_adamw():
+  adamw, sophia = (path.read_text().splitlines() for path in LOOPS)
+  matcher = difflib.SequenceMatcher(None, adamw, sophia)
+  changes = [op for op, *_ in matcher.get_opcodes() if op != 'equal']
+  assert changes == ['insert', 'replace', 'replace']
+  lines = [
+    line
+    for line in difflib.ndiff(adamw, sophia)
+    if line[0] in '+-' and line[2:].strip()
+  ]
+  block = re.search(
+    r'```diff\n(.*?)```', (ROOT / 'README.md').read_text(), re.S
+  )
+  assert block[1].splitlines() == [line[0] + line[2:] for line in lines]
+
+
+@pytest.mark.parametrize('path', LOOPS, ids=lambda path: path.stem)
+def test_both_loops_reduce_the_loss(path):
+  with jax.numpy_dtype_promotion('standard'):  # optax.adamw needs it.
+    losses = runpy.run_path(str(path))['losses']
+  assert losses[-1] < losses[0] / 5
