@@ -1,4 +1,7 @@
-"""Flax NNX and Equinox give the same numbers as a plain tree."""
+"""NNX and Equinox give the numbers of a plain tree; wrappers of optax."""
+
+import pathlib
+import re
 
 import chex
 import equinox as eqx
@@ -150,3 +153,64 @@ def test_equinox():
   assert_close((state[0].mu, state[0].nu), (expected[0].mu, expected[0].nu))
   assert model.num_calls == 7
   assert model.layers[1].bias is None
+
+
+FORWARDING = {
+  'chain': lambda tx: optax.chain(optax.clip(1.0), tx),
+  'named_chain': lambda tx: optax.named_chain(('sophia', tx)),
+  'masked': lambda tx: optax.masked(tx, True),
+  'partition': lambda tx: optax.partition({'all': tx}, 'all'),
+  'MultiSteps': lambda tx: optax.MultiSteps(tx, 2),
+  'apply_if_finite': lambda tx: optax.apply_if_finite(tx, 1),
+  'conditionally_transform': lambda tx: optax.conditionally_transform(
+    tx, lambda step, **_: step < 1
+  ),
+  'inject_hyperparams': lambda tx: optax.inject_hyperparams(lambda: tx)(),
+  'contrib.schedule_free': lambda tx: optax.contrib.schedule_free(tx, 0.1),
+  'contrib.mechanize': optax.contrib.mechanize,
+}
+REFUSING = {
+  'lookahead': lambda tx: optax.lookahead(tx, 2, 0.5),
+  'contrib.sam': lambda tx: optax.contrib.sam(tx, optax.sgd(0.1), 2),
+  'contrib.split_real_and_imaginary': optax.contrib.split_real_and_imaginary,
+}
+
+
+def test_the_page_names_these_wrappers():
+  page = (
+    pathlib.Path(__file__).parents[1] / 'docs/integrations.md'
+  ).read_text()
+  forward, refuse = re.search(
+    r'forward the arguments:(.*?)These raise a `TypeError`:(.*?)\.\s',
+    page,
+    re.S,
+  ).groups()
+  assert re.findall(r'`(.*?)`', forward) == list(FORWARDING)
+  assert re.findall(r'`(.*?)`', refuse) == list(REFUSING)
+
+
+@pytest.mark.parametrize('name', FORWARDING | REFUSING)
+def test_wrappers_that_forward_arguments(name):
+  params = {'w': jnp.ones(3)}
+  received = []
+
+  def update_fn(updates, state, params=None, **extra_args):
+    received.append(extra_args)
+    return updates, state
+
+  tx = (FORWARDING | REFUSING)[name](
+    optax.GradientTransformationExtraArgs(optax.identity().init, update_fn)
+  )
+  init = optax.LookaheadParams.init_synced if name == 'lookahead' else dict
+
+  def update():
+    wrapped = init(params)
+    tx.update(params, tx.init(wrapped), wrapped, predict_fn=jnp.sum)
+
+  with jax.numpy_dtype_promotion('standard'):  # Some wrappers need it.
+    if name in FORWARDING:
+      update()
+      assert any(args.get('predict_fn') is jnp.sum for args in received)
+    else:
+      with pytest.raises(TypeError, match='predict_fn'):
+        update()
