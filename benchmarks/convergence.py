@@ -82,6 +82,40 @@ def _from_optax(make, s, problem, key):
   return make(_learning_rate(s), s['b1'], s['b2'], **decay)
 
 
+def _soap(s, problem, key):
+  del key
+  nadam = optax.scale_by_adam(s['b1'], s['b2'], nesterov=True)
+  return optax.chain(
+    sophia_optax.in_eigenbasis(nadam),
+    optax.add_decayed_weights(s['weight_decay'], problem.decay_mask),
+    optax.scale_by_learning_rate(_learning_rate(s)),
+  )
+
+
+def _muon(s, problem, key):
+  """Muon for the matrices that the eigenbasis rotates, AdamW for others."""
+  del key
+  of_kernel = lambda path, _: (
+    optax.contrib.MuonDimensionNumbers(-2, -1)
+    if path[-1].key == 'kernel'
+    else None
+  )
+  decay = s['weight_decay']
+  return optax.contrib.muon(
+    _learning_rate(s),
+    beta=s['b1'],
+    weight_decay=decay,
+    weight_decay_mask=problem.decay_mask,
+    adam_b1=s['b1'],
+    adam_b2=s['b2'],
+    adam_weight_decay=decay,
+    muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(
+      of_kernel, params
+    ),
+    consistent_rms=0.2,  # Updates as large as AdamW's.
+  )
+
+
 def _contrib(s, problem, key):
   return optax.contrib.sophia(
     _learning_rate(s),
@@ -105,6 +139,7 @@ def _sophia(make_estimator, s, problem, key):
       weight_decay=s['weight_decay'],
       mask=problem.decay_mask,
       curvature=s['sophiaw'],
+      eigenbasis=s.get('eigenbasis', False),
     )
   return optax.chain(
     sophia_optax.scale_by_sophia(
@@ -150,6 +185,10 @@ OPTIMIZERS = {
   'sophia_h': _SOPHIA_H,
   'copied_g': _SOPHIA_G,
   'copied_h': _SOPHIA_H,
+  'eigen_g': _SOPHIA_G,
+  'eigen_h': _SOPHIA_H,
+  'soap': _soap,
+  'muon': _muon,
   'signum': lambda s, problem, key: _sophia(
     lambda *_: optax.set_to_zero(), s | {'gamma': 0.0}, problem, key
   ),

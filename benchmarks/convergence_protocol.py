@@ -40,12 +40,14 @@ SEEDS = 1, 2, 3  # of the report
 _NUM_FINALISTS = 3
 _CAP = 0.3
 
-UNTUNED = 'copied_g', 'copied_h'
+UNTUNED = 'copied_g', 'copied_h', 'eigen_g', 'eigen_h'
 # AdamW, and those that end below it in the shortest runs.
-_FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', *UNTUNED
-_PEERS = (*_FEW[:4], 'lion', 'signum', 'contrib', *UNTUNED)
+_COPIED = UNTUNED[:2]
+_FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', *_COPIED
+_ROTATED = 'eigen_g', 'eigen_h', 'soap', 'muon'
+_PEERS = (*_FEW, 'lion', 'signum', 'contrib')
 # In the longest runs, the largest model, and three quarters of the steps.
-_LONG = 'adamw', 'nadamw', *UNTUNED
+_LONG = 'adamw', 'nadamw', *_COPIED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _small(steps, tokens, parent=None, **options):
 
 LENGTHS = 'language_1200', 'language_4800', 'language_19200'
 TASKS = {  # in the order in which they are run
-  'language_1200': _small(1200, 20.6, margin=0.03),
+  'language_1200': _small(1200, 20.6, margin=0.03, peers=(*_PEERS, *_ROTATED)),
   'axes': Task('Regression along the axes', 'axes', 300, margin=None),
   'rotated': Task('Regression, rotated', 'rotated', 300, margin=None),
   'language_4800': _small(4800, 82.5, 'language_1200', peers=(*_FEW, 'signum')),
@@ -172,19 +174,24 @@ SPACES = {
   'nadamw': _ADAM,
   'sophia_g': _SOPHIA | _GAMMA_G,
   'sophia_h': _SOPHIA | _GAMMA_H,
+  'soap': _ADAM,
+  'muon': _ADAM,
   'lion': _SIGN | {'b2': _decay(0.9, 0.995)},
   'signum': _SIGN | {'nesterov': _choice(True, False)},
   'contrib': _RULE | {'learning_rate': _log_uniform(6e-4, 9e-3)} | _GAMMA_H,
 }
 _SOPHIA_FIXED = {'nesterov': True, 'nu_bias_correction': True}
 # docs/choosing.md has the same, and `sophia_like` of examples/gpt_configs.py.
-_COPIED = _SOPHIA_FIXED | {'b2': 0.95}
+_SETTINGS = _SOPHIA_FIXED | {'b2': 0.95}
 _COPIED_G = {'gamma': 0.1, 'target_win_rate': 0.3, 'parts': 8}
+_EIGENBASIS = {'eigenbasis': True, 'warmup': 0.1}
 _FIXED = {
   'sophia_g': _SOPHIA_FIXED,
   'sophia_h': _SOPHIA_FIXED,
-  'copied_g': _COPIED | _COPIED_G | {'eps': 1e-15},  # eps of `sophia_g`
-  'copied_h': _COPIED | {'gamma': 0.05, 'gamma_end': 0.1},
+  'copied_g': _SETTINGS | _COPIED_G | {'eps': 1e-15},  # eps of `sophia_g`
+  'copied_h': _SETTINGS | {'gamma': 0.05, 'gamma_end': 0.1},
+  'eigen_g': _EIGENBASIS | {'sophiaw': 'gauss_newton'},
+  'eigen_h': _EIGENBASIS | {'sophiaw': 'hessian'},
 }
 # Factors for the learning rates of problems other than language.
 RATES = {'photographs': 0.5, 'axes': 10.0, 'rotated': 10.0}

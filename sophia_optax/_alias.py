@@ -254,6 +254,7 @@ def sophiaw(
   Raises:
     ValueError: If an argument is out of range, unless it is traced. In
       ``update``, if ``params`` or an argument of the estimator is missing.
+    TypeError: If ``curvature_fraction`` or ``curvature_parts`` is an array.
 
   Example:
     >>> import jax
@@ -282,6 +283,9 @@ def sophiaw(
     Liu et al., `Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training <https://arxiv.org/abs/2305.14342>`_, 2023
   """
+  _checks.static(
+    curvature_fraction=curvature_fraction, curvature_parts=curvature_parts
+  )
   if isinstance(curvature, str):
     _checks.one_of('curvature', curvature, _CURVATURES)
     settings = _CURVATURES[curvature]

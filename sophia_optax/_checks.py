@@ -67,6 +67,17 @@ def whole_number(name: str, value: Any, at_least: int) -> Any:
   return value if is_array else int(value)
 
 
+def static(**options: Any):
+  """Raises if an option that decides shapes is an array."""
+  for name, value in options.items():
+    if hasattr(value, 'dtype'):
+      raise TypeError(
+        f'{name} must be a Python number, because shapes depend on it, got an'
+        f' array. Pass static_args={tuple(options)} to'
+        ' optax.inject_hyperparams.'
+      )
+
+
 def one_of(name: str, value: Any, known: Collection[str]):
   if not isinstance(value, str) or value not in known:
     raise ValueError(f'{name} must be one of {sorted(known)}, got {value!r}.')

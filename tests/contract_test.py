@@ -22,6 +22,7 @@ class Row(NamedTuple):
   factory: Callable[..., Any]  # Takes learning_rate and `numbers`.
   extra_args: Callable[[Callable[..., Any]], dict[str, Any]]
   numbers: dict[str, float]  # Hyperparameters to inject.
+  static: tuple[str, ...] = ()  # Those that can not be injected.
 
 
 def every_coordinate(params):
@@ -83,6 +84,7 @@ ROWS = {
     ),
     lambda loss_fn: {'obj_fn': loss_fn},
     {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 1e-3},
+    ('curvature_fraction', 'curvature_parts'),
   ),
 }
 
@@ -166,7 +168,7 @@ def test_scan_and_a_population_under_vmap_agree_with_jit(row):
 def test_inject_hyperparams(row):
   # Every number, so that all are traced, and a schedule for the rate.
   schedule = optax.linear_schedule(0.1, 0.05, 5)
-  injected = optax.inject_hyperparams(row.factory)(
+  injected = optax.inject_hyperparams(row.factory, static_args=row.static)(
     learning_rate=schedule, **row.numbers
   )
   traces = []
