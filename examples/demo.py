@@ -6,6 +6,7 @@ All start from the same parameters and train on the same batches. After Ctrl-C
 the script saves a checkpoint and shows the table and the plot so far.
 """
 
+import dataclasses
 import os
 import time
 
@@ -33,8 +34,11 @@ def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
   results = {}
   for optimizer in STYLES:
     results[optimizer] = train_gpt.train(
-      gpt_configs.get_config(
-        'demo', optimizer, out_dir=os.path.join(out_dir, optimizer), **overrides
+      dataclasses.replace(
+        gpt_configs.CONFIGS['demo'],
+        optimizer=optimizer,
+        out_dir=os.path.join(out_dir, optimizer),
+        **overrides,
       )
     )
     if not results[optimizer].finished:

@@ -6,7 +6,6 @@ train step of GPT-2's size.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -38,37 +37,6 @@ def make_model(config):
   )
 
 
-def on_first_sequences(size, num_parts, estimator):
-  """Estimates on the first sequences of the batch, one part at a time.
-
-  This moves sequences between devices, but only on steps that refresh the
-  curvature, because the optimizer calls the estimator only on those.
-  """
-  estimator = sophia_optax.microbatched(estimator, num_parts)
-
-  def update(updates, state, params=None, *, batch, **extra_args):
-    tokens = batch.reshape(-1, batch.shape[-1])[:size]  # (size, T + 1)
-    return estimator.update(
-      updates, state, params, batch=sharding.divide(tokens), **extra_args
-    )
-
-  return optax.GradientTransformationExtraArgs(estimator.init, update)
-
-
-def make_gamma(config):
-  """Returns a schedule of γ: constant in the first half, then a cosine."""
-  half = config.num_steps // 2
-  return optax.join_schedules(
-    [
-      optax.constant_schedule(config.gamma),
-      optax.cosine_decay_schedule(
-        config.gamma, config.num_steps - half, alpha=config.final_gamma
-      ),
-    ],
-    [half],
-  )
-
-
 def make_schedule(config):
   """Returns a learning rate with linear warm-up and a cosine."""
   return optax.warmup_cosine_decay_schedule(
@@ -80,49 +48,35 @@ def make_schedule(config):
   )
 
 
+def make_curvature(config):
+  """Returns whose curvature Sophia uses, for `sophiaw`."""
+  if config.optimizer == 'sophia_h':
+    return 'hessian'
+  if config.head_chunks == 1:
+    return 'gauss_newton'
+  return sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
+    num_chunks=config.head_chunks
+  )
+
+
 def make_optimizer(config):
   """Returns the optimizer with clipping, schedule and masked decay."""
-  part = functools.partial(
-    on_first_sequences, config.curvature_batch_size, config.curvature_parts
-  )
-  common = {
+  adamw = {
     'learning_rate': make_schedule(config),
     'b1': config.b1,
     'b2': config.b2,
     'weight_decay': config.weight_decay,
+    'mask': gpt.decay_mask,
   }
-  sophia = common | {
-    'weight_decay_mask': gpt.decay_mask,
-    'update_interval': config.update_interval,
-    'target_win_rate': config.target_win_rate or None,
-    'nesterov': config.nesterov,
-    'nu_bias_correction': config.bias_correction,
-    'adam_b2': config.adam_b2 or None,
-  }
-  if config.optimizer == 'sophia_h':
-    estimator = sophia_optax.hutchinson_estimator_diag_hessian(config.seed)
-    optimizer = sophia_optax.sophia(
-      **sophia,
-      eps=config.eps,
-      gamma=make_gamma(config),
-      hessian_diagonal_fn=part(estimator),
+  if config.optimizer.startswith('sophia'):
+    optimizer = sophia_optax.sophiaw(
+      **adamw,
+      curvature=make_curvature(config),
+      curvature_fraction=config.curvature_fraction,
+      curvature_parts=config.curvature_parts,
     )
-  elif config.optimizer == 'sophia_g':
-    estimator = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-      config.seed,
-      num_chunks=config.head_chunks if config.head_chunks > 1 else None,
-    )
-    optimizer = sophia_optax.sophia_g(
-      **sophia,
-      rho=make_gamma(config),
-      bias_correction=config.bias_correction,
-      hessian_diagonal_fn=part(estimator),
-    )
-  elif config.optimizer == 'lion':
-    optimizer = optax.lion(**common, mask=gpt.decay_mask)
   else:
-    adam = {'adamw': optax.adamw, 'nadamw': optax.nadamw}[config.optimizer]
-    optimizer = adam(**common, eps=config.eps, mask=gpt.decay_mask)
+    optimizer = getattr(optax, config.optimizer)(**adamw)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
@@ -195,7 +149,7 @@ def make_init(config, model, optimizer):
   return init
 
 
-def make_step(fns, optimizer):
+def make_step(config, fns, optimizer):
   """Returns the function (state, batch, refresh) -> (state, metrics).
 
   `refresh` is a bool that says whether Sophia refreshes the curvature. With
@@ -203,19 +157,23 @@ def make_step(fns, optimizer):
   """
   loss_fn = fns['obj_fn']
 
-  def step(state, batch, refresh=None):  # batch: (B/M, M, T + 1)
+  def step(state, batch, refresh=None):  # batch: (B, T + 1)
     params, opt_state = state
+    # Strided, so that sequences stay on their devices.
+    micro_batches = batch.reshape(
+      config.micro_batch_size, -1, batch.shape[-1]
+    ).swapaxes(0, 1)  # (B/M, M, T + 1)
 
     def add_micro_batch(total, tokens):  # tokens: (M, T + 1)
       new = jax.value_and_grad(loss_fn)(params, tokens)
       return jax.tree.map(jnp.add, total, new), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add_micro_batch, zero, batch)
-    loss, grads = jax.tree.map(lambda x: x / len(batch), total)
+    total, _ = jax.lax.scan(add_micro_batch, zero, micro_batches)
+    loss, grads = jax.tree.map(lambda x: x / len(micro_batches), total)
 
     # On a refresh, Sophia-H calls obj_fn, and Sophia-G calls predict_fn and
-    # head_fn, on parts of this batch. Other optimizers ignore them.
+    # head_fn, on parts of this batch.
     updates, opt_state = optimizer.update(
       grads, opt_state, params, batch=batch, refresh=refresh, **fns
     )
@@ -242,7 +200,7 @@ class Program(NamedTuple):
   """Functions for a mesh. Trace them within `jax.set_mesh(mesh)`."""
 
   state: State  # shapes, dtypes and shardings
-  batch: jax.ShapeDtypeStruct  # (B/M, M, T + 1), with its sharding
+  batch: jax.ShapeDtypeStruct  # (B, T + 1), with its sharding
   init: Callable  # () -> state
   step: Callable  # (state, batch, refresh) -> (state, metrics); donates state
   evaluate: Callable  # (params, batches) -> loss
@@ -254,7 +212,7 @@ def make_program(config, mesh, optimizer=None) -> Program:
   optimizer = optimizer or make_optimizer(config)
   fns = make_fns(config, model)
   init = make_init(config, model, optimizer)
-  step = make_step(fns, optimizer)
+  step = make_step(config, fns, optimizer)
   evaluate = make_evaluate(fns['obj_fn'])
 
   shapes = jax.eval_shape(init)
@@ -265,11 +223,10 @@ def make_program(config, mesh, optimizer=None) -> Program:
     shapes,
     shardings,
   )
-  size = config.micro_batch_size
   batch = jax.ShapeDtypeStruct(
-    (config.batch_size // size, size, config.block_size + 1),
+    (config.batch_size, config.block_size + 1),
     jnp.int32,
-    sharding=sharding.batch_sharding(mesh, axis=1),
+    sharding=sharding.batch_sharding(mesh),
   )
   return Program(
     state,

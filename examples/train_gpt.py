@@ -80,22 +80,18 @@ def train(config: gpt_configs.Config) -> Result:
   train_tokens, val_tokens = text.load(config.data_dir)
   sizes = config.block_size, config.vocab_size
   mesh = sharding.make_mesh(config.mesh)
-  # Each process has all tokens and puts the right rows on its devices. Each
-  # micro-batch is divided over all devices, so steps do not move sequences.
-  rows = sharding.batch_sharding(mesh, axis=1)
+  # Each process has all tokens and puts the right rows on its devices.
   val_batches = sharding.put(
     text.validation(
       val_tokens, config.eval_batches, config.micro_batch_size, *sizes
     ),
-    rows,
+    sharding.batch_sharding(mesh, axis=1),
   )
 
-  def batch_at(step):  # (B/M, M, T + 1)
-    batch = text.sample(
-      train_tokens, config.seed, step, config.batch_size, *sizes
-    )
+  def batch_at(step):  # (B, T + 1)
     return sharding.put(
-      batch.reshape(-1, config.micro_batch_size, batch.shape[-1]), rows
+      text.sample(train_tokens, config.seed, step, config.batch_size, *sizes),
+      sharding.batch_sharding(mesh),
     )
 
   program = gpt_program.make_program(config, mesh)
@@ -207,7 +203,8 @@ def config_from_flags() -> gpt_configs.Config:
     for field in dataclasses.fields(gpt_configs.Config)
     if flags.FLAGS[field.name].value is not None
   }
-  optimizer = given.pop('optimizer', 'sophia_h')
+  config = gpt_configs.CONFIGS[flags.FLAGS.config]
+  optimizer = given.get('optimizer', config.optimizer)
   given.setdefault('out_dir', f'runs/{flags.FLAGS.config}_{optimizer}')
   try:
     vocab_size = text.vocab_size(
@@ -215,7 +212,7 @@ def config_from_flags() -> gpt_configs.Config:
     )
     if vocab_size is not None:
       given['vocab_size'] = vocab_size
-    return gpt_configs.get_config(flags.FLAGS.config, optimizer, **given)
+    return dataclasses.replace(config, **given)
   except ValueError as error:
     raise app.UsageError(str(error)) from error
 

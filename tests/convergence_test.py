@@ -15,7 +15,6 @@ import convergence_problems
 import convergence_protocol as protocol
 from convergence_protocol import Case
 import convergence_tables as tables
-import gpt_configs
 import records
 
 RECORD = pathlib.Path(convergence.__file__).with_suffix('.json')
@@ -76,33 +75,6 @@ def test_a_setting_that_diverges_with_the_second_seed_does_not_win():
       swept.setdefault(case.rate, set()).add(case.seed)
   assert len(swept) >= 3
   assert all(seeds == {0, 4} for seeds in swept.values())
-
-
-@pytest.mark.parametrize('name', ['copied_g', 'copied_h'])
-def test_settings_to_copy_are_those_of_the_examples(name):
-  drawn = protocol.settings(Case('language_4800', name, 3, 1))
-  adamw = protocol.settings(Case('language_4800', 'adamw', 3, 1))
-  shared = {key: adamw[key] for key in ('learning_rate', 'b1', 'weight_decay')}
-  expected = gpt_configs.sophia_like(
-    gpt_configs.Config(
-      num_steps=4800,
-      warmup_steps=round(adamw['warmup'] * 4800),
-      b2=adamw['b2'],
-      **shared,
-    ),
-    name.replace('copied', 'sophia'),
-  )
-  warmup = expected.warmup_steps / 4800
-  assert drawn.pop('warmup') == pytest.approx(warmup, abs=1e-3)
-  names = 'learning_rate', 'weight_decay', 'b1', 'b2', 'adam_b2', 'gamma'
-  wanted = {key: getattr(expected, key) for key in (*names, 'nesterov')}
-  wanted['nu_bias_correction'] = expected.bias_correction
-  if name == 'copied_g':
-    wanted |= {'parts': expected.curvature_parts, 'eps': 1e-15}
-    wanted['target_win_rate'] = expected.target_win_rate
-  else:
-    wanted['gamma_end'] = expected.final_gamma
-  assert drawn == wanted
 
 
 # The committed runs.

@@ -43,8 +43,6 @@ TINY = {
   'block_size': 8,
   'batch_size': 8,
   'micro_batch_size': 8,
-  'curvature_batch_size': 8,
-  'curvature_parts': 1,
   'eval_batches': 1,
   'num_steps': 2,
   'warmup_steps': 1,
@@ -94,13 +92,10 @@ def commands(tmp_path_factory):
   (folder / 'my_files').mkdir()
   (folder / 'my_files' / 'prose.txt').write_bytes(PROSE.encode() * 10)
   # Small settings replace those of the demo, with one optimizer.
-  configs = {
-    name: dataclasses.replace(config, **TINY)
-    for name, config in gpt_configs.CONFIGS['demo'].items()
-  }
+  config = dataclasses.replace(gpt_configs.CONFIGS['demo'], **TINY)
   printed = {}
   with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-    patch.setitem(gpt_configs.CONFIGS, 'demo', configs)
+    patch.setitem(gpt_configs.CONFIGS, 'demo', config)
     patch.setattr(demo, 'STYLES', {'adamw': demo.STYLES['adamw']})
     for script, args in read_commands():
       lines = []

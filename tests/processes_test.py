@@ -5,6 +5,7 @@ end also writes what its devices hold.
 """
 
 import collections
+import dataclasses
 import os
 import pathlib
 import pickle
@@ -34,7 +35,6 @@ _SETTINGS = (
     'eval_interval': 3,
     'unroll': 1,
     'checkpoint_interval': 2,
-    'update_interval': 2,
     'learning_rate': 1e-3,
   }
 )
@@ -176,7 +176,9 @@ def test_two_processes_train_as_one_does(tmp_path, data_dir):
   config = _SETTINGS | {'data_dir': data_dir}
   leaves, losses, _ = _run(tmp_path, config | {'out_dir': tmp_path / 'run'})
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules promote.
-    result = train_gpt.train(gpt_configs.get_config('demo', **config))
+    result = train_gpt.train(
+      dataclasses.replace(gpt_configs.CONFIGS['demo'], **config)
+    )
   np.testing.assert_allclose(
     losses, [entry['val_loss'] for entry in result.history], rtol=1e-5
   )

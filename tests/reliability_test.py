@@ -406,9 +406,7 @@ def abstract(sharding_of=lambda tree: None, **changed):
 
 
 def make_saver(out_dir, **settings):
-  config = gpt_configs.get_config(
-    'demo', 'sophia_h', out_dir=str(out_dir), **settings
-  )
+  config = gpt_configs.Config(out_dir=str(out_dir), **settings)
   return checkpoints.Checkpoints(config)
 
 

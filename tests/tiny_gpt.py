@@ -1,5 +1,7 @@
 """A GPT of a few thousand parameters, for the tests of the examples."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,21 +18,21 @@ SETTINGS = {
   'vocab_size': 64,
   'batch_size': 8,
   'micro_batch_size': 4,
-  'curvature_batch_size': 4,
-  'curvature_parts': 2,
   'eval_batches': 1,
   'warmup_steps': 2,
 }
-# With sequences for eight devices.
+# With sequences for eight parts on eight devices.
 DIVISIBLE = {
-  'batch_size': 16,
-  'micro_batch_size': 8,
-  'curvature_batch_size': 16,
+  'batch_size': 128,
+  'micro_batch_size': 64,
+  'curvature_fraction': 0.5,
 }
 
 
-def config(name='demo', optimizer='sophia_h', **overrides):
-  return gpt_configs.get_config(name, optimizer, **(SETTINGS | overrides))
+def config(name='demo', **overrides):
+  return dataclasses.replace(
+    gpt_configs.CONFIGS[name], **(SETTINGS | overrides)
+  )
 
 
 def setup(config):
@@ -39,7 +41,9 @@ def setup(config):
   optimizer = gpt_program.make_optimizer(config)
   return (
     gpt_program.make_init(config, model, optimizer),
-    gpt_program.make_step(gpt_program.make_fns(config, model), optimizer),
+    gpt_program.make_step(
+      config, gpt_program.make_fns(config, model), optimizer
+    ),
   )
 
 
