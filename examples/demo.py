@@ -1,4 +1,4 @@
-"""Trains a small GPT with AdamW, NAdamW, Sophia-H and Sophia-G.
+"""Trains a small GPT with AdamW, NAdamW, Sophia-G and Sophia-H.
 
   python examples/demo.py
 
@@ -19,20 +19,20 @@ import gpt_configs
 import text
 import train_gpt
 
-# Okabe and Ito's colours. Line styles differ too, for prints in grey.
-STYLES = {
-  'adamw': {'label': 'AdamW', 'color': '#000000', 'linestyle': '--'},
-  'nadamw': {'label': 'NAdamW', 'color': '#CC79A7', 'linestyle': ':'},
-  'sophia_h': {'label': 'Sophia-H', 'color': '#0072B2', 'linestyle': '-'},
-  'sophia_g': {'label': 'Sophia-G', 'color': '#D55E00', 'linestyle': '-.'},
+# What is trained, with name and colour. The others are compared with the first.
+RUNS = {
+  'adamw': ('AdamW', '#808080'),
+  'nadamw': ('NAdamW', '#CC79A7'),
+  'sophia_g': ('Sophia-G', '#D55E00'),
+  'sophia_h': ('Sophia-H', '#3A8DC8'),
 }
-_BASELINE = 'adamw'  # runs first
+_BASELINE = next(iter(RUNS))
 
 
 def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
   """Trains with each optimizer in turn, until a run is interrupted."""
   results = {}
-  for optimizer in STYLES:
+  for optimizer in RUNS:
     results[optimizer] = train_gpt.train(
       dataclasses.replace(
         gpt_configs.CONFIGS['demo'],
@@ -46,126 +46,93 @@ def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
   return results
 
 
-def _target(results):
+def _steps_to_target(results):
+  """Returns the step at which each run reached the baseline's final loss."""
   history = results[_BASELINE].history
-  return history[-1]['val_loss'] if history else float('-inf')
+  target = history[-1]['val_loss'] if history else float('-inf')
+  reached = {
+    optimizer: next(
+      (h['step'] for h in result.history if h['val_loss'] <= target), None
+    )
+    for optimizer, result in results.items()
+  }
+  return {optimizer: step for optimizer, step in reached.items() if step}
 
 
 def table(results: dict[str, train_gpt.Result]) -> str:
   """Compares the runs with the baseline's final validation loss."""
-  target = _target(results)
-  row = '{:10} {:>6} {:>10} {:>8} {:>9} {:>10} {:>9}'.format
+  baseline, _ = RUNS[_BASELINE]
+  row = '{:10} {:>6} {:>10} {:>9} {:>8}'.format
   lines = [
-    row('', '', 'validation', 'steps to', 'seconds', 'mean step', 'compile'),
-    row('optimizer', 'steps', 'loss', 'target', 'to target', 'ms', 's'),
+    row('', '', 'validation', 'steps to', 'ms for'),
+    row('optimizer', 'steps', 'loss', f"{baseline}'s", 'a step'),
   ]
+  reached = _steps_to_target(results)
   for optimizer, result in results.items():
-    name = STYLES[optimizer]['label']
-    if not result.history:
-      lines.append(row(name, *['-'] * 6))
-      continue
-    last = result.history[-1]
-    reached = next((h for h in result.history if h['val_loss'] <= target), None)
-    lines.append(
-      row(
-        name,
+    cells = ['-'] * 4
+    if result.history:
+      last = result.history[-1]
+      cells = [
         last['step'],
         f'{last["val_loss"]:.3f}',
-        reached['step'] if reached else 'never',
-        f'{reached["seconds"]:.1f}' if reached else 'never',
+        reached.get(optimizer, 'never'),
         f'{1e3 * last["seconds"] / last["step"]:.0f}',
-        f'{result.compile_seconds:.1f}',
-      )
-    )
-  lines.append(
-    f"Target: {STYLES[_BASELINE]['label']}'s final validation loss. Seconds "
-    'do not include compilation,\nvalidation and checkpoints.'
-  )
+      ]
+    lines.append(row(RUNS[optimizer][0], *cells))
   return '\n'.join(lines)
 
 
-def _plot_losses(axes, results):
-  """Draws validation loss over steps and over seconds of training."""
-  losses = []
-  for ax, key, unit in zip(
-    axes, ('step', 'seconds'), ('Steps', 'Seconds of training'), strict=True
-  ):
-    for optimizer, result in results.items():
-      values = [entry['val_loss'] for entry in result.history]
-      # Leaves the steep start out of the limits of the axis.
-      losses += values[len(values) // 6 :]
-      ax.plot(
-        [entry[key] for entry in result.history],
-        values,
-        linewidth=2,
-        **STYLES[optimizer],
-      )
-    if losses:
-      ax.axhline(_target(results), color='#999999', linewidth=1, zorder=0)
-    ax.set_xlabel(unit)
-  if losses:
-    margin = 0.05 * (max(losses) - min(losses)) + 1e-3
-    axes[0].set_ylim(min(losses) - margin, max(losses) + margin)
-  axes[0].set_ylabel('Validation loss (nats)')
-  axes[0].legend(frameon=False)
-
-
-def _plot_differences(ax, results):
-  """Draws the difference of each validation loss from the baseline's."""
-  baseline = {h['step']: h['val_loss'] for h in results[_BASELINE].history}
-  for optimizer, result in results.items():
-    both = [h for h in result.history if h['step'] in baseline]
-    ax.plot(
-      [h['step'] for h in both],
-      [h['val_loss'] - baseline[h['step']] for h in both],
-      linewidth=2,
-      **STYLES[optimizer],
-    )
-  # Early differences are ten times larger than late ones, so they are cut off.
-  ax.set(
-    xlabel='Steps',
-    ylabel=f"Loss − {STYLES[_BASELINE]['label']}'s",
-    ylim=(-0.15, 0.15),
+def conclusion(results: dict[str, train_gpt.Result]) -> str:
+  """Says how many steps the others needed, after runs to the end."""
+  reached = _steps_to_target(results)
+  num_steps = reached.pop(_BASELINE)
+  others = ', '.join(
+    f'by {RUNS[optimizer][0]} after {100 * step / num_steps:.0f} %'
+    for optimizer, step in reached.items()
   )
-
-
-def _plot_win_rates(ax, results):
-  """Draws Sophia's win rate over steps."""
-  for optimizer, result in results.items():
-    entries = [entry for entry in result.history if 'win_rate' in entry]
-    ax.plot(
-      [entry['step'] for entry in entries],
-      [entry['win_rate'] for entry in entries],
-      linewidth=2,
-      **STYLES[optimizer],
-    )
-  ax.axhspan(0.1, 0.5, color='#999999', alpha=0.15, linewidth=0)
-  ax.text(
-    0.02,
-    0.11,
-    'tune γ for this range',
-    fontsize='small',
-    va='bottom',
-    transform=ax.get_yaxis_transform(),
+  return (
+    f"{RUNS[_BASELINE][0]}'s final loss was reached "
+    f'{others or "by no other within 100 %"} of the steps.'
   )
-  ax.set(xlabel='Steps', ylabel='Win rate', ylim=(0, 1))
 
 
 def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
-  """Draws losses, their differences from the baseline's, and win rates."""
-  # Small, so that the labels can be read on a phone.
-  fig = figure.Figure(figsize=(7, 6), layout='constrained')
-  axes = fig.subplots(2, 2, height_ratios=(3, 2))
-  axes[0, 0].sharey(axes[0, 1])
-  _plot_losses(axes[0], results)
-  _plot_differences(axes[1, 0], results)
-  _plot_win_rates(axes[1, 1], results)
-  for ax in axes.flat:
-    ax.locator_params(axis='x', nbins=5)
-    ax.grid(alpha=0.25)
-    ax.set_xlim(left=0)
-    ax.spines[['top', 'right']].set_visible(False)
-  fig.suptitle('Byte-level GPT on the text of the standard library')
+  """Draws the difference of each validation loss from the baseline's."""
+  # Small, so that the text can be read on a phone.
+  fig = figure.Figure(figsize=(4.16, 2.8), layout='constrained')
+  ax = fig.subplots()
+  baseline = {h['step']: h['val_loss'] for h in results[_BASELINE].history}
+  ends, late = [], [0.0]
+  for optimizer, result in results.items():
+    both = [h for h in result.history if h['step'] in baseline]
+    steps = [h['step'] for h in both]
+    values = [h['val_loss'] - baseline[h['step']] for h in both]
+    label, color = RUNS[optimizer]
+    ax.plot(steps, values, color=color, label=label)
+    # Leaves the steep start out of the limits of the axis.
+    late += values[len(values) // 6 :]
+    if both:
+      ends.append((values[-1], steps[-1], label, color))
+  low, high = min(late) - 0.005, max(late) + 0.01
+  # Each line is labelled at its end, a label above the one before.
+  y = low
+  for value, step, label, color in sorted(ends):
+    y = max(value, y)
+    ax.annotate(
+      label, (step, y), (4, 0), textcoords='offset points', color=color,
+      va='center', annotation_clip=False,
+    )  # fmt: skip
+    y += 0.075 * (high - low)
+  ax.set(xlabel='Steps', xlim=(0, None), ylim=(low, high))
+  ax.set_title(
+    f"Validation loss minus {RUNS[_BASELINE][0]}'s",
+    fontsize='medium', color='#808080', loc='left',
+  )  # fmt: skip
+  ax.xaxis.label.set_color('#808080')
+  ax.tick_params(colors='#808080')
+  ax.locator_params(nbins=5)
+  ax.grid(color='#808080', alpha=0.25)
+  ax.spines[:].set_visible(False)
   return fig
 
 
@@ -193,9 +160,11 @@ def main(argv):
   results = train_all(out_dir)
   print(table(results))
   path = os.path.abspath(os.path.join(out_dir, 'validation_loss.png'))
-  plot(results).savefig(path, dpi=200)
+  plot(results).savefig(path, dpi=200, transparent=True)
   print(f'Plot: {path}')
-  if not all(result.finished for result in results.values()):
+  if all(result.finished for result in results.values()):
+    print(conclusion(results))
+  else:
     print(
       f'Interrupted. To continue: python examples/demo.py --out_dir={out_dir}'
     )

@@ -96,7 +96,7 @@ def commands(tmp_path_factory):
   printed = {}
   with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
     patch.setitem(gpt_configs.CONFIGS, 'demo', config)
-    patch.setattr(demo, 'STYLES', {'adamw': demo.STYLES['adamw']})
+    patch.setattr(demo, 'RUNS', {'adamw': demo.RUNS['adamw']})
     for script, args in read_commands():
       lines = []
       patch.setattr('builtins.print', lambda *x: lines.append(' '.join(x)))  # noqa: B023
