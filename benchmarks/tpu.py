@@ -26,9 +26,10 @@ ordinary) / k with k = 10.
 The others are of the whole train step of examples/train_gpt.py. All figures are
 of one chip. Batches have 512 sequences, micro-batches at most 8 on each chip.
 Sophia-H takes its curvature from 64 sequences, or one on each chip, Sophia-G
-from 256, in parts of 64, or of one on each chip. A program is `one` for all
-steps, or one of two, `ordinary` and `refresh`. `sophia_h, rbg` draws its probes
-with such a key, `sophia_g, Gumbel` its labels with jax.random.categorical.
+from 256, in parts of 64, or of one on each chip. `sophiaw` takes it from 128 in
+8 parts. A program is `one` for all steps, or one of two, `ordinary` and
+`refresh`. `sophia_h, rbg` draws its probes with such a key, `sophia_g, Gumbel`
+its labels with jax.random.categorical.
 Collectives and the bytes that they send are counted as hlo.py says. FLOPs are
 XLA's, which counts a loop's body once, so compare them within a column only.
 Seconds of compilation are of the processor, one sample each.

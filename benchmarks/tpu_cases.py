@@ -84,21 +84,24 @@ _MORE_PROGRAMS = (
   ('sophia_h, rbg', 'refresh'),
   ('sophia_g', 'one'),
   ('sophia_g, Gumbel', 'refresh'),
+  ('sophiaw', 'one'),
+  ('sophiaw', 'ordinary'),
+  ('sophiaw', 'refresh'),
 )
 _BATCH_SIZE = 512
-# By optimizer: whose settings it has, sequences for the curvature, and how many
-# of them a part has at least.
-_OPTIMIZERS = {
-  'adamw': ('adamw', 1, 1),
-  'optax.contrib.sophia': ('sophia_h', 64, 64),
-  'sophia_h': ('sophia_h', 64, 64),
-  'sophia_h, rbg': ('sophia_h', 64, 64),
-  'sophia_g': ('sophia_g', 256, 64),
-  'sophia_g, Gumbel': ('sophia_g', 256, 64),
-}
-GUMBEL = sophia_optax.likelihoods.Likelihood(
+_H = sophia_optax.hutchinson_estimator_diag_hessian
+_G = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian
+_GUMBEL = sophia_optax.likelihoods.Likelihood(
   jax.random.categorical, sophia_optax.likelihoods.categorical.score, 1
 )
+# Estimators that train_gpt.py does not have, and their number of sequences.
+_ESTIMATORS = {
+  'optax.contrib.sophia': (optax.contrib.hutchinson_estimator_diag_hessian, 64),
+  'sophia_h': (_H, 64),
+  'sophia_h, rbg': (lambda: _H(jax.random.key(0, impl='rbg')), 64),
+  'sophia_g': (_G, 256),
+  'sophia_g, Gumbel': (lambda: _G(likelihood=_GUMBEL), 256),
+}
 
 
 class Case(NamedTuple):
@@ -131,8 +134,7 @@ def placed(tree: Any, sharding: Any):
 
 def optimizers() -> dict[str, optax.GradientTransformation]:
   """The rows of the update alone."""
-  h = sophia_optax.hutchinson_estimator_diag_hessian()
-  g = sophia_optax.gauss_newton_bartlett_estimator_diag_hessian()
+  h, g = _H(), _G()
   squares = sophia_optax.squared_gradient_estimator_diag_hessian(1)
 
   def sophia(estimator, **options):
@@ -145,7 +147,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     'sophia, H': sophia(h),
     'sophia, G': sophia(g),
     'sophia, H, refresh first': sophia(h, refresh_before_update=True),
-    'sophia, G, adam_b2': sophia(g, nesterov=True, adam_b2=0.95),
+    'sophiaw, G': sophia_optax.sophiaw(1e-3),
     'H alone': h,
     'G alone': g,
   }
@@ -184,50 +186,48 @@ def lower_update(tx: optax.GradientTransformation, **decision: Any):
 def make_config(model: str, optimizer: str, mesh: str) -> gpt_configs.Config:
   """Returns GPT-2's settings, with batches that the chips divide."""
   count = math.prod(sharding.parse(mesh).values())
-  settings, total, part = _OPTIMIZERS[optimizer]
-  total, part = max(total, count), max(part, count)
-  return gpt_configs.get_config(
-    'gpt2_124m',
-    settings,
+  return dataclasses.replace(
+    gpt_configs.CONFIGS['gpt2_124m'],
+    optimizer='sophia_g' if optimizer == 'sophiaw' else 'adamw',
     mesh=mesh,
     batch_size=_BATCH_SIZE,
     micro_batch_size=min(8 * count, _BATCH_SIZE),
-    curvature_batch_size=total,
-    curvature_parts=total // part,
     **_MODELS[model],
   )
 
 
 def make_optimizer(optimizer: str, config: gpt_configs.Config):
   """Returns one that train_gpt.py does not have, or None."""
-  if optimizer == 'sophia_h, rbg':
-    key = jax.random.key(config.seed, impl='rbg')
-    return gpt_program.make_optimizer(dataclasses.replace(config, seed=key))
-  if optimizer == 'optax.contrib.sophia':
-    inner = optax.contrib.hutchinson_estimator_diag_hessian()
-
-    def estimate(updates, state, params=None, *, batch, obj_fn, **extra_args):
-      del extra_args
-      tokens = batch.reshape(-1, batch.shape[-1])[: config.curvature_batch_size]
-      tokens = sharding.divide(tokens)
-      return inner.update(
-        updates, state, params, obj_fn=lambda params: obj_fn(params, tokens)
-      )
-
-    estimator = optax.GradientTransformationExtraArgs(inner.init, estimate)
-    tx = optax.contrib.sophia(1e-3, hessian_diagonal_fn=estimator)
-  elif optimizer == 'sophia_g, Gumbel':
-    estimator = gpt_program.on_first_sequences(
-      config.curvature_batch_size,
-      config.curvature_parts,
-      sophia_optax.gauss_newton_bartlett_estimator_diag_hessian(
-        likelihood=GUMBEL
-      ),
-    )
-    tx = sophia_optax.sophia_g(1e-3, hessian_diagonal_fn=estimator)
-  else:
+  if optimizer not in _ESTIMATORS:
     return None
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+  make, size = _ESTIMATORS[optimizer]
+  part = max(64, math.prod(sharding.parse(config.mesh).values()))
+  size = max(size, part)
+  chunks = config.head_chunks > 1 and optimizer == 'sophia_g'
+  inner = make(**{'num_chunks': config.head_chunks} if chunks else {})
+  if optimizer == 'optax.contrib.sophia':
+    sophia = optax.contrib.sophia
+  else:
+    sophia = sophia_optax.sophia
+    inner = sophia_optax.microbatched(inner, size // part)
+
+  def estimate(updates, state, params=None, *, batch, obj_fn, **extra_args):
+    tokens = sharding.divide(batch[:: len(batch) // size])
+    return inner.update(
+      updates,
+      state,
+      params,
+      batch=tokens,
+      # optax's estimator passes only the parameters.
+      obj_fn=lambda params, tokens=tokens: obj_fn(params, tokens),
+      **extra_args,
+    )
+
+  estimator = optax.GradientTransformationExtraArgs(inner.init, estimate)
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    sophia(1e-3, hessian_diagonal_fn=estimator),
+  )
 
 
 def make_mesh(spec: str, topology: str) -> jax.sharding.Mesh:

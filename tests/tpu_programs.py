@@ -145,7 +145,7 @@ def update():
     ('optax.adamw', 'one'),
     ('sophia, H', 'ordinary'),
     ('sophia, G', 'ordinary'),
-    ('sophia, g²', 'ordinary'),
+    ('sophiaw, G', 'ordinary'),
     ('sophia, H, refresh first', 'one'),
     ('sophia, H', 'refresh'),
   ):

@@ -66,7 +66,7 @@ def test_a_step_compiles(figures, way, optimizer):
     ('optax.adamw, one', 7),
     ('sophia, H, ordinary', 6),
     ('sophia, G, ordinary', 6),
-    ('sophia, g², ordinary', 6),
+    ('sophiaw, G, ordinary', 8),
     ('sophia, H, refresh first, one', 6),
     # If XLA stores the new h twice, it is 0.75 words more.
     ('sophia, H, refresh', 9.25),
