@@ -1,4 +1,4 @@
-"""Trains a small GPT with AdamW, NAdamW, Sophia-G and Sophia-H.
+"""Trains a small GPT with AdamW, NAdamW and Sophia-G, plain and rotated.
 
   python examples/demo.py
 
@@ -19,12 +19,17 @@ import gpt_configs
 import text
 import train_gpt
 
-# What is trained, with name and colour. The others are compared with the first.
+# What is trained: name, colour and settings. The others are compared with the
+# first.
 RUNS = {
-  'adamw': ('AdamW', '#808080'),
-  'nadamw': ('NAdamW', '#CC79A7'),
-  'sophia_g': ('Sophia-G', '#D55E00'),
-  'sophia_h': ('Sophia-H', '#3A8DC8'),
+  'adamw': ('AdamW', '#808080', {'optimizer': 'adamw'}),
+  'nadamw': ('NAdamW', '#CC79A7', {'optimizer': 'nadamw'}),
+  'sophia_g': ('Sophia-G', '#D55E00', {'optimizer': 'sophia_g'}),
+  'eigenbasis': (
+    'Eigenbasis',
+    '#3A8DC8',
+    {'optimizer': 'sophia_g', 'eigenbasis': True},
+  ),
 }
 _BASELINE = next(iter(RUNS))
 
@@ -32,16 +37,16 @@ _BASELINE = next(iter(RUNS))
 def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
   """Trains with each optimizer in turn, until a run is interrupted."""
   results = {}
-  for optimizer in RUNS:
-    results[optimizer] = train_gpt.train(
+  for name, (_, _, settings) in RUNS.items():
+    results[name] = train_gpt.train(
       dataclasses.replace(
         gpt_configs.CONFIGS['demo'],
-        optimizer=optimizer,
-        out_dir=os.path.join(out_dir, optimizer),
+        out_dir=os.path.join(out_dir, name),
+        **settings,
         **overrides,
       )
     )
-    if not results[optimizer].finished:
+    if not results[name].finished:
       break
   return results
 
@@ -61,8 +66,8 @@ def _steps_to_target(results):
 
 def table(results: dict[str, train_gpt.Result]) -> str:
   """Compares the runs with the baseline's final validation loss."""
-  baseline, _ = RUNS[_BASELINE]
-  row = '{:10} {:>6} {:>10} {:>9} {:>8}'.format
+  baseline, *_ = RUNS[_BASELINE]
+  row = '{:13} {:>6} {:>10} {:>9} {:>8}'.format
   lines = [
     row('', '', 'validation', 'steps to', 'ms for'),
     row('optimizer', 'steps', 'loss', f"{baseline}'s", 'a step'),
@@ -107,7 +112,7 @@ def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
     both = [h for h in result.history if h['step'] in baseline]
     steps = [h['step'] for h in both]
     values = [h['val_loss'] - baseline[h['step']] for h in both]
-    label, color = RUNS[optimizer]
+    label, color, _ = RUNS[optimizer]
     ax.plot(steps, values, color=color, label=label)
     # Leaves the steep start out of the limits of the axis.
     late += values[len(values) // 6 :]

@@ -49,6 +49,7 @@ class Config:
   weight_decay: float = 0.1  # for matrices only
   clip_norm: float = 1.0  # limit on the global norm of the gradient
   curvature_fraction: float = 0.25  # Sophia: of the batch, for a refresh
+  eigenbasis: bool = False  # Sophia: in the eigenbasis of each matrix
 
   # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'. '': one
   # device.

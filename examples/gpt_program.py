@@ -74,6 +74,7 @@ def make_optimizer(config):
       curvature=make_curvature(config),
       curvature_fraction=config.curvature_fraction,
       curvature_parts=config.curvature_parts,
+      eigenbasis=config.eigenbasis,
     )
   else:
     optimizer = getattr(optax, config.optimizer)(**adamw)

@@ -46,7 +46,7 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert list(results) == ['adamw']
   assert not results['adamw'].finished
   assert (tmp_path / 'adamw' / '5').is_dir()
-  assert 'AdamW           4' in demo.table(results)
+  assert 'AdamW              4' in demo.table(results)
   assert curves(results) == {'AdamW': ([2, 4], [0.0, 0.0])}
 
   monkeypatch.setattr(text, 'sample', sample)
@@ -55,7 +55,7 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   assert all(result.finished for result in results.values())
   steps = [entry['step'] for entry in results['adamw'].history]
   assert steps == [2, 4, 6, 8]
-  assert all(name in demo.table(results) for name, _ in demo.RUNS.values())
+  assert all(name in demo.table(results) for name, *_ in demo.RUNS.values())
 
 
 def test_table_and_plot_of_the_demo():
@@ -68,19 +68,19 @@ def test_table_and_plot_of_the_demo():
 
   results = {
     'adamw': result([5.0, 4.0]),
-    'sophia_h': result([4.0, 3.5]),
+    'eigenbasis': result([4.0, 3.5]),
     'sophia_g': result([]),  # Stopped before its first validation.
   }
-  assert 'Sophia-G        -' in demo.table(results)
-  assert 'Sophia-H       20      3.500        10       50' in (
+  assert 'Sophia-G           -' in demo.table(results)
+  assert 'Eigenbasis        20      3.500        10       50' in (
     demo.table(results)
   )
   assert demo.conclusion(results) == (
-    "AdamW's final loss was reached by Sophia-H after 50 % of the steps."
+    "AdamW's final loss was reached by Eigenbasis after 50 % of the steps."
   )
   demo.plot(results).draw_without_rendering()
   assert curves(results) == {
     'AdamW': ([10, 20], [0.0, 0.0]),
-    'Sophia-H': ([10, 20], [-1.0, -0.5]),
+    'Eigenbasis': ([10, 20], [-1.0, -0.5]),
     'Sophia-G': ([], []),
   }
