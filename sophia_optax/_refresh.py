@@ -88,10 +88,7 @@ def conditional(condition: Any, branch: Callable[[Any], Any], x: Any) -> Any:
     select = lambda new, old: jnp.where(own, new, old)
     return jax.tree.map(select, branch(x), x)
 
-  is_due = known(_any_condition(condition))
-  if isinstance(is_due, bool):  # Under `vmap` without `jit`.
-    return selected(x) if is_due else x
-  return jax.lax.cond(is_due, selected, lambda x: x, x)
+  return jax.lax.cond(_any_condition(condition), selected, lambda x: x, x)
 
 
 @custom_batching.custom_vmap

@@ -53,7 +53,7 @@ MISTAKES = {
   },
   '_refresh vmap': {
     'without jit, each print is compiled':
-    'condition = «known(_any_condition(condition))→_any_condition(condition)»',
+    'condition = «known(condition)→condition»\n  if',
     'vmap waits for all members': 'jnp.«any→all»(conditions)',
     'two vmaps compute every step':
     'return «_any_condition(jnp.any(conditions))→jnp.any(conditions)», False',
@@ -165,6 +165,27 @@ MISTAKES = {
     'sophia_g has the ε of sophia': 'eps=1e-«15→8»',
     'maximize lowers obj_fn':
     "for name in («'obj_fn', 'value_fn'→'value_fn',»)",
+  },
+  '_eigenbasis eigenbasis': {
+    'columns change their signs': 'diagonal(r) < 0, «-1→1», 1)',
+    'momentum stays in the old basis': 'list(map(«move→lambda x: x», moments))',
+    'the basis is that of this gradient':
+    '_map(_next_bases, layouts, «factors→_map(functools.partial('
+    '_next_factors, decay), layouts, updates, factors)», bases)',
+    'rows and columns are exchanged':
+    'lambda g: _matmul(«g, g.mT→g.mT, g»)), (',
+    'NaN enters the factors': 'return «_if_finite(→(lambda x, _: x)(»weight',
+    'functions get rotated parameters':
+    'fn(\n        «rotate_back(params)→params», *args',
+    'the gradient of a line search is not rotated': "'full_params'«, 'grad'→,»",
+    'the first 20 steps are as any': '(state.count < «_FIRST_STEPS→0»)',
+    'refresh is ignored': "extra_args.get('refresh«→ »')",
+    'may_refresh is ignored': "extra_args.get('may_refresh«→ »', True)",
+    'embeddings are rotated': "r'«emb|→»pos",
+    'attention is left alone': '«(^|_)(lm_)?head(_\\d+)?$→head»',
+    'long sides are rotated whole': 'min(«*sides→10**9», block_size)',
+    'a side without a divisor is cut': 'if ratio(nearest) <= «2→99» else',
+    'a vector is a matrix': 'if «min(sides) == 1→False»:',
   },
   '_multi_steps multi_steps': {
     'the first micro-step refreshes': 'mini_step == «n - 1→0»',
