@@ -367,12 +367,10 @@ def _render(results):
   path = pathlib.Path(__file__).with_name('convergence_times.json')
   runs, times = results['runs'], records.read(path)['optimizers']
   if _PLOT.value:
-    folder = pathlib.Path(_PLOT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    lengths = convergence_plots.plot_lengths(runs)
-    lengths.savefig(folder / 'convergence.png', dpi=130)
-    curves = convergence_plots.plot_curves(runs, times)
-    curves.savefig(folder / 'curves.png', dpi=90)
+    path = pathlib.Path(_PLOT.value, 'convergence.png')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot = convergence_plots.plot_lengths(runs)
+    plot.savefig(path, dpi=200, transparent=True)
   return convergence_tables.render(runs, times)
 
 

@@ -87,6 +87,8 @@ _MORE_PROGRAMS = (
   ('sophiaw', 'one'),
   ('sophiaw', 'ordinary'),
   ('sophiaw', 'refresh'),
+  ('sophiaw, eigenbasis', 'ordinary'),
+  ('sophiaw, eigenbasis', 'refresh'),
 )
 _BATCH_SIZE = 512
 _H = sophia_optax.hutchinson_estimator_diag_hessian
@@ -188,7 +190,8 @@ def make_config(model: str, optimizer: str, mesh: str) -> gpt_configs.Config:
   count = math.prod(sharding.parse(mesh).values())
   return dataclasses.replace(
     gpt_configs.CONFIGS['gpt2_124m'],
-    optimizer='sophia_g' if optimizer == 'sophiaw' else 'adamw',
+    optimizer='sophia_g' if optimizer.startswith('sophiaw') else 'adamw',
+    eigenbasis=optimizer.endswith('eigenbasis'),
     mesh=mesh,
     batch_size=_BATCH_SIZE,
     micro_batch_size=min(8 * count, _BATCH_SIZE),

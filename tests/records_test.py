@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-import convergence
+import convergence_protocol
 import estimators
 import records
 import stability
@@ -98,7 +98,9 @@ def test_step_cost_runs(monkeypatch, compile_fast):
     }
   for name in 'sophia, H', 'sophiaw', 'sophiaw, two programs':
     assert results['step'][name]['FLOPs/adamw'] > 1
-  assert results['optimizers']['axes'].keys() == set(convergence.OPTIMIZERS)
+  assert results['optimizers']['axes'].keys() == set(
+    convergence_protocol.TASKS['axes'].peers
+  )
   assert 'sophia, g², two programs' in step_cost.render(results)
 
 
