@@ -16,19 +16,15 @@ _NOTE = (
 
 
 def _markdown(text: str) -> str:
-  """Text of the page without the picture, which the notebook draws itself."""
-  text = re.sub(r'!\[.*?\]\(.*?\)\n', '', text, flags=re.DOTALL)
+  """Text of the page, with links that work from the notebook's folder."""
   text = re.sub(r'\]\((?!\w+:)', '](../docs/', text)
   return text.replace('../docs/../examples/', '').strip()
 
 
 def _code(block: str) -> str:
-  """The statements of a doctest block; the plot is shown, not saved."""
+  """The statements of a doctest block, without what they print."""
   examples = doctest.DocTestParser().get_examples(block)
-  source = ''.join(example.source for example in examples)
-  source = re.sub(r'^import (os|tempfile)\n', '', source, flags=re.MULTILINE)
-  shown = re.sub(r'^fig\.savefig.*\n', 'fig\n', source, flags=re.MULTILINE)
-  return ('%matplotlib inline\n' * (shown != source) + shown).strip()
+  return ''.join(example.source for example in examples).strip()
 
 
 def cells(page: str) -> list[tuple[str, str]]:

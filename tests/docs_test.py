@@ -59,7 +59,8 @@ def test_every_page_is_in_the_table_of_contents_once():
   assert sorted(linked) == sorted(pages)
 
 
-def test_readme_has_the_three_changes_from_adamw():
+@pytest.mark.parametrize('page', ['README.md', 'docs/getting-started.md'])
+def test_page_has_the_three_changes_from_adamw(page):
   adamw, sophia = (path.read_text().splitlines() for path in LOOPS)
   matcher = difflib.SequenceMatcher(None, adamw, sophia)
   changes = [op for op, *_ in matcher.get_opcodes() if op != 'equal']
@@ -69,9 +70,7 @@ def test_readme_has_the_three_changes_from_adamw():
     for line in difflib.ndiff(adamw, sophia)
     if line[0] in '+-' and line[2:].strip()
   ]
-  block = re.search(
-    r'```diff\n(.*?)```', (ROOT / 'README.md').read_text(), re.S
-  )
+  block = re.search(r'```diff\n(.*?)```', (ROOT / page).read_text(), re.S)
   assert block[1].splitlines() == [line[0] + line[2:] for line in lines]
 
 
