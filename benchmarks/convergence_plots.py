@@ -40,7 +40,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
     ax.plot(list(points), mean, marker='o', color=color, label=label)
     ax.vlines(list(points), low, high, color=color, alpha=0.4)
     ax.annotate(
-      label, (list(points)[0], mean[0]), (6, above), color=color,
+      label, (min(points), mean[0]), (6, above), color=color,
       textcoords='offset points', va='center', fontsize='small',
     )  # fmt: skip
   ticks = [protocol.TASKS[task].tokens for task in protocol.LENGTHS]

@@ -201,7 +201,7 @@ def sophiaw(
   mu_dtype: Any | None = None,
   weight_decay: optax.ScalarOrSchedule = 1e-4,
   mask: Any | Callable[[optax.Params], Any] | None = None,
-  curvature: str | optax.GradientTransformation = 'gauss_newton',
+  curvature: str | optax.GradientTransformation | None = 'gauss_newton',
   curvature_fraction: float = 0.25,
   curvature_parts: int = 8,
   eigenbasis: bool = False,
@@ -239,7 +239,9 @@ def sophiaw(
       ``'hessian'`` for any loss, in which case ``update`` needs ``obj_fn``
       in place of ``predict_fn``
       (:func:`sophia_optax.hutchinson_estimator_diag_hessian`); or an estimator,
-      such as one of these with other arguments.
+      such as one of these with other arguments. None means no curvature: the
+      optimizer is :func:`optax.nadamw`, or with ``eigenbasis`` SOAP, and
+      ``update`` needs no more than theirs.
     curvature_fraction: Fraction of the batch for the curvature, in (0, 1]. It
       is rounded to 1 / n for a whole number n.
     curvature_parts: Largest number of parts. The number is reduced to a divisor
@@ -286,28 +288,30 @@ def sophiaw(
   _checks.static(
     curvature_fraction=curvature_fraction, curvature_parts=curvature_parts
   )
-  if isinstance(curvature, str):
-    _checks.one_of('curvature', curvature, _CURVATURES)
-    settings = _CURVATURES[curvature]
+  if curvature is None:
+    scaling = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=True)
   else:
     settings = _CURVATURES['gauss_newton'] | {'hessian_diagonal_fn': curvature}
-  estimator = _microbatched.on_part_of_batch(
-    settings['hessian_diagonal_fn'],
-    stride=_checks.whole_number(
-      '1 / curvature_fraction', round(1 / curvature_fraction), 1
-    ),
-    max_parts=_checks.whole_number('curvature_parts', curvature_parts, 1),
-  )
-  scaling = _sophia.scale_by_sophia(
-    b1=b1,
-    b2=0.95,
-    eps=eps,
-    mu_dtype=mu_dtype,
-    nu_bias_correction=True,
-    nesterov=True,
-    adam_b2=b2,
-    **(settings | {'hessian_diagonal_fn': estimator}),
-  )
+    if isinstance(curvature, str):
+      _checks.one_of('curvature', curvature, _CURVATURES)
+      settings = _CURVATURES[curvature]
+    estimator = _microbatched.on_part_of_batch(
+      settings['hessian_diagonal_fn'],
+      stride=_checks.whole_number(
+        '1 / curvature_fraction', round(1 / curvature_fraction), 1
+      ),
+      max_parts=_checks.whole_number('curvature_parts', curvature_parts, 1),
+    )
+    scaling = _sophia.scale_by_sophia(
+      b1=b1,
+      b2=0.95,
+      eps=eps,
+      mu_dtype=mu_dtype,
+      nu_bias_correction=True,
+      nesterov=True,
+      adam_b2=b2,
+      **(settings | {'hessian_diagonal_fn': estimator}),
+    )
   if eigenbasis:
     scaling = _eigenbasis.in_eigenbasis(scaling)
   return _descent(scaling, learning_rate, weight_decay, mask)

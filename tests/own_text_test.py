@@ -1,4 +1,4 @@
-"""The README's commands from a user's files to text sampled from a model."""
+"""The commands from a user's files to text sampled from a model."""
 
 import contextlib
 import dataclasses
@@ -56,16 +56,14 @@ PROSE = 'Ærlig talt, sa «kapteinen» – 日本 🚢 <|endoftext|>\r\n' * 20
 
 
 def read_commands():
-  """Returns what `make demo` runs, and the README's commands after pip."""
-  page = (ROOT / 'README.md').read_text()
+  """Returns what `make demo` runs, and the commands of the page."""
+  page = (ROOT / 'examples/README.md').read_text()
   block = re.search(r'## Your own text\n.*?```shell\n(.*?)```', page, re.DOTALL)
   commands = [shlex.split(line) for line in block[1].splitlines()]
-  assert commands[0] == ['pip', 'install', '.[examples]']
   recipe = re.search(
     r'^demo:.*\n\t\$\(BIN\)/(.*)', (ROOT / 'Makefile').read_text(), re.MULTILINE
   )
-  commands[0] = shlex.split(recipe[1])
-  for command in commands:
+  for command in [shlex.split(recipe[1]), *commands]:
     python, script = command[:2]
     assert python == 'python'
     yield script.removeprefix('examples/'), command[2:]
@@ -106,7 +104,7 @@ def commands(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_run(commands, tmp_path):
+def test_commands_of_the_page_run(commands, tmp_path):
   folder, printed = commands
   assert list(printed) == list(SCRIPTS)
   assert 'AdamW           2' in printed['demo.py']

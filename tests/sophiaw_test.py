@@ -91,6 +91,33 @@ def test_is_sophia_with_the_settings_of_its_docstring(
   )
 
 
+@pytest.mark.parametrize('eigenbasis', [False, True])
+def test_without_curvature_it_is_nadamw(eigenbasis):
+  wrap = sophia_optax.in_eigenbasis if eigenbasis else lambda tx: tx
+  expected = optax.chain(
+    wrap(optax.scale_by_adam(0.8, 0.99, 1e-6, nesterov=True)),
+    optax.add_decayed_weights(0.2),
+    optax.scale_by_learning_rate(0.1),
+  )
+  ours = sophia_optax.sophiaw(
+    0.1,
+    0.8,
+    0.99,
+    1e-6,
+    weight_decay=0.2,
+    curvature=None,
+    eigenbasis=eigenbasis,
+  )
+  updates = []
+  with jax.numpy_dtype_promotion('standard'):  # optax's Adam needs it.
+    for tx in ours, expected:
+      state = tx.init(W)
+      for _ in range(3):
+        update, state = jax.jit(tx.update)(W + 1, state, W)
+      updates.append(update)
+  chex.assert_trees_all_equal(*updates)
+
+
 def test_arguments_are_adamws():
   adamw = inspect.signature(optax.adamw).parameters
   ours = inspect.signature(sophia_optax.sophiaw).parameters
