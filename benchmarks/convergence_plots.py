@@ -7,13 +7,14 @@ import convergence_protocol as protocol
 import convergence_tables as tables
 
 _GREY = '#808080'  # Readable on white and on black.
-# Colours of Okabe and Ito, and where the label is: points above the line's end.
+# Colours of Okabe and Ito, and the distance of the label from the first point.
+# The line of NAdamW is under that of Sophia-G.
 _LINES = {
   'adamw': ('AdamW', _GREY, 7),
-  'nadamw': ('NAdamW', '#CC79A7', 6),
-  'copied_g': ('Sophia-G', '#D55E00', -6),
-  'soap': ('SOAP', '#009E73', 6),
-  'eigen_g': ('Sophia-G in the eigenbasis', '#3A8DC8', -6),
+  'nadamw': ('', '#CC79A7', 0),
+  'copied_g': ('NAdamW, Sophia-G', '#D55E00', -7),
+  'muon': ('Muon', '#009E73', 7),
+  'eigen_g': ('Sophia-G in the eigenbasis', '#3A8DC8', -7),
 }
 
 

@@ -93,13 +93,13 @@ TASKS = {  # in the order in which they are run
     82.5,
     'language_1200',
     rate=1,
-    peers=(*_FEW, *ROTATED),
+    peers=(*_FEW, 'eigen_g', 'soap', 'muon'),
   ),
   'photographs': Task(
     'Autoencoder of photographs', 'photographs', 1800, peers=(*_PEERS, *ROTATED)
   ),
   'language_19200': _small(
-    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'eigen_g', 'soap')
+    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'eigen_g')
   ),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
@@ -116,7 +116,7 @@ TASKS = {  # in the order in which they are run
     900, 15.5, 'language_1200', margin=None, peers=(*_LONG, *_HALF)
   ),
   'language_3600': _small(
-    3600, 61.9, 'language_4800', margin=None, peers=(*_LONG, *_HALF)
+    3600, 61.9, 'language_4800', margin=None, peers=_LONG
   ),
   'language_600': _small(600, 10.3, 'language_1200', margin=None, peers=_HALF),
   'language_2400': _small(
