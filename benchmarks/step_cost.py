@@ -123,6 +123,7 @@ def step_rows() -> list[Row]:
   g = sophia_optax.sophia(1e-3, update_interval=_K, hessian_diagonal_fn=g)
   contrib = optax.contrib.sophia(1e-3, update_interval=_K)
   w = sophia_optax.sophiaw(1e-3)
+  rotated = sophia_optax.sophiaw(1e-3, eigenbasis=True)
   return [
     Row('optax.adamw', optax.adamw(1e-3)),
     Row('optax.lion', optax.lion(1e-3)),
@@ -131,6 +132,7 @@ def step_rows() -> list[Row]:
     Row('sophia, H, 1/16', h, 16),
     Row('sophia, G', g),
     Row('sophia, G, 1/2', g, 2),
+    Row('sophiaw, eigenbasis', rotated),
     Row('sophiaw', w),
     Row('sophiaw, two programs', w, decision={'refresh': False}),
   ]

@@ -26,8 +26,7 @@ def loss_fn(params):
 
 @functools.cache
 def make_tx(make_key):
-  return sophia_optax.sophia(
-    optax.linear_schedule(0.1, 0.0, 100),
+  sophia = sophia_optax.scale_by_sophia(
     update_interval=2,
     target_win_rate=0.3,
     adam_b2=0.9,
@@ -35,6 +34,10 @@ def make_tx(make_key):
     hessian_diagonal_fn=sophia_optax.hutchinson_estimator_diag_hessian(
       make_key(3)
     ),
+  )
+  return optax.chain(
+    sophia_optax.in_eigenbasis(sophia),
+    optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 100)),
   )
 
 
