@@ -93,7 +93,7 @@ TASKS = {  # in the order in which they are run
     82.5,
     'language_1200',
     rate=1,
-    peers=(*_FEW, 'eigen_g', 'soap', 'muon'),
+    peers=(*_FEW, 'eigen_g', 'soap'),
   ),
   'photographs': Task(
     'Autoencoder of photographs', 'photographs', 1800, peers=(*_PEERS, *ROTATED)
