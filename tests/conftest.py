@@ -20,11 +20,11 @@ def pytest_configure(config):
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-# Networks of four libraries; derivations; costs; what the notebook runs too.
+# Networks of four libraries; derivations; devices; what the notebook runs too.
 _SLOW_PAGES = (
   'integrations.md',
   'mathematics.md',
-  'cost.md',
+  'scaling.md',
   'getting-started.md',
 )
 

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import convergence_protocol
@@ -38,7 +40,6 @@ def test_record_is_read_back(tmp_path):
     'stability',
     'step_cost',
     'step_cost_h100',
-    'tpu',
 ])  # fmt: skip
 def test_pages_have_what_the_files_show(file):
   name = file.removesuffix('_h100')
@@ -58,6 +59,133 @@ def test_pages_have_what_the_files_show(file):
   for line in shown.splitlines():
     # The page may use another name for a row of a Markdown table.
     assert line.split('|', 2)[-1] in text
+
+
+def read(name):
+  return records.read(ROOT / f'benchmarks/{name}.json')
+
+
+def compiled_for_tpus():
+  return {(x['table'], x['row'], x['program']): x for x in read('tpu')['cases']}
+
+
+def tables_of_scaling():
+  """Returns the rows of the tables after the first, without row names."""
+  page = (ROOT / 'docs/scaling.md').read_text()
+  _, page = page.split('## What a step costs\n')
+  rows = re.findall(r'^\|(.*)\|$', page, re.M)
+  return [[cell.strip() for cell in row.split('|')] for row in rows]
+
+
+def test_costs_in_scaling_are_those_of_the_files():
+  h100, times = read('step_cost_h100'), read('convergence_times')['optimizers']
+  update, step = (
+    {row: x['time/adamw'] for row, x in h100[part].items()}
+    for part in ('update', 'step')
+  )
+  copies = 'sophia, g², adam_b2'  # The updates of sophiaw.
+  cases = compiled_for_tpus()
+  # A word of each parameter of four matrices has 4 bytes.
+  words = lambda key, row, program: (
+    np.ravel(cases['update', row, program][key])[0] / (16 * tpu_cases.SIZE**2)
+  )
+  of_updates = [
+    ('optax.adamw', 'one'),
+    ('optax.contrib.sophia, H', 'one'),
+    ('sophia, G, adam_b2', 'one'),
+    ('sophia, G, adam_b2', 'ordinary'),
+  ]
+  temporary, moved = (
+    [words(key, *row) for row in of_updates]
+    for key in ('temporary bytes', 'HBM bytes')
+  )
+  contrib, parts = 'optax.contrib.sophia', ('sophia, G, 1/8', 'sophia, G, 1/2')
+  flops, compiling = (
+    {row: x[key] for row, x in h100['step'].items()}
+    for key in ('FLOPs/adamw', 'compile/adamw')
+  )
+  two = []  # Seconds to compile both steps.
+  for (table, row, program), x in cases.items():
+    mesh, *optimizer = row.split()
+    if program == 'refresh' and optimizer == ['sophia_g']:
+      adamw = cases[table, f'{mesh} adamw', 'one']
+      ordinary = cases[table, f'{mesh} sophia_h', 'ordinary']
+      seconds = (y['compile seconds'] for y in (x, ordinary))
+      two.append(sum(seconds) / adamw['compile seconds'])
+  quarter = 1 + (flops['sophia, G'] - 1) / 4
+  assert round(compiling[parts[0]], 1) == round(compiling[parts[1]], 1)
+  cells = [
+    [f'{x:.1f}' for x in temporary],
+    [f'{x:.0f}' for x in moved],
+    [
+      '1',
+      f'{update["optax.contrib.sophia, H"]:.2f}',
+      f'{update[copies]:.2f}',
+      f'{update[copies + ", two programs"]:.2f}',
+    ],
+    ['1', f'{flops[contrib]:.2f}', *(2 * [f'{quarter:.3f}'])],
+    [
+      '1',
+      f'{step[contrib]:.2f}',
+      ' to '.join(f'{step[part]:.2f}' for part in parts),
+      'not measured',
+    ],
+    [
+      '1',
+      *(
+        f'{times["language"][name]["time/adamw"]:.2f}'
+        for name in ('contrib', 'copied_g')
+      ),
+      'not measured',
+    ],
+    [
+      '1',
+      f'{compiling[contrib]:.1f}',
+      f'{compiling[parts[0]]:.1f}',
+      f'{min(two):.1f} to {max(two):.1f}',
+    ],
+  ]
+  assert [row[1:] for row in tables_of_scaling()[3:10]] == cells
+
+
+def test_sent_bytes_in_scaling_are_those_of_the_file():
+  cases = compiled_for_tpus()
+  sent = lambda *case: round(cases[case]['sent bytes'][0] / 1e6)
+  rows = 0
+  for name, *found in tables_of_scaling():
+    if not (label := re.fullmatch(r'(\S+), (\d+) of (\w+), `(.*)`', name)):
+      continue
+    size, devices, chip, mesh = label.groups()
+    table = f'{size}, {chip}-{devices}'
+    adamw = sent(table, f'{mesh} adamw', 'one')
+    assert sent(table, f'{mesh} sophia_h', 'ordinary') == adamw
+    expected = [f'{adamw:,}']
+    for optimizer in ('sophia_h', 'sophia_g'):
+      n = sent(table, f'{mesh} {optimizer}', 'refresh')
+      expected.append(f'{n:,} ({0.9 + n / adamw / 10:.3f})')
+    assert found == expected
+    rows += 1
+  assert rows == 6
+
+
+def test_memory_in_scaling_is_that_of_the_file():
+  cases = compiled_for_tpus()
+  columns = []
+  for table in ('124M, v5e-8', '124M, 8 head chunks, v5e-8'):
+    memory = lambda row, program, table=table: cases.get(
+      (table, f'fsdp:8 {row}', program), {}
+    ).get('temporary bytes')
+    adamw = memory('adamw', 'one')
+    sizes = [adamw] + [
+      memory(row, 'refresh')
+      for row in ('sophia_g', 'sophia_g, Gumbel', 'sophia_h')
+    ]
+    columns.append([f'{n / 1e6:,.0f} MB' if n else '' for n in sizes])
+    ratios = [f'{n / adamw:.2f}' if n else '' for n in sizes]
+    columns.append(['1', *ratios[1:]])
+  rows = [row[1:] for row in tables_of_scaling()]
+  start = rows.index([column[0] for column in columns])
+  assert rows[start : start + 4] == np.transpose(columns).tolist()
 
 
 def test_programs_for_tpus_can_be_compiled_again():
