@@ -154,6 +154,23 @@ def test_outside_of_jit_only_a_refresh_calls_the_estimator():
     assert len(calls) == number
 
 
+def test_the_last_micro_step_refreshes():
+  n, k = 2, 5
+  tx = sophia_optax.MultiSteps(
+    sophia_optax.sophia(0.02, hessian_diagonal_fn=ESTIMATOR, update_interval=k),
+    n,
+  )
+  step = make_step(tx)
+  by_count, by_bool = jax.jit(step), jax.jit(step, static_argnames='refresh')
+  one = two = PARAMS, tx.init(PARAMS)
+  for i, x in enumerate(BATCHES):
+    refresh = i % (n * k) == n - 1
+    with jax.numpy_dtype_promotion('standard'):  # optax.MultiSteps needs it.
+      one, two = by_count(*one, x), by_bool(*two, x, refresh=refresh)
+  chex.assert_trees_all_close(one, two, rtol=1e-5)
+  assert optax.tree.get(two[1], 'refresh_count') == 3
+
+
 def test_multi_steps_add_no_conditional():
   tx = sophia_optax.MultiSteps(sophia_optax.scale_by_sophia(), 2)
   for refresh in (True, False):
