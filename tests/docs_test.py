@@ -32,10 +32,11 @@ def public_names(module):
   return names
 
 
-def documented_names(page):
-  """Returns, for each module, the names that a page documents."""
+def documented_names(pages):
+  """Returns, for each module, the names that pages document."""
   found, module = {}, None
-  for directive, name in re.findall(r'^\.\. (\w+):: (\S+)$', page, re.M):
+  text = '\n'.join(page.read_text() for page in pages)
+  for directive, name in re.findall(r'^\.\. (\w+):: (\S+)$', text, re.M):
     if directive == 'currentmodule':
       module = name
     else:
@@ -44,11 +45,21 @@ def documented_names(page):
 
 
 def test_every_public_name_is_in_the_reference_once():
-  documented = documented_names((DOCS / 'api.md').read_text())
+  documented = documented_names((DOCS / 'api').glob('*.md'))
   modules = sophia_optax, sophia_optax.likelihoods
   assert {name: sorted(names) for name, names in documented.items()} == {
     module.__name__: sorted(public_names(module)) for module in modules
   }
+
+
+def test_pages_of_the_reference_begin_with_a_summary():
+  for page in (DOCS / 'api').glob('*.md'):
+    text = page.read_text()
+    listed = re.findall(r'^   ([A-Za-z]\w+)$', text, re.M)
+    documented = sum(documented_names([page]).values(), [])
+    # Sphinx would summarize BY_NAME by the docstring of dict.
+    assert sorted(listed) == sorted(set(documented) - {'BY_NAME'})
+    assert f'<api/{page.stem}>' in (DOCS / 'api.md').read_text()
 
 
 def test_every_page_is_in_the_table_of_contents_once():
