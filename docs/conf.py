@@ -62,19 +62,29 @@ def read_page(app, docname, source):
   source[0] = source[0].replace('\n\n```\n', '\n```\n')
 
 
+class _AsWritten(ast.NodeTransformer):
+  """Keeps numbers and strings as the source has them, such as 1e-8."""
+
+  def __init__(self, source):
+    self.source = source
+
+  def visit_Constant(self, node):
+    return ast.Name(ast.get_source_segment(self.source, node))
+
+
 def write_signature(app, what, name, obj, options, signature, returns):
-  """Takes types and defaults from the source, with the names it has there."""
-  if not signature or inspect.isclass(obj) or not callable(obj):
+  """Takes types and defaults from the source, without private modules."""
+  if not signature:
     return signature, returns
   source = textwrap.dedent(inspect.getsource(obj))
-  function = ast.parse(source).body[0]
-  arguments = function.args
+  tree = _AsWritten(source).visit(ast.parse(source)).body[0]
+  write = lambda node: re.sub(r'\b_\w+\.', '', ast.unparse(node))
+  if inspect.isclass(obj):  # Its fields, if it has any.
+    fields = [x for x in tree.body if isinstance(x, ast.AnnAssign)]
+    return f'({", ".join(map(write, fields))})' if fields else signature, None
   if what == 'method':
-    arguments.args.pop(0)
-  shorten = lambda node: re.sub(r'\b_\w+\.', '', ast.unparse(node))
-  return f'({shorten(arguments)})', function.returns and shorten(
-    function.returns
-  )
+    tree.args.args.pop(0)
+  return f'({write(tree.args)})', write(tree.returns)
 
 
 def link_files(app, doctree):
@@ -102,7 +112,9 @@ def break_code(app, doctree, docname):
   """Lets code in tables break between names, but not inside of one."""
   for entry in doctree.findall(nodes.entry):
     for literal in list(entry.findall(nodes.literal)):
-      pieces = re.split(r'(?<=[.,(=/])(?=\w)', literal.astext())
+      pieces = re.split(
+        r'(?<=[,(=/])(?=\w)|(?<=\.)(?=[a-zA-Z_])', literal.astext()
+      )
       children = [nodes.Text(pieces[0])]
       for piece in pieces[1:]:
         children += [nodes.raw('', '<wbr>', format='html'), nodes.Text(piece)]
