@@ -112,9 +112,7 @@ def break_code(app, doctree, docname):
   """Lets code in tables break between names, but not inside of one."""
   for entry in doctree.findall(nodes.entry):
     for literal in list(entry.findall(nodes.literal)):
-      pieces = re.split(
-        r'(?<=[,(=/])(?=\w)|(?<=\.)(?=[a-zA-Z_])', literal.astext()
-      )
+      pieces = re.split(r'(?<=[.,(=/])(?=[a-zA-Z_])', literal.astext())
       children = [nodes.Text(pieces[0])]
       for piece in pieces[1:]:
         children += [nodes.raw('', '<wbr>', format='html'), nodes.Text(piece)]
