@@ -92,8 +92,8 @@ def test_costs_in_scaling_are_those_of_the_files():
   of_updates = [
     ('optax.adamw', 'one'),
     ('optax.contrib.sophia, H', 'one'),
-    ('sophia, G, adam_b2', 'one'),
-    ('sophia, G, adam_b2', 'ordinary'),
+    ('sophiaw, G', 'one'),
+    ('sophiaw, G', 'ordinary'),
   ]
   temporary, moved = (
     [words(key, *row) for row in of_updates]
