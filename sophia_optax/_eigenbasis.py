@@ -35,7 +35,8 @@ _FIRST_STEPS = 20  # each of them changes the basis
 # Matrices whose rows or columns belong to tokens, and vectors that a scan over
 # layers has stacked.
 _LEFT_OUT = re.compile(
-  r'emb|pos|logit|vocab|wte|wpe|norm|bias|scale|(^|_)(lm_)?head(_\d+)?$'
+  'embed|position|logit|vocab|norm'
+  r'|(^|_)(emb|pos|wte|wpe|bias|scale)(_|$)|(^|_)head(_\d+)?$'
 )
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
@@ -93,15 +94,18 @@ def in_eigenbasis(
   Extra arguments of ``update`` are forwarded. ``obj_fn``, ``predict_fn``,
   ``head_fn`` and ``value_fn`` are functions of the parameters as usual; the
   inner transformation gets them as functions of the rotated ones. So an
-  estimator of the curvature estimates the diagonal in the basis. State of
-  ``inner`` stays as it is when the basis changes.
+  estimator of the curvature estimates the diagonal in the basis.
+
+  When the basis changes, first moments move with it. They are the fields
+  ``mu`` and ``trace`` in the states of optax. All other state of ``inner``,
+  such as second moments and curvature, stays as it is.
 
   Pass a Python bool as ``refresh`` to ``update`` to decide yourself when to
   change the basis, as in :func:`sophia_optax.scale_by_sophia`, which gets it as
   well. Pass True in the first 20 steps.
 
-  A gradient with NaN or infinite entries does not change L and R. Sides are
-  rotated in float32. Integer and complex arrays are left alone.
+  A gradient with NaN or infinite entries does not change L and R. Products are
+  in float32. Integer and complex arrays are left alone.
 
   Args:
     inner: The transformation. Masks and learning rates for single entries of a
@@ -118,8 +122,9 @@ def in_eigenbasis(
       left alone, with the structure of the parameters or a prefix of it, or a
       function that returns such a tree. By default the last two axes of an
       array are a matrix and all others count layers. Left alone are vectors and
-      arrays whose names contain emb, pos, logit, vocab, wte, wpe, norm, bias or
-      scale, or end in head.
+      arrays with a name that contains embed, position, logit, vocab or norm,
+      has a part emb, pos, wte, wpe, bias or scale, or ends in head, such as
+      lm_head. The shapes of ``state.bases`` show what is rotated.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` with an
@@ -366,11 +371,17 @@ def _next_bases(layout, factors, bases):
     q, r = jnp.linalg.qr(_matmul(factor, basis))
     return q * jnp.where(jnp.diagonal(r) < 0, -1, 1)
 
-  # One after the other: on a CPU, LAPACK calls for a batch inside of a compiled
-  # program can wait for each other forever.
-  return jax.tree.map(
-    lambda f, b: _if_finite(jax.lax.map(iterate, (f, b)), b), factors, bases
-  )
+  def next_side(factor, basis):
+    new = jax.lax.platform_dependent(
+      (factor, basis),
+      # LAPACK calls for a batch inside of a compiled program can wait for each
+      # other forever.
+      cpu=lambda x: jax.lax.map(iterate, x),
+      default=jax.vmap(iterate),
+    )
+    return _if_finite(new, basis)
+
+  return jax.tree.map(next_side, factors, bases)
 
 
 def _if_finite(new, old):

@@ -379,6 +379,7 @@ def test_by_default_matrices_are_rotated_and_embeddings_and_vectors_are_not():
   arrays = {
     'layers': {'mlp_in': (2, 4, 8), 'norm_scale': (2, 8)},
     'multi_head_attention': {'query': (4, 4)},
+    'ensemble': (3, 4, 4),
     'tok_embed': (9, 4),
     'lm_head': (4, 9),
     'row': (1, 4),
@@ -391,6 +392,7 @@ def test_by_default_matrices_are_rotated_and_embeddings_and_vectors_are_not():
   expected = jax.tree.map(lambda x: (), params) | {
     'layers': {'mlp_in': square(4), 'norm_scale': ()},
     'multi_head_attention': {'query': square(1)},
+    'ensemble': square(3),
   }
   assert shapes(tx, params) == expected
 
