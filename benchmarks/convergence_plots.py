@@ -12,8 +12,8 @@ _GREY = '#808080'  # Readable on white and on black.
 _LINES = {
   'adamw': ('AdamW', _GREY, 7),
   'nadamw': ('', '#CC79A7', 0),
-  'copied_g': ('NAdamW, Sophia-G', '#D55E00', -7),
-  'muon': ('Muon', '#009E73', 7),
+  'copied_g': ('NAdamW,\nSophia-G', '#D55E00', -14),
+  'muon': ('Muon', '#009E73', -7),
   'eigen_g': ('Sophia-G in the eigenbasis', '#3A8DC8', -7),
 }
 
