@@ -7,14 +7,13 @@ import convergence_protocol as protocol
 import convergence_tables as tables
 
 _GREY = '#808080'  # Readable on white and on black.
-# Colours of Okabe and Ito, and the distance of the label from the first point.
-# The line of NAdamW is under that of Sophia-G.
+# Colours of Okabe and Ito. The line of NAdamW is under that of Sophia-G.
 _LINES = {
-  'adamw': ('AdamW', _GREY, 7),
-  'nadamw': ('', '#CC79A7', 0),
-  'copied_g': ('NAdamW,\nSophia-G', '#D55E00', -14),
-  'muon': ('Muon', '#009E73', -7),
-  'eigen_g': ('Sophia-G in the eigenbasis', '#3A8DC8', -7),
+  'adamw': ('AdamW', _GREY),
+  'nadamw': ('', '#CC79A7'),
+  'copied_g': ('NAdamW,\nSophia-G', '#D55E00'),
+  'muon': ('Muon', '#009E73'),
+  'eigen_g': ('Sophia-G\nin the\neigenbasis', '#3A8DC8'),
 }
 
 
@@ -27,7 +26,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
   fig = figure.Figure(figsize=(4.16, 3.0), layout='constrained')
   ax = fig.subplots()
   summaries = {t: tables.summary(results, t) for t in protocol.LENGTHS}
-  for name, (label, color, above) in _LINES.items():
+  for name, (label, color) in _LINES.items():
     points = {
       protocol.TASKS[task].tokens: list(rows[name]['differences'].values())
       for task, rows in summaries.items()
@@ -41,12 +40,13 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
     ax.plot(list(points), mean, marker='o', color=color, label=label)
     ax.vlines(list(points), low, high, color=color, alpha=0.4)
     ax.annotate(
-      label, (min(points), mean[0]), (6, above), color=color,
+      label, (min(points), mean[0]), (-7, 0), color=color, ha='right',
       textcoords='offset points', va='center', fontsize='small',
     )  # fmt: skip
   ticks = [protocol.TASKS[task].tokens for task in protocol.LENGTHS]
   ax.set_xscale('log')
   ax.set_xticks(ticks, [f'{t:.0f}' for t in ticks])
+  ax.set_xlim(left=ticks[0] / 3)
   ax.minorticks_off()
   ax.set_xlabel('Tokens for each parameter', color=_GREY)
   ax.set_title(
