@@ -168,6 +168,26 @@ def test_sent_bytes_in_scaling_are_those_of_the_file():
   assert rows == 6
 
 
+def test_eigenbasis_in_scaling_is_that_of_the_file():
+  cases = compiled_for_tpus()
+  case = lambda *names: cases['124M, v5e-8', *names]
+  adamw = case('fsdp:8 adamw', 'one')
+  columns = [
+    [
+      np.ravel(case('fsdp:8 sophiaw, eigenbasis', program)[key])[0]
+      / np.ravel(adamw[key])[0]
+      for key in ('sent bytes', 'FLOPs', 'temporary bytes', 'compile seconds')
+    ]
+    for program in ('ordinary', 'refresh')
+  ]
+  shown = [row[1:] for row in tables_of_scaling()[-4:]]
+  digits = 2, 2, 2, 1
+  assert shown == [
+    [f'{x:.{n}f}' for x in row]
+    for row, n in zip(np.transpose(columns), digits, strict=True)
+  ]
+
+
 def test_memory_in_scaling_is_that_of_the_file():
   cases = compiled_for_tpus()
   columns = []
