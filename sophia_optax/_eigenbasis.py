@@ -77,9 +77,8 @@ def in_eigenbasis(
 
   The columns of P and Q approximate the eigenvectors of L and R. Every k steps,
   and in each of the first 20, one step of orthogonal iteration improves them:
-  P becomes the orthogonal factor of the QR decomposition of L P, with signs
-  that keep its columns close to the old ones. Then L and R get the new
-  gradient. P and Q start as identities.
+  P becomes the orthogonal factor of the QR decomposition of L P. Then L and R
+  get the new gradient. P and Q start as identities.
 
   An optimizer that divides by a diagonal, such as Adam or Sophia, is only as
   good as the coordinates in which the diagonal is taken.
@@ -367,9 +366,7 @@ def _next_bases(layout, factors, bases):
   del layout
 
   def iterate(factor_and_basis):
-    factor, basis = factor_and_basis
-    q, r = jnp.linalg.qr(_matmul(factor, basis))
-    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1)
+    return jnp.linalg.qr(_matmul(*factor_and_basis))[0]
 
   def next_side(factor, basis):
     new = jax.lax.platform_dependent(

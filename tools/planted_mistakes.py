@@ -167,7 +167,6 @@ MISTAKES = {
     "for name in («'obj_fn', 'value_fn'→'value_fn',»)",
   },
   '_eigenbasis eigenbasis': {
-    'columns change their signs': 'diagonal(r) < 0, «-1→1», 1)',
     'momentum stays in the old basis': 'list(map(«move→lambda x: x», moments))',
     'the basis is that of this gradient':
     '_map(_next_bases, layouts, «factors→_map(functools.partial('
