@@ -14,10 +14,10 @@ larger arrays to be busy: --sizes=accelerator has leaves of 3072 × 3072, width
 Memory is what the compiled program needs beside its arguments, by XLA's memory
 analysis: temporaries + outputs - what is aliased to a donated argument. JAX
 pairs donated arguments with outputs in order, so the update is
-update(params, state, grads) -> (params, state), as docs/scaling.md advises. "Two
-programs" is the ordinary step of two, update(..., refresh=False), in the table
-`step` with its refresh in every tenth step. Time, kept is of the same update
-with nothing donated, so that every optimizer has to write new arrays.
+update(params, state, grads) -> (params, state), as docs/scaling.md advises.
+"Two programs" is the ordinary step of two, update(..., refresh=False), in the
+table `step` with its refresh in every tenth step. Time, kept is of the same
+update with nothing donated, so that every optimizer has to write new arrays.
 
 FLOPs are those of the matrix products, counted in the jaxpr as
 examples/dry_run.py says. The mean is ordinary + (refresh - ordinary) / k with

@@ -215,7 +215,7 @@ def in_eigenbasis(
     updates, inner_state = inner.update(
       rotate(updates), with_moments(moments), params, **extra_args
     )
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     new = EigenbasisState(count, factors, bases, inner_state)
     return rotate_back(updates), new
 
@@ -321,7 +321,7 @@ def _layout(numbers, block_size, shape):
     axes,
     tuple(shape[i] for i in axes),
     (number, sides[0] // m, m, sides[1] // n, n),
-    tuple(length is not None for length in lengths),
+    (lengths[0] is not None, lengths[1] is not None),
   )
 
 
@@ -394,7 +394,8 @@ def _rotated(layout, bases, x):
 
 def _rotated_back(layout, bases, x):
   """Returns P X Qᵀ."""
-  return _multiplied(layout, *bases, x)
+  left, right = bases
+  return _multiplied(layout, left, right, x)
 
 
 def _moved(layout, old, new, x):
@@ -413,9 +414,8 @@ def _first_moments(state):
 
   def replaced(moments):
     moments = iter(moments)
-    return structure.unflatten(
-      next(moments) if is_moment(path, x) else x for path, x in flat
-    )
+    leaves = [next(moments) if is_moment(path, x) else x for path, x in flat]
+    return jax.tree.unflatten(structure, leaves)
 
   return [x for path, x in flat if is_moment(path, x)], replaced
 
