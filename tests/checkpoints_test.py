@@ -116,7 +116,7 @@ def test_sharded_state(tmp_path):
     assert_same_bits(restored, half)
     for a, b in zip(*map(jax.tree.leaves, (restored, half)), strict=True):
       assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    assert len(restored[1][0].nu['w'].sharding.device_set) == 8
+    assert len(restored[1][0].inner_state.nu['w'].sharding.device_set) == 8
     assert_same_bits(train(tx, *restored), train(tx, *half))
 
 
