@@ -107,7 +107,7 @@ def commands(tmp_path_factory):
 def test_commands_of_the_page_run(commands, tmp_path):
   folder, printed = commands
   assert list(printed) == list(SCRIPTS)
-  assert 'AdamW           2' in printed['demo.py']
+  assert 'AdamW              2' in printed['demo.py']
   meta = json.loads((folder / 'corpus' / 'meta.json').read_text())
   assert f'{meta["train_tokens"]:,} for training' in printed['prepare_text.py']
   assert 'checkpoint in runs/mine' in printed['train_gpt.py']
