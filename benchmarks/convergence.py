@@ -82,16 +82,6 @@ def _from_optax(make, s, problem, key):
   return make(_learning_rate(s), s['b1'], s['b2'], **decay)
 
 
-def _soap(s, problem, key):
-  del key
-  nadam = optax.scale_by_adam(s['b1'], s['b2'], nesterov=True)
-  return optax.chain(
-    sophia_optax.in_eigenbasis(nadam),
-    optax.add_decayed_weights(s['weight_decay'], problem.decay_mask),
-    optax.scale_by_learning_rate(_learning_rate(s)),
-  )
-
-
 def _muon(s, problem, key):
   """Muon for the matrices that the eigenbasis rotates, AdamW for others."""
   del key
@@ -187,7 +177,10 @@ OPTIMIZERS = {
   'copied_h': _SOPHIA_H,
   'eigen_g': _SOPHIA_G,
   'eigen_h': _SOPHIA_H,
-  'soap': _soap,
+  'soap': functools.partial(
+    _from_optax,
+    functools.partial(sophia_optax.sophiaw, curvature=None, eigenbasis=True),
+  ),
   'muon': _muon,
   'signum': lambda s, problem, key: _sophia(
     lambda *_: optax.set_to_zero(), s | {'gamma': 0.0}, problem, key

@@ -37,7 +37,7 @@ def plot_lengths(results: list[dict]) -> figure.Figure:
     low, mean, high = (
       np.array([f(x) for x in points.values()]) for f in (min, np.mean, max)
     )
-    ax.plot(list(points), mean, marker='o', color=color, label=label)
+    ax.plot(list(points), mean, marker='o', color=color)
     ax.vlines(list(points), low, high, color=color, alpha=0.4)
     ax.annotate(
       label, (min(points), mean[0]), (-7, 0), color=color, ha='right',
