@@ -131,6 +131,7 @@ def in_eigenbasis(
 
   Raises:
     ValueError: If a hyperparameter is out of range, unless it is an array.
+    TypeError: If ``block_size`` is an array.
 
   Example:
     >>> import jax
@@ -161,6 +162,7 @@ def in_eigenbasis(
   """
   interval = _checks.whole_number('update_interval', update_interval, 1)
   _checks.decay('decay', decay)
+  _checks.static(block_size=block_size)
   block_size = _checks.whole_number('block_size', block_size, 1)
   inner = optax.with_extra_args_support(inner)
   layouts_of = functools.partial(_layouts, weight_dimension_numbers, block_size)

@@ -200,6 +200,20 @@ def test_errors(wrong):
     sophia_optax.sophiaw(0.1, **wrong)
 
 
+def test_options_that_decide_shapes_are_no_arrays():
+  for make, name in (
+    (sophia_optax.sophiaw, 'curvature_fraction'),
+    (
+      lambda _, **kwargs: sophia_optax.in_eigenbasis(
+        optax.identity(), **kwargs
+      ),
+      'block_size',
+    ),
+  ):
+    with pytest.raises(TypeError, match=f'{name} must.*static_args'):
+      make(0.1, **{name: jnp.float32(0.25)})
+
+
 def test_sharded_examples_stay_where_they_are():
   mesh = jax.make_mesh(
     (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
