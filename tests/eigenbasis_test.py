@@ -132,7 +132,7 @@ def test_adam_in_the_eigenbasis_is_a_transcript_of_soap():
   chex.assert_trees_all_close(
     [updates['kernel'], updates['bias']],
     [adam['kernel'], adam['bias']],
-    rtol=1e-6,
+    atol=1e-6,
   )
 
 
