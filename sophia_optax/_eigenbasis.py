@@ -11,20 +11,16 @@ calls, such as `obj_fn`, rotate them back first.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
-import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from sophia_optax import _checks
 from sophia_optax import _collectives
+from sophia_optax import _matrices
 from sophia_optax import _refresh
 
 _FUNCTIONS = 'obj_fn', 'predict_fn', 'head_fn', 'value_fn'  # of parameters
@@ -32,13 +28,7 @@ _TREES = 'full_params', 'grad'  # like the parameters
 _FIRST_MOMENTS = 'mu', 'trace'  # fields of optax's states
 _FIRST_STEPS = 20  # each of them changes the basis
 
-# Matrices whose rows or columns belong to tokens, and vectors that a scan over
-# layers has stacked.
-_LEFT_OUT = re.compile(
-  'embed|position|logit|vocab|norm'
-  r'|(^|_)(emb|pos|wte|wpe|bias|scale)(_|$)|(^|_)head(_\d+)?$'
-)
-
+_apply = _matrices.apply
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
@@ -165,14 +155,16 @@ def in_eigenbasis(
   _checks.static(block_size=block_size)
   block_size = _checks.whole_number('block_size', block_size, 1)
   inner = optax.with_extra_args_support(inner)
-  layouts_of = functools.partial(_layouts, weight_dimension_numbers, block_size)
+  layouts_of = functools.partial(
+    _matrices.layouts, weight_dimension_numbers, block_size
+  )
 
   def init_fn(params):
     layouts = layouts_of(params)
     return EigenbasisState(
       count=jnp.zeros([], jnp.int32),
-      factors=_map(lambda layout: layout.squares(jnp.zeros), layouts),
-      bases=_map(lambda layout: layout.squares(_identities), layouts),
+      factors=_apply(lambda layout: layout.squares(jnp.zeros), layouts),
+      bases=_apply(lambda layout: layout.squares(_identities), layouts),
       inner_state=inner.init(params),
     )
 
@@ -190,18 +182,22 @@ def in_eigenbasis(
       factors, bases, moments = old
       # In this order: in the eigenbasis of a single gradient, that gradient is
       # diagonal, and rounding errors would become updates.
-      new = _map(_next_bases, layouts, factors, bases)
+      new = _apply(_next_bases, layouts, factors, bases)
       add = functools.partial(_next_factors, decay)
-      move = functools.partial(_map, _moved, layouts, bases, new)
-      return _map(add, layouts, updates, factors), new, list(map(move, moments))
+      move = functools.partial(_apply, _moved, layouts, bases, new)
+      return (
+        _apply(add, layouts, updates, factors),
+        new,
+        list(map(move, moments)),
+      )
 
     factors, bases, moments = _refresh.conditional(
       _refresh.is_due(state.count, interval, refresh, may_refresh),
       refreshed,
       (state.factors, state.bases, moments),
     )
-    rotate = functools.partial(_map, _rotated, layouts, bases)
-    rotate_back = functools.partial(_map, _rotated_back, layouts, bases)
+    rotate = functools.partial(_apply, _rotated, layouts, bases)
+    rotate_back = functools.partial(_apply, _rotated_back, layouts, bases)
 
     def of_rotated(fn):
       return lambda params, *args, **kwargs: fn(
@@ -224,126 +220,8 @@ def in_eigenbasis(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How an array is N matrices of m rows and n columns.
-
-  Attributes:
-    axes: The axes of the array in the order layers, rows, columns.
-    shape: The shape of the array with its axes in this order.
-    blocks: Shape (layers, blocks of rows, m, blocks of columns, n).
-    is_rotated: Whether rows and columns have a basis.
-  """
-
-  axes: tuple[int, ...]
-  shape: tuple[int, ...]
-  blocks: tuple[int, int, int, int, int]
-  is_rotated: tuple[bool, bool]
-
-  def matrices(self, x: jax.Array) -> jax.Array:
-    """Returns an array in the form (N, m, n), in float32."""
-    *_, m, _, n = self.blocks
-    x = x.astype(jnp.float32).transpose(self.axes).reshape(self.blocks)
-    return x.swapaxes(2, 3).reshape(-1, m, n)
-
-  def array(self, matrices: jax.Array) -> jax.Array:
-    """Inverts `matrices`, in float32."""
-    layers, rows, m, columns, n = self.blocks
-    x = matrices.reshape(layers, rows, columns, m, n).swapaxes(2, 3)
-    return x.reshape(self.shape).transpose(np.argsort(self.axes))
-
-  def squares(self, make: Callable[[tuple[int, ...]], jax.Array]) -> Any:
-    """Returns `make((N, m, m))` and `make((N, n, n))`, None if not rotated."""
-    layers, rows, m, columns, n = self.blocks
-    number = layers * rows * columns
-    return tuple(
-      make((number, side, side)) if rotated else None
-      for side, rotated in zip((m, n), self.is_rotated, strict=True)
-    )
-
-
 def _identities(shape):
   return jnp.broadcast_to(jnp.eye(shape[-1]), shape)
-
-
-def _layouts(dimension_numbers, block_size, params):
-  """Returns a tree like the parameters of layouts, None for what is left."""
-  if dimension_numbers is None:
-    dimension_numbers = jax.tree.map_with_path(_dimension_numbers, params)
-  elif callable(dimension_numbers):
-    dimension_numbers = dimension_numbers(params)
-
-  def layout(numbers, x):
-    is_matrix = jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    if numbers is None or not is_matrix or jnp.ndim(x) < 2 or not jnp.size(x):
-      return None
-    return _layout(numbers, block_size, jnp.shape(x))
-
-  return jax.tree.map(
-    lambda numbers, tree: jax.tree.map(
-      functools.partial(layout, numbers), tree
-    ),
-    dimension_numbers,
-    params,
-    is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
-  )
-
-
-def _dimension_numbers(path, x):
-  """Returns the default dimension numbers, None for what is left alone."""
-  del x
-  names = jax.tree_util.keystr(path, simple=True, separator='/').lower()
-  if any(map(_LEFT_OUT.search, names.split('/'))):
-    return None
-  return MuonDimensionNumbers(-2, -1)
-
-
-def _layout(numbers, block_size, shape):
-  """Returns the layout of an array, None for a vector."""
-  rows, columns = (
-    tuple(range(len(shape))[axis] for axis in np.atleast_1d(axes))
-    for axes in (numbers.reduction_axis, numbers.output_axis)
-  )
-  layers = tuple(i for i in range(len(shape)) if i not in rows + columns)
-  axes = layers + rows + columns
-  number, *sides = (
-    math.prod(shape[i] for i in part) for part in (layers, rows, columns)
-  )
-  if sorted(axes) != list(range(len(shape))):
-    raise ValueError(
-      'weight_dimension_numbers must name different axes as rows and columns,'
-      f' got {numbers} for an array of shape {shape}.'
-    )
-  if min(sides) == 1:
-    return None
-  limit = min(*sides, block_size)
-  lengths = [_block_length(side, limit) for side in sides]
-  m, n = (length or side for length, side in zip(lengths, sides, strict=True))
-  return _Layout(
-    axes,
-    tuple(shape[i] for i in axes),
-    (number, sides[0] // m, m, sides[1] // n, n),
-    (lengths[0] is not None, lengths[1] is not None),
-  )
-
-
-def _block_length(side, target):
-  """Returns a divisor of a side near the target, None if there is none."""
-  divisors = [n for n in range(1, side + 1) if side % n == 0]
-  ratio = lambda n: max(n / target, target / n)
-  nearest = min(divisors, key=ratio)
-  return nearest if ratio(nearest) <= 2 else None
-
-
-def _map(fn, layouts, *trees):
-  """Returns `fn(layout, *xs)` for each matrix, and the last x for others."""
-  is_left = lambda x: x is None or isinstance(x, optax.MaskedNode)
-
-  def call(layout, *xs):
-    is_hidden = is_left(layout) or any(map(is_left, xs))
-    return ((), *xs)[-1] if is_hidden else fn(layout, *xs)
-
-  return jax.tree.map(call, layouts, *trees, is_leaf=is_left)
 
 
 def _next_factors(decay, layout, grads, factors):

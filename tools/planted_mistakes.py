@@ -169,7 +169,7 @@ MISTAKES = {
   '_eigenbasis eigenbasis': {
     'momentum stays in the old basis': 'list(map(«move→lambda x: x», moments))',
     'the basis is that of this gradient':
-    '_map(_next_bases, layouts, «factors→_map(functools.partial('
+    '_apply(_next_bases, layouts, «factors→_apply(functools.partial('
     '_next_factors, decay), layouts, updates, factors)», bases)',
     'rows and columns are exchanged':
     'lambda g: _matmul(«g, g.mT→g.mT, g»)), (',
@@ -180,6 +180,8 @@ MISTAKES = {
     'the first 20 steps are as any': '(state.count < «_FIRST_STEPS→0»)',
     'refresh is ignored': "extra_args.get('refresh«→ »')",
     'may_refresh is ignored': "extra_args.get('may_refresh«→ »', True)",
+  },
+  '_matrices eigenbasis': {
     'embeddings are rotated': "'«embed|→»position",
     'attention is left alone': '«(^|_)head(_\\d+)?$→head»',
     'long sides are rotated whole': 'min(«*sides→10**9», block_size)',
