@@ -297,7 +297,7 @@ def run(case: protocol.Case) -> dict:
     case.task, case.optimizer, settings, case.seed
   )
   curve, win_rates = [], []
-  for step in range(0, spec.stop or spec.steps, CHUNK):
+  for step in range(0, spec.steps, CHUNK):
     params, opt_state = advance(params, opt_state, step)
     if (step + CHUNK) % (spec.steps // _CURVE) == 0:
       curve.append(_rounded(validate(params)))

@@ -16,8 +16,7 @@ It is the same for every optimizer:
    have this search. Runs of three quarters of the steps have the best settings
    of all steps, and no sweep.
 3. Report. The best of a task is run with three seeds that had no part in the
-   search; a seed decides parameters, batches and probes. Breakdowns are counted
-   with twelve other seeds.
+   search; a seed decides parameters, batches and probes.
 
 Some have no search (UNTUNED), but AdamW's best settings in that task: Sophia-G
 and Sophia-H with the settings to copy of docs/choosing.md, and, with a warm-up
@@ -68,9 +67,6 @@ class Task:
   # best. None: no sweep, and with a parent no search but its best settings.
   margin: float | None = 0.0
   peers: tuple[str, ...] = _PEERS  # the optimizers, AdamW first
-  stop: int | None = None  # step at which runs end, before their schedule does
-  seeds: tuple[int, ...] = SEEDS  # of the report
-  rates: tuple[int, ...] = (0,)  # and powers of √2 for its learning rates
 
 
 def _small(steps, tokens, parent=None, **options):
@@ -122,19 +118,6 @@ TASKS = {  # in the order in which they are run
   'language_600': _small(600, 10.3, 'language_1200', margin=None, peers=_HALF),
   'language_2400': _small(
     2400, 41.2, 'language_4800', margin=None, peers=_HALF
-  ),
-  # How often a run breaks down: its loss stops decreasing, during warm-up.
-  'breakdowns': Task(
-    'The first 180 of 1,200 steps',
-    'language',
-    1200,
-    0,
-    'language_1200',
-    margin=None,
-    peers=_LONG,
-    stop=180,
-    seeds=tuple(range(5, 17)),
-    rates=(0, 1),
   ),
 }
 
@@ -386,7 +369,7 @@ def plan(results: list[dict]) -> Iterator[Case]:
     for in_turn in itertools.zip_longest(*of_optimizers):
       yield from filter(None, in_turn)
     best = [case for _, case in searches.values() if case]
-    for seed, rate, case in itertools.product(spec.seeds, spec.rates, best):
-      reported = dataclasses.replace(case, seed=seed, rate=case.rate + rate)
+    for seed, case in itertools.product(SEEDS, best):
+      reported = dataclasses.replace(case, seed=seed)
       for variant in ('', *VARIANTS.get((task, case.optimizer), ())):
         yield dataclasses.replace(reported, variant=variant)

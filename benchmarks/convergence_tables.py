@@ -11,8 +11,6 @@ Their columns:
   divided by the smallest one.
 * Steps to AdamW's loss, of runs of three quarters of the steps: fraction of all
   steps, as `fraction_of_steps` computes it for each seed.
-* Broke down: runs whose loss after 180 steps is above 2.45. A good run is then
-  at 2.2 to 2.4, and the others do not recover.
 """
 
 import dataclasses
@@ -22,7 +20,6 @@ import convergence_protocol as protocol
 import records
 
 _WITHIN = 0.03
-_BROKE_DOWN = 2.45
 LABELS = {  # in the order of rows and lines
   'adamw': 'AdamW',
   'nadamw': 'NAdamW',
@@ -212,43 +209,18 @@ def _variants(rows, task):
       yield [LABELS[name], variant, _mean(differences, '+' + _form(task))]
 
 
-def _breakdowns(losses, task):
-  """Yields how many runs of each optimizer and rate broke down."""
-  kinds = {}
-  for case in losses:
-    if case.task == task:
-      kind = dataclasses.replace(case, seed=0)
-      kinds.setdefault(kind, []).append(losses[case])
-  for name in LABELS:
-    for kind, found in kinds.items():
-      if kind.optimizer == name:
-        yield [
-          LABELS[name],
-          f'{protocol.settings(kind)["learning_rate"]:.2g}',
-          f'{sum(x > _BROKE_DOWN for x in found)} of {len(found)}',
-          f'{statistics.median(found):.2f}',
-          f'{max(found):.2f}',
-        ]
-
-
 def render(results: list[dict], times: dict) -> str:
   """Returns Markdown tables of all tasks, with times as above."""
   losses = protocol.losses_of(results)
   summaries, parts = {}, []
   for task, spec in protocol.TASKS.items():
-    title = f'### {spec.title}'
-    if spec.stop:
-      header = ['', 'learning rate', 'broke down', 'median loss']
-      header.append('highest loss')
-      parts += [title, records.markdown(header, _breakdowns(losses, task))]
-      continue
     rows = summaries[task] = summary(results, task)
     if not rows:
       continue
     header = ['', 'validation loss', '− AdamW', "steps to AdamW's"]
     header += ['time of a step', "time to AdamW's", 'rates']
     table = (_row(*x, task, times, losses) for x in rows.items())
-    parts += [title, records.markdown(header, table)]
+    parts += [f'### {spec.title}', records.markdown(header, table)]
     parts += ['Settings:', _settings(rows)]
     if spec.parent and spec.margin is None:
       parent = protocol.TASKS[spec.parent].title

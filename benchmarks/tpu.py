@@ -12,16 +12,7 @@ have, in minutes each; --only chooses those whose names contain a text.
 
 The first table is of the update alone, on one chip of v5e: 67 million
 parameters in 4 matrices of float32, parameters and state donated and returned
-in the order in which they are taken. Words are what HBM is read and written
-for each parameter, 4 bytes each, counted in the optimized HLO as hlo.py says.
-In one program, whose conditional decides, an ordinary step takes the branch
-that moves least and a refresh the one that moves most. In two programs each is
-compiled for itself. "refresh adds" is what a refresh moves more than an
-ordinary step, the estimator included; "alone" is the estimator compiled for
-itself, from parameters to estimate. Its batch is 8 rows, so that what it moves
-is little beside the parameters. Temporaries are those of XLA's memory
-analysis, in copies of the parameters. The mean is ordinary + (refresh -
-ordinary) / k with k = 10.
+in the order in which they are taken.
 
 The others are of the whole train step of examples/train_gpt.py. All figures are
 of one chip. Batches have 512 sequences, micro-batches at most 8 on each chip.
@@ -30,9 +21,10 @@ from 256, in parts of 64, or of one on each chip. `sophiaw` takes it from 128 in
 8 parts. A program is `one` for all steps, or one of two, `ordinary` and
 `refresh`. `sophia_h, rbg` draws its probes with such a key, `sophia_g, Gumbel`
 its labels with jax.random.categorical.
-Collectives and the bytes that they send are counted as hlo.py says. FLOPs are
-XLA's, which counts a loop's body once, so compare them within a column only.
-Seconds of compilation are of the processor, one sample each.
+Collectives and the bytes that they send are counted as hlo.py says, a / b with
+the branches that send least and most. Temporaries and FLOPs are XLA's, which
+counts a loop's body once, so compare FLOPs within a column only. Seconds of
+compilation are of the processor, one sample each.
 """
 
 import collections
@@ -49,11 +41,6 @@ import tqdm
 import hlo
 import records
 import tpu_cases
-
-_COUNT = 4 * tpu_cases.SIZE**2  # parameters of the update alone
-_K = 10  # steps from one refresh to the next
-# Programs of an ordinary step and of a refresh.
-_WAYS = {'one program': ('one', 'one'), 'two programs': ('ordinary', 'refresh')}
 
 
 def measure(case: tpu_cases.Case) -> dict[str, Any]:
@@ -89,7 +76,6 @@ def measure(case: tpu_cases.Case) -> dict[str, Any]:
     'compile seconds': round(seconds, 1),
     'temporary bytes': compiled.memory_analysis().temp_size_in_bytes,
     'FLOPs': compiled.cost_analysis()['flops'],
-    'HBM bytes': pair(*map(round, hlo.traffic(text))),
     'sent bytes': pair(*map(round, sent)),
     'collectives': pair(*collectives),
   }
@@ -120,44 +106,15 @@ def _pair(cells: Iterable[str]) -> str:
   return ' / '.join(dict.fromkeys(cells))
 
 
-def render_update(cases: list[dict]) -> str:
-  """Lays out the table of the update alone; a / b is ordinary / refresh."""
-  words = lambda n: n / (4 * _COUNT)
-  programs = {(case['row'], case['program']): case for case in cases}
-  header = ['words', 'refresh adds', 'alone', 'mean', 'temporaries']
-  lines = [[f'update alone, {_COUNT:,} parameters', *header, 'compile s']]
-  for row in dict.fromkeys(case['row'] for case in cases):
-    estimator = row.split(', ')[1] if ', ' in row else ''
-    alone = programs.get((f'{estimator} alone', 'one'))
-    for way, names in _WAYS.items():
-      if any((row, name) not in programs for name in names):
-        continue
-      first, second = (programs[row, name] for name in names)
-      ordinary = words(first['HBM bytes'][0])
-      added = words(second['HBM bytes'][-1]) - ordinary
-      pair = [first] if first is second else [first, second]
-      lines.append([
-        f'{row}, {way}' if row.startswith('sophia') else row,
-        f'{ordinary:.2f}',
-        f'{added:.2f}' if added else '',
-        f'{words(alone["HBM bytes"][0]):.2f}' if alone else '',
-        f'{ordinary + added / _K:.2f}',
-        _pair(f'{words(x["temporary bytes"]):.2f}' for x in pair),
-        ' + '.join(f'{x["compile seconds"]:.0f}' for x in pair),
-      ])  # fmt: skip
-  return records.table(lines)
-
-
-def render_step(table: str, cases: list[dict]) -> str:
-  """Lays out a table of the train step; a / b is ordinary / refresh."""
-  columns = ['temporaries MB', 'HBM MB', 'GFLOPs', 'sent MB']
+def render_table(table: str, cases: list[dict]) -> str:
+  """Lays out a table."""
+  columns = ['temporaries MB', 'GFLOPs', 'sent MB']
   lines = [[table, *columns, *hlo.KINDS, 'compile s']]
   for case in cases:
     cells = [case.get('error', '')] + [''] * (len(lines[0]) - 2)
     if 'error' not in case:
       cells = [
         f'{case["temporary bytes"] / 1e6:,.0f}',
-        _pair(f'{n / 1e6:,.0f}' for n in case['HBM bytes']),
         f'{case["FLOPs"] / 1e9:,.0f}',
         _pair(f'{n / 1e6:,.0f}' for n in case['sent bytes']),
         *(
@@ -172,14 +129,10 @@ def render_step(table: str, cases: list[dict]) -> str:
 
 def render(cases: list[dict]) -> str:
   """Lays out all tables."""
-  parts = []
-  for table in dict.fromkeys(case['table'] for case in cases):
-    of_table = [case for case in cases if case['table'] == table]
-    is_update = table == 'update'
-    parts.append(
-      render_update(of_table) if is_update else render_step(table, of_table)
-    )
-  return '\n\n'.join(parts)
+  tables = {}
+  for case in cases:
+    tables.setdefault(case['table'], []).append(case)
+  return '\n\n'.join(render_table(*item) for item in tables.items())
 
 
 if __name__ == '__main__':

@@ -69,9 +69,9 @@ def test_table_and_plot_of_the_demo():
   results = {
     'adamw': result([5.0, 4.0]),
     'eigenbasis': result([4.0, 3.5]),
-    'sophia_g': result([]),  # Stopped before its first validation.
+    'nadamw': result([]),  # Stopped before its first validation.
   }
-  assert 'Sophia-G           -' in demo.table(results)
+  assert 'NAdamW             -' in demo.table(results)
   assert 'Eigenbasis        20      3.500        10       50' in (
     demo.table(results)
   )
@@ -82,5 +82,5 @@ def test_table_and_plot_of_the_demo():
   assert curves(results) == {
     'AdamW': ([10, 20], [0.0, 0.0]),
     'Eigenbasis': ([10, 20], [-1.0, -0.5]),
-    'Sophia-G': ([], []),
+    'NAdamW': ([], []),
   }

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+import adapted_gamma
 import convergence_protocol
+import convergence_tables
 import estimators
 import records
-import stability
 import step_cost
 import tpu_cases
 
@@ -35,9 +36,8 @@ def test_record_is_read_back(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('file', [
-    'convergence',
+    'adapted_gamma',
     'estimators',
-    'stability',
     'step_cost',
     'step_cost_h100',
 ])  # fmt: skip
@@ -52,8 +52,6 @@ def test_pages_have_what_the_files_show(file):
     encoding='utf-8',
     timeout=120,
   ).stdout
-  if name == 'convergence':  # docs/results.md rounds the others.
-    _, shown = shown.split('### The first 180 of 1,200 steps\n')
   assert shown.strip()
   text = '\n'.join(page.read_text() for page in PAGES)
   for line in shown.splitlines():
@@ -63,6 +61,34 @@ def test_pages_have_what_the_files_show(file):
 
 def read(name):
   return records.read(ROOT / f'benchmarks/{name}.json')
+
+
+def test_losses_are_those_of_the_record():
+  runs, times = read('convergence')['runs'], read('convergence_times')
+  tasks = [*convergence_protocol.LENGTHS, 'large_batch']
+  summaries = [convergence_tables.summary(runs, task) for task in tasks]
+
+  def cells(name, count, form):
+    for summary in summaries[:count]:
+      found = summary.get(name, {}).get('runs', {}).values()
+      losses = np.array([run['loss'] for run in found])
+      yield form(losses) if losses.size else '–'
+
+  readme = (ROOT / 'README.md').read_text()
+  names = 'adamw', 'nadamw', 'muon', 'soap', 'copied_g', 'eigen_g'
+  for name in names:
+    losses = cells(name, 3, lambda x: f'{x.mean():.3f}')
+    time = times['optimizers']['language'].get(name, {}).get('time/adamw', 1)
+    row = ' | '.join([*losses, f'{time:.2f}' if name != 'adamw' else '1'])
+    assert f'| {row} |' in readme
+  results = (ROOT / 'docs/results.md').read_text()
+  for name in *names, 'copied_h', 'eigen_h':
+    row = cells(name, 4, lambda x: f'{x.mean():.3f} ± {x.std(ddof=1):.3f}')
+    assert f'| {" | ".join(row)} |' in results
+  for task in 'language_600', 'language_2400':  # Half of the steps.
+    (row,) = convergence_tables.summary(runs, task).values()
+    mean = np.mean([run['loss'] for run in row['runs'].values()])
+    assert f'{mean:.3f}' in readme
 
 
 def compiled_for_tpus():
@@ -86,8 +112,8 @@ def test_costs_in_scaling_are_those_of_the_files():
   copies = 'sophia, g², adam_b2'  # The updates of sophiaw.
   cases = compiled_for_tpus()
   # A word of each parameter of four matrices has 4 bytes.
-  words = lambda key, row, program: (
-    np.ravel(cases['update', row, program][key])[0] / (16 * tpu_cases.SIZE**2)
+  words = lambda *case: (
+    cases['update', *case]['temporary bytes'] / (16 * tpu_cases.SIZE**2)
   )
   of_updates = [
     ('optax.adamw', 'one'),
@@ -95,10 +121,7 @@ def test_costs_in_scaling_are_those_of_the_files():
     ('sophiaw, G', 'one'),
     ('sophiaw, G', 'ordinary'),
   ]
-  temporary, moved = (
-    [words(key, *row) for row in of_updates]
-    for key in ('temporary bytes', 'HBM bytes')
-  )
+  temporary = [words(*row) for row in of_updates]
   contrib, parts = 'optax.contrib.sophia', ('sophia, G, 1/8', 'sophia, G, 1/2')
   flops, compiling = (
     {row: x[key] for row, x in h100['step'].items()}
@@ -116,7 +139,6 @@ def test_costs_in_scaling_are_those_of_the_files():
   assert round(compiling[parts[0]], 1) == round(compiling[parts[1]], 1)
   cells = [
     [f'{x:.1f}' for x in temporary],
-    [f'{x:.0f}' for x in moved],
     [
       '1',
       f'{update["optax.contrib.sophia, H"]:.2f}',
@@ -145,7 +167,7 @@ def test_costs_in_scaling_are_those_of_the_files():
       f'{min(two):.1f} to {max(two):.1f}',
     ],
   ]
-  assert [row[1:] for row in tables_of_scaling()[3:10]] == cells
+  assert [row[1:] for row in tables_of_scaling()[3:9]] == cells
 
 
 def test_sent_bytes_in_scaling_are_those_of_the_file():
@@ -253,10 +275,10 @@ def test_step_cost_runs(monkeypatch, compile_fast):
 
 
 @pytest.mark.slow
-def test_stability_runs(data_dir, monkeypatch, compile_fast):
+def test_adapted_gamma_runs(data_dir, monkeypatch, compile_fast):
   del compile_fast
   config = dataclasses.replace(
-    stability._CONFIG,
+    adapted_gamma._CONFIG,
     data_dir=data_dir,
     vocab_size=64,
     width=8,
@@ -264,10 +286,15 @@ def test_stability_runs(data_dir, monkeypatch, compile_fast):
     num_layers=1,
     block_size=8,
   )
-  monkeypatch.setattr(stability, '_CONFIG', config)
-  settings = stability.Settings(
-    sequences=4, num_steps=20, parts=2, target_win_rate=0.3
+  monkeypatch.setattr(adapted_gamma, '_CONFIG', config)
+  settings = dataclasses.replace(
+    adapted_gamma.TUNED['sophia_g'],
+    sequences=8,
+    curvature_of=8,
+    num_steps=20,
+    target_win_rate=0.3,
   )
   with jax.numpy_dtype_promotion('standard'):  # optax's schedules need it.
-    loss, _ = stability.run(settings, seed=1)
+    loss, history = adapted_gamma.run('sophia_g', settings)
   assert 0 < loss < math.log(64) + 0.1
+  assert len(history) == 2

@@ -37,17 +37,6 @@ def _figures():
   return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(('name', 'words'), [
-    ('sum of two', 3),
-    ('branch, false', 0),
-    ('branch, true', 2),
-    ('row of a matrix', 0),
-    ('three steps of a loop', 6),
-])  # fmt: skip
-def test_traffic_of_known_programs(figures, name, words):
-  assert figures['known'][name] == pytest.approx(words, abs=0.05)
-
-
 @pytest.mark.parametrize('optimizer', ['H', 'G'])
 @pytest.mark.parametrize('way', ['jit', 'fsdp', 'explicit', 'shard_map'])
 def test_a_step_compiles(figures, way, optimizer):
@@ -56,20 +45,19 @@ def test_a_step_compiles(figures, way, optimizer):
   assert steps['one']['conditionals'] == 1
   assert steps['ordinary']['conditionals'] == 0
   assert steps['refresh']['conditionals'] == 0
-  assert steps['ordinary']['moved'] < steps['refresh']['moved']
+  assert steps['ordinary']['flops'] < steps['refresh']['flops']
   # An ordinary step sends only what AdamW sends.
   adamw = figures['steps'][f'{way}, adamw']['one']
   assert steps['ordinary']['sent'] == adamw['sent']
 
 
-@pytest.mark.parametrize(('program', 'words'), [
-    ('optax.adamw, one', 7),
-    ('sophia, H, ordinary', 6),
-    ('sophia, G, ordinary', 6),
-    ('sophiaw, G, ordinary', 8),
-    ('sophia, H, refresh first, one', 6),
-    # If XLA stores the new h twice, it is 0.75 words more.
-    ('sophia, H, refresh', 9.25),
+@pytest.mark.parametrize(('program', 'copies'), [
+    ('optax.contrib.sophia, H, one', 1),
+    ('sophia, H, ordinary', 0),
+    ('sophia, H, refresh', 0),
+    ('sophia, H, refresh first, one', 0),
+    ('sophiaw, G, ordinary', 0),
 ])  # fmt: skip
-def test_words_of_an_update(figures, program, words):
-  assert figures['update'][program] == pytest.approx(words, abs=0.1)
+def test_an_update_copies_no_array(figures, program, copies):
+  # In copies of the parameters. optax's in one program is for comparison.
+  assert figures['update'][program] == pytest.approx(copies, abs=0.02)
