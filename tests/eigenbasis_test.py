@@ -13,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 import oracles
 import pytest
 
+import hlo
 import sophia_optax
 
 in_eigenbasis = sophia_optax.in_eigenbasis
@@ -545,6 +546,28 @@ def test_divided_parameters(axis_type):
   chex.assert_trees_all_close(
     jax.device_get(updates), jax.device_get(last), rtol=1e-4, atol=1e-3
   )
+
+
+def test_data_parallelism_sends_no_more():
+  replicated, divided = (
+    jax.NamedSharding(mesh(), P(*a)) for a in ((), ('data',))
+  )
+  params = {'kernel': PARAMS['kernel']}
+
+  def sent(tx):
+    @jax.jit
+    def step(params, state, x):
+      loss = lambda p: jnp.mean(jnp.tanh(x @ p['kernel']) ** 2)
+      return tx.update(jax.grad(loss)(params), state, params)
+
+    args = jax.device_put((params, tx.init(params)), replicated)
+    x = jax.device_put(jnp.ones((16, 4)), divided)
+    return hlo.count_collectives(step.lower(*args, x).compile().as_text())
+
+  inner = optax.trace(0.9)
+  expected = sent(inner)
+  assert expected[0].total() == 1
+  assert sent(in_eigenbasis(inner, update_interval=3)) == expected
 
 
 def test_members_of_a_vmap_change_their_bases_as_alone():
