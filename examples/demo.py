@@ -1,4 +1,4 @@
-"""Trains a small GPT with AdamW, NAdamW and Sophia-G, plain and rotated.
+"""Trains a small GPT with AdamW, NAdamW, and Sophia-G in the eigenbasis.
 
   python examples/demo.py
 
@@ -7,6 +7,7 @@ the script saves a checkpoint and shows the table and the plot so far.
 """
 
 import dataclasses
+import json
 import os
 import time
 
@@ -24,7 +25,6 @@ import train_gpt
 RUNS = {
   'adamw': ('AdamW', '#808080', {'optimizer': 'adamw'}),
   'nadamw': ('NAdamW', '#CC79A7', {'optimizer': 'nadamw'}),
-  'sophia_g': ('Sophia-G', '#D55E00', {'optimizer': 'sophia_g'}),
   'eigenbasis': (
     'Eigenbasis',
     '#3A8DC8',
@@ -49,6 +49,11 @@ def train_all(out_dir, **overrides) -> dict[str, train_gpt.Result]:
     if not results[name].finished:
       break
   return results
+
+
+def losses(result: train_gpt.Result) -> dict[int, float]:
+  """Returns the validation losses by step, rounded."""
+  return {h['step']: round(h['val_loss'], 4) for h in result.history}
 
 
 def _steps_to_target(results):
@@ -106,12 +111,11 @@ def plot(results: dict[str, train_gpt.Result]) -> figure.Figure:
   # Small, so that the text can be read on a phone.
   fig = figure.Figure(figsize=(4.16, 2.8), layout='constrained')
   ax = fig.subplots()
-  baseline = {h['step']: h['val_loss'] for h in results[_BASELINE].history}
+  baseline = losses(results[_BASELINE])
   ends, late = [], [0.0]
   for optimizer, result in results.items():
-    both = [h for h in result.history if h['step'] in baseline]
-    steps = [h['step'] for h in both]
-    values = [h['val_loss'] - baseline[h['step']] for h in both]
+    both = {t: x for t, x in losses(result).items() if t in baseline}
+    steps, values = list(both), [x - baseline[t] for t, x in both.items()]
     label, color, _ = RUNS[optimizer]
     ax.plot(steps, values, color=color, label=label)
     # Leaves the steep start out of the limits of the axis.
@@ -148,6 +152,7 @@ def define_flags():
     'Folder for checkpoints and plot. Runs in it are '
     'resumed. By default a new folder in runs/.',
   )
+  flags.DEFINE_integer('seed', 0, 'For parameters and batches.')
 
 
 def main(argv):
@@ -162,8 +167,10 @@ def main(argv):
     f'Text: {len(tokens):,} bytes of the standard library, '
     f'SHA-256 {text.fingerprint(tokens)}'
   )
-  results = train_all(out_dir)
+  results = train_all(out_dir, seed=flags.FLAGS.seed)
   print(table(results))
+  with open(os.path.join(out_dir, 'losses.json'), 'w') as f:
+    json.dump({name: losses(result) for name, result in results.items()}, f)
   path = os.path.abspath(os.path.join(out_dir, 'validation_loss.png'))
   plot(results).savefig(path, dpi=200, transparent=True)
   print(f'Plot: {path}')

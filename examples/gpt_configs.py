@@ -31,19 +31,19 @@ class Config:
   head_chunks: int = 1
 
   # Training.
-  num_steps: int = 720
+  num_steps: int = 480
   batch_size: int = 32  # B, over all micro-batches
   # Sequences in memory at once, a divisor of B. On a CPU small is fast: the
   # activations of 32 sequences of the demo's model fit into the cache.
   micro_batch_size: int = 32
-  eval_interval: int = 30  # steps between validations
+  eval_interval: int = 20  # steps between validations
   eval_batches: int = 8  # number of batches of micro_batch_size sequences
 
   # Optimizer. Sophia has the hyperparameters of AdamW.
   optimizer: str = 'sophia_h'  # one of OPTIMIZERS
   learning_rate: float = 9.22e-3  # after warm-up; then it decays by a cosine
   final_learning_rate: float = 0.05  # at the end, relative to learning_rate
-  warmup_steps: int = 180
+  warmup_steps: int = 120
   b1: float = 0.89
   b2: float = 0.925
   weight_decay: float = 0.1  # for matrices only

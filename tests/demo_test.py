@@ -1,13 +1,18 @@
 """The demo: its settings, its table and plot, and its interruption."""
 
+import json
+import pathlib
 import signal
 
 import pytest
 import tiny_gpt
 
 import demo
+import gpt_configs
 import text
 import train_gpt
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures('compile_fast')
 
@@ -56,6 +61,24 @@ def test_interrupt_leaves_checkpoint_table_and_plot(tmp_path, monkeypatch):
   steps = [entry['step'] for entry in results['adamw'].history]
   assert steps == [2, 4, 6, 8]
   assert all(name in demo.table(results) for name, *_ in demo.RUNS.values())
+
+
+def test_the_page_has_the_record():
+  record = json.loads((ROOT / 'examples/demo.json').read_text())
+  page = (ROOT / 'examples/README.md').read_text()
+  assert all(list(runs) == list(demo.RUNS) for runs in record.values())
+  config = gpt_configs.CONFIGS['demo']
+  for name in demo.RUNS:
+    steps, cells = [], []
+    for runs in record.values():
+      losses, baseline = runs[name].values(), runs['adamw'].values()
+      *_, final = losses
+      *_, target = baseline
+      steps.append(next(int(t) for t, x in runs[name].items() if x <= target))
+      cells.append(f'{final:.3f}')
+      assert list(map(int, runs[name]))[-1] == config.num_steps
+    span = ' to '.join(f'{t}' for t in sorted({min(steps), max(steps)}))
+    assert f'| {" | ".join(cells)} | {span} |' in page
 
 
 def test_table_and_plot_of_the_demo():
