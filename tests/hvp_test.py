@@ -35,9 +35,9 @@ def difference(params, obj_fn, **options):
   [
     ('forward_over_reverse', jnp.float32, 0.0, 1e-6),
     ('reverse_over_reverse', jnp.float32, 0.0, 1e-6),
-    ('finite_difference', jnp.float32, 1e-5, 1e-3),
+    ('finite_difference', jnp.float32, 3e-4, 1e-3),
     pytest.param(*(MODES[0], jnp.bfloat16, 1e-4, 1e-2), marks=pytest.mark.slow),
-    ('finite_difference', jnp.bfloat16, 1e-3, 0.1),
+    ('finite_difference', jnp.bfloat16, 0.01, 0.05),
   ],
 )
 def test_bias_over_all_probes(hvp, dtype, least, largest):
@@ -60,7 +60,6 @@ def test_bias_over_all_probes(hvp, dtype, least, largest):
   bias = np.linalg.norm(found.mean(0) - diagonal) / np.linalg.norm(diagonal)
   # The variance of an entry is the sum of squares off the diagonal.
   variance = np.sum(found.var(0)) / (np.sum(hessian**2) - np.sum(diagonal**2))
-  print(hvp, dtype.dtype, f'{bias:.1e} {variance:.4f}')
   assert least <= bias <= largest
   np.testing.assert_allclose(variance, 1.0, atol=10 * largest)
 
