@@ -216,7 +216,9 @@ def sophiaw(
   with Nesterov momentum m̃ and the second moment v of :func:`optax.nadamw`. It
   is :func:`sophia_optax.sophia` with ``nesterov``, corrected m and h,
   ``adam_b2``, ``b2=0.95``, a refresh of h every 10 steps, and a γ that adapts.
-  Pass the values that you have for AdamW, and the batch to ``update``::
+  It has the arguments of :func:`optax.adamw` except ``eps_root`` and
+  ``nesterov``. Pass the values that you have for AdamW, and the batch to
+  ``update``::
 
     tx.update(grads, state, params, predict_fn=predict_fn, batch=batch)
 
@@ -230,7 +232,8 @@ def sophiaw(
     learning_rate: Step size η, a number or a schedule.
     b1: Decay rate of m.
     b2: Decay rate of v. It is not the ``b2`` of :func:`sophia_optax.sophia`.
-    eps: Lower bound of the denominator.
+    eps: Lower bound of the denominator. Without a curvature it is added to the
+      denominator, as in Adam.
     mu_dtype: dtype of m.
     weight_decay: Rate λ of the decoupled weight decay.
     mask: Parameters to decay, see :func:`sophia_optax.sophia`.

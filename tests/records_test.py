@@ -91,6 +91,9 @@ def test_losses_are_those_of_the_record():
     assert f'{mean:.3f}' in readme
 
 
+ROTATED = 'sophiaw, eigenbasis', 'SOAP'  # rows of step_cost
+
+
 def compiled_for_tpus():
   return {(x['table'], x['row'], x['program']): x for x in read('tpu')['cases']}
 
@@ -104,70 +107,36 @@ def tables_of_scaling():
 
 
 def test_costs_in_scaling_are_those_of_the_files():
-  h100, times = read('step_cost_h100'), read('convergence_times')['optimizers']
-  update, step = (
-    {row: x['time/adamw'] for row, x in h100[part].items()}
-    for part in ('update', 'step')
-  )
-  copies = 'sophia, g², adam_b2'  # The updates of sophiaw.
-  cases = compiled_for_tpus()
-  # A word of each parameter of four matrices has 4 bytes.
-  words = lambda *case: (
-    cases['update', *case]['temporary bytes'] / (16 * tpu_cases.SIZE**2)
-  )
-  of_updates = [
-    ('optax.adamw', 'one'),
-    ('optax.contrib.sophia, H', 'one'),
-    ('sophiaw, G', 'one'),
-    ('sophiaw, G', 'ordinary'),
-  ]
-  temporary = [words(*row) for row in of_updates]
-  contrib, parts = 'optax.contrib.sophia', ('sophia, G, 1/8', 'sophia, G, 1/2')
-  flops, compiling = (
-    {row: x[key] for row, x in h100['step'].items()}
-    for key in ('FLOPs/adamw', 'compile/adamw')
-  )
-  two = []  # Seconds to compile both steps.
-  for (table, row, program), x in cases.items():
-    mesh, *optimizer = row.split()
-    if program == 'refresh' and optimizer == ['sophia_g']:
-      adamw = cases[table, f'{mesh} adamw', 'one']
-      ordinary = cases[table, f'{mesh} sophia_h', 'ordinary']
-      seconds = (y['compile seconds'] for y in (x, ordinary))
-      two.append(sum(seconds) / adamw['compile seconds'])
-  quarter = 1 + (flops['sophia, G'] - 1) / 4
-  assert round(compiling[parts[0]], 1) == round(compiling[parts[1]], 1)
+  step = read('step_cost')['step']
+  rows = ['optax.contrib.sophia', 'sophiaw', 'sophiaw, two programs']
   cells = [
-    [f'{x:.1f}' for x in temporary],
-    [
-      '1',
-      f'{update["optax.contrib.sophia, H"]:.2f}',
-      f'{update[copies]:.2f}',
-      f'{update[copies + ", two programs"]:.2f}',
-    ],
-    ['1', f'{flops[contrib]:.2f}', *(2 * [f'{quarter:.3f}'])],
-    [
-      '1',
-      f'{step[contrib]:.2f}',
-      ' to '.join(f'{step[part]:.2f}' for part in parts),
-      'not measured',
-    ],
-    [
-      '1',
-      *(
-        f'{times["language"][name]["time/adamw"]:.2f}'
-        for name in ('contrib', 'copied_g')
-      ),
-      'not measured',
-    ],
-    [
-      '1',
-      f'{compiling[contrib]:.1f}',
-      f'{compiling[parts[0]]:.1f}',
-      f'{min(two):.1f} to {max(two):.1f}',
-    ],
+    ['1', *(f'{step[row][key]:.2f}' for row in [*rows, *ROTATED])]
+    for key in ('FLOPs/adamw', 'MB/adamw', 'time/adamw', 'compile/adamw')
   ]
-  assert [row[1:] for row in tables_of_scaling()[3:9]] == cells
+  # Words of each parameter of four matrices.
+  words = lambda case: case['temporary bytes'] / (16 * tpu_cases.SIZE**2)
+  temporary = [
+    f'{words(compiled_for_tpus()["update", *row]):.1f}'
+    for row in (
+      ('optax.adamw', 'one'),
+      ('optax.contrib.sophia, H', 'one'),
+      ('sophiaw, G', 'one'),
+      ('sophiaw, G', 'ordinary'),
+    )
+  ]
+  shown = [row[1:] for row in tables_of_scaling()[3:8]]
+  assert shown == [[*temporary, '', ''], *cells]
+  h100, page = read('step_cost_h100'), (ROOT / 'docs/scaling.md').read_text()
+  update = 'sophia, g², adam_b2'  # That of sophiaw.
+  for table, row in (
+    ('step', 'sophia, G, 1/8'),
+    ('step', 'sophia, G, 1/2'),
+    ('step', 'optax.contrib.sophia'),
+    ('update', 'optax.contrib.sophia, H'),
+    ('update', update),
+    ('update', f'{update}, two programs'),
+  ):
+    assert f'{h100[table][row]["time/adamw"]:.2f}' in page
 
 
 def test_sent_bytes_in_scaling_are_those_of_the_file():
