@@ -86,9 +86,9 @@ def hutchinson_estimator_diag_hessian(
   ========================  =====  ======  ==============================
   hvp                       FLOPs  memory  works where ``obj_fn`` has
   ========================  =====  ======  ==============================
-  ``forward_over_reverse``  2.7    2.2     a gradient with a JVP
-  ``reverse_over_reverse``  2.7    2.4     a gradient with a VJP
-  ``finite_difference``     2.0    1.2     a gradient, as training needs
+  ``forward_over_reverse``  3      2.1     a gradient with a JVP
+  ``reverse_over_reverse``  3      2.4     a gradient with a VJP
+  ``finite_difference``     2      1.1     a gradient, as training needs
   ========================  =====  ======  ==============================
 
   The first two are exact. ``finite_difference`` subtracts the gradient at

@@ -91,9 +91,6 @@ def test_losses_are_those_of_the_record():
     assert f'{mean:.3f}' in readme
 
 
-ROTATED = 'sophiaw, eigenbasis', 'SOAP'  # rows of step_cost
-
-
 def compiled_for_tpus():
   return {(x['table'], x['row'], x['program']): x for x in read('tpu')['cases']}
 
@@ -108,10 +105,11 @@ def tables_of_scaling():
 
 def test_costs_in_scaling_are_those_of_the_files():
   step = read('step_cost')['step']
-  rows = ['optax.contrib.sophia', 'sophiaw', 'sophiaw, two programs']
+  rows = 'optax.contrib.sophia', 'sophiaw', 'sophiaw, two programs'
+  rows += 'sophiaw, eigenbasis', 'SOAP'
   cells = [
-    ['1', *(f'{step[row][key]:.2f}' for row in [*rows, *ROTATED])]
-    for key in ('FLOPs/adamw', 'MB/adamw', 'time/adamw', 'compile/adamw')
+    ['1', *(f'{step[row][f"{key}/adamw"]:.{digits}f}' for row in rows)]
+    for key, digits in (('FLOPs', 3), ('MB', 2), ('time', 2), ('compile', 1))
   ]
   # Words of each parameter of four matrices.
   words = lambda case: case['temporary bytes'] / (16 * tpu_cases.SIZE**2)
