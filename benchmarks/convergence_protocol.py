@@ -48,7 +48,7 @@ _FEW = 'adamw', 'nadamw', 'sophia_g', 'sophia_h', *_COPIED
 _PEERS = (*_FEW, 'lion', 'signum', 'contrib')
 # In the longest runs, the largest model, and three quarters of the steps.
 _LONG = 'adamw', 'nadamw', *_COPIED
-_HALF = ('eigen_g',)
+_HALF = 'eigen_g', 'soap'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ TASKS = {  # in the order in which they are run
     'Autoencoder of photographs', 'photographs', 1800, peers=(*_PEERS, *ROTATED)
   ),
   'language_19200': _small(
-    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'eigen_g')
+    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'soap', 'eigen_g')
   ),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
@@ -110,7 +110,7 @@ TASKS = {  # in the order in which they are run
   ),
   # A part of the steps, to compare with AdamW's loss after all steps.
   'language_900': _small(
-    900, 15.5, 'language_1200', margin=None, peers=(*_LONG, *_HALF)
+    900, 15.5, 'language_1200', margin=None, peers=(*_LONG, 'eigen_g')
   ),
   'language_3600': _small(
     3600, 61.9, 'language_4800', margin=None, peers=_LONG
@@ -118,6 +118,15 @@ TASKS = {  # in the order in which they are run
   'language_600': _small(600, 10.3, 'language_1200', margin=None, peers=_HALF),
   'language_2400': _small(
     2400, 41.2, 'language_4800', margin=None, peers=_HALF
+  ),
+  'large_model_2700': Task(
+    'GPT, 1.0 M parameters, 4,096 tokens a step, 2,700 steps',
+    'language_1m',
+    2700,
+    10.8,
+    'large_model',
+    margin=None,
+    peers=('soap',),
   ),
 }
 
@@ -203,6 +212,7 @@ VARIANTS = {  # by task and optimizer
     'sophiaw': {'sophiaw': 'gauss_newton'},
   },
   ('language_1200', 'copied_h'): {'sophiaw': {'sophiaw': 'hessian'}},
+  ('language_1200', 'soap'): {'warm-up of a quarter': {'warmup': 0.25}},
   ('photographs', 'copied_h'): {
     'γ adapted': {'gamma_end': 1.0, 'target_win_rate': 0.45}
   },
