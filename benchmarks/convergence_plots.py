@@ -7,13 +7,14 @@ import convergence_protocol as protocol
 import convergence_tables as tables
 
 _GREY = '#808080'  # Readable on white and on black.
-# Colours of Okabe and Ito. The line of NAdamW is under that of Sophia-G.
+# Colours of Okabe and Ito. Lines without a label are under the next one.
 _LINES = {
   'adamw': ('AdamW', _GREY),
   'nadamw': ('', '#CC79A7'),
   'copied_g': ('NAdamW,\nSophia-G', '#D55E00'),
   'muon': ('Muon', '#009E73'),
-  'eigen_g': ('Sophia-G\nin the\neigenbasis', '#3A8DC8'),
+  'eigen_g': ('', '#56B4E9'),
+  'soap': ('SOAP,\nSophia-G\nin the basis', '#3A8DC8'),
 }
 
 

@@ -185,8 +185,8 @@ def _fractions(rows, task, parent_rows):
   spec = protocol.TASKS[task]
   part = spec.steps / protocol.TASKS[spec.parent].steps
   target = parent_rows['adamw']['runs'] if 'adamw' in parent_rows else {}
-  for name, row in rows.items():
-    full = parent_rows[name]['runs']
+  for name in filter(parent_rows.__contains__, rows):
+    row, full = rows[name], parent_rows[name]['runs']
     fractions = [
       fraction_of_steps(
         part, run['loss'], full[seed]['loss'], target[seed]['loss']
