@@ -96,7 +96,7 @@ TASKS = {  # in the order in which they are run
     'Autoencoder of photographs', 'photographs', 1800, peers=(*_PEERS, *ROTATED)
   ),
   'language_19200': _small(
-    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'soap', 'eigen_g')
+    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'eigen_g')
   ),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
@@ -118,15 +118,6 @@ TASKS = {  # in the order in which they are run
   'language_600': _small(600, 10.3, 'language_1200', margin=None, peers=_HALF),
   'language_2400': _small(
     2400, 41.2, 'language_4800', margin=None, peers=_HALF
-  ),
-  'large_model_2700': Task(
-    'GPT, 1.0 M parameters, 4,096 tokens a step, 2,700 steps',
-    'language_1m',
-    2700,
-    10.8,
-    'large_model',
-    margin=None,
-    peers=('soap',),
   ),
 }
 
