@@ -5,7 +5,8 @@ import math
 
 import sharding
 
-OPTIMIZERS = ('adamw', 'nadamw', 'lion', 'sophia_h', 'sophia_g')
+OPTAX = ('adamw', 'lion')  # Those that `sophiaw` does not make.
+OPTIMIZERS = (*OPTAX, 'nadamw', 'sophia_h', 'sophia_g')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Config:
   weight_decay: float = 0.1  # for matrices only
   clip_norm: float = 1.0  # limit on the global norm of the gradient
   curvature_fraction: float = 0.25  # Sophia: of the batch, for a refresh
-  eigenbasis: bool = False  # Sophia: in the eigenbasis of each matrix
+  eigenbasis: bool = False  # of each matrix, for Sophia and NAdamW (SOAP)
 
   # Devices: name:size of each mesh axis, such as 'data:2,fsdp:4'. '': one
   # device.
@@ -64,6 +65,11 @@ class Config:
       raise ValueError(
         f'optimizer must be one of {", ".join(OPTIMIZERS)}; '
         f'got {self.optimizer!r}.'
+      )
+    if self.eigenbasis and self.optimizer in OPTAX:
+      raise ValueError(
+        'eigenbasis needs another optimizer than '
+        f'{" or ".join(OPTAX)}, such as nadamw; got {self.optimizer!r}.'
       )
     for name in (
       'num_steps',

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import gpt
+import gpt_configs
 import sharding
 import sophia_optax
 
@@ -49,7 +50,9 @@ def make_schedule(config):
 
 
 def make_curvature(config):
-  """Returns whose curvature Sophia uses, for `sophiaw`."""
+  """Returns whose curvature `sophiaw` uses, None for NAdamW."""
+  if config.optimizer == 'nadamw':
+    return None
   if config.optimizer == 'sophia_h':
     return 'hessian'
   if config.head_chunks == 1:
@@ -68,7 +71,9 @@ def make_optimizer(config):
     'weight_decay': config.weight_decay,
     'mask': gpt.decay_mask,
   }
-  if config.optimizer.startswith('sophia'):
+  if config.optimizer in gpt_configs.OPTAX:
+    optimizer = getattr(optax, config.optimizer)(**adamw)
+  else:
     optimizer = sophia_optax.sophiaw(
       **adamw,
       curvature=make_curvature(config),
@@ -76,8 +81,6 @@ def make_optimizer(config):
       curvature_parts=config.curvature_parts,
       eigenbasis=config.eigenbasis,
     )
-  else:
-    optimizer = getattr(optax, config.optimizer)(**adamw)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 

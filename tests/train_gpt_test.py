@@ -92,7 +92,8 @@ def test_a_part_of_the_curvature_fits(settings, size, parts):
     ({'mesh': 'data:4'}, r'batch_size \* curvature_fraction .* got 2'),
     (tiny_gpt.DIVISIBLE | {'mesh': 'fsdp:8', 'width': 12}, r'; got 12 and'),
     ({'eval_interval': 0}, r'eval_interval must be at least 1; got 0'),
-    ({'optimizer': 'sgd'}, r'nadamw, lion, sophia_h, sophia_g; got .sgd.'),
+    ({'optimizer': 'sgd'}, r'lion, nadamw, sophia_h, sophia_g; got .sgd.'),
+    ({'optimizer': 'adamw', 'eigenbasis': True}, r'such as nadamw; got .adamw'),
 ])  # fmt: skip
 def test_bad_settings_are_a_clear_error(overrides, message):
   with pytest.raises(ValueError, match=message):
