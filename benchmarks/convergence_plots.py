@@ -7,7 +7,7 @@ import convergence_protocol as protocol
 import convergence_tables as tables
 
 _GREY = '#808080'  # Readable on white and on black.
-# Colours of Okabe and Ito. Lines without a label are under the next one.
+# Colours of Okabe and Ito. NAdamW and Sophia-G, and the last two, are close.
 _LINES = {
   'adamw': ('AdamW', _GREY),
   'nadamw': ('', '#CC79A7'),

@@ -9,8 +9,6 @@ Their columns:
 * Time of a step, relative to AdamW's; time to AdamW's loss: steps times this.
 * Rates: the largest learning rate whose loss is within 0.03 of the best,
   divided by the smallest one.
-* Steps to AdamW's loss, of runs of three quarters of the steps: fraction of all
-  steps, as `fraction_of_steps` computes it for each seed.
 """
 
 import dataclasses
@@ -20,7 +18,7 @@ import convergence_protocol as protocol
 import records
 
 _WITHIN = 0.03
-LABELS = {  # in the order of rows and lines
+LABELS = {  # in the order of rows
   'adamw': 'AdamW',
   'nadamw': 'NAdamW',
   'sophia_g': 'Sophia-G',
@@ -48,17 +46,6 @@ def part_to(curve: list[float], target: float) -> float | None:
       inside = (before - target) / (before - loss) if before > loss else 1.0
       return (i + inside) / len(curve)
   return None
-
-
-def fraction_of_steps(
-  part: float, shorter: float, full: float, target: float
-) -> float:
-  """Returns the fraction of the steps with which a run ends at `target`.
-
-  The final loss is interpolated linearly over the logarithm of the steps,
-  between a run of all steps (`full`) and one of a part of them (`shorter`).
-  """
-  return part ** ((target - full) / (shorter - full))
 
 
 def width(losses: dict[float, float], within: float = _WITHIN) -> float:
@@ -180,23 +167,6 @@ def _settings(rows):
   )
 
 
-def _fractions(rows, task, parent_rows):
-  """Yields the steps to the loss that AdamW has after all steps, by name."""
-  spec = protocol.TASKS[task]
-  part = spec.steps / protocol.TASKS[spec.parent].steps
-  target = parent_rows['adamw']['runs'] if 'adamw' in parent_rows else {}
-  for name in filter(parent_rows.__contains__, rows):
-    row, full = rows[name], parent_rows[name]['runs']
-    fractions = [
-      fraction_of_steps(
-        part, run['loss'], full[seed]['loss'], target[seed]['loss']
-      )
-      for seed, run in row['runs'].items()
-      if seed in full and seed in target
-    ]
-    yield [LABELS[name], _mean(fractions, '.2f')]
-
-
 def _variants(rows, task):
   """Yields how much the loss of each variant differs."""
   for name, row in rows.items():
@@ -212,9 +182,9 @@ def _variants(rows, task):
 def render(results: list[dict], times: dict) -> str:
   """Returns Markdown tables of all tasks, with times as above."""
   losses = protocol.losses_of(results)
-  summaries, parts = {}, []
+  parts = []
   for task, spec in protocol.TASKS.items():
-    rows = summaries[task] = summary(results, task)
+    rows = summary(results, task)
     if not rows:
       continue
     header = ['', 'validation loss', '− AdamW', "steps to AdamW's"]
@@ -222,11 +192,6 @@ def render(results: list[dict], times: dict) -> str:
     table = (_row(*x, task, times, losses) for x in rows.items())
     parts += [f'### {spec.title}', records.markdown(header, table)]
     parts += ['Settings:', _settings(rows)]
-    if spec.parent and spec.margin is None:
-      parent = protocol.TASKS[spec.parent].title
-      header = ['', f"steps to AdamW's loss, {parent}"]
-      fractions = _fractions(rows, task, summaries[spec.parent])
-      parts.append(records.markdown(header, fractions))
     if variants := list(_variants(rows, task)):
       parts.append(records.markdown(['', 'variant', 'difference'], variants))
   return '\n\n'.join(parts)

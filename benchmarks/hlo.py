@@ -2,7 +2,7 @@
 
 Read is the optimized HLO, `compiled.as_text()`. The walk starts at the entry
 computation, takes the body of a loop as often as XLA knows it to run, and of a
-conditional the branch that costs least and the one that costs most.
+conditional the branch that sends least and the one that sends most.
 
 Bytes sent are those of a ring. With n devices in a group and S bytes of the
 whole array, summed over the arrays of one collective, a device sends
@@ -15,7 +15,7 @@ whole array, summed over the arrays of one collective, a device sends
 For a TPU a reduce-scatter may be a fusion of an all-reduce and the slice that
 the device keeps; it counts as a reduce-scatter. An asynchronous collective is
 in several fusions, which begin it, compute beside it and end it. It counts
-where it begins. In the others only the computation counts.
+where it begins, and not in the others.
 """
 
 import collections
@@ -118,18 +118,18 @@ def count_collectives(
       times = 1
       own = _collectives_of(computations, siblings, instruction)
       if own is not None:
-        costs = [(own, own)]
+        found = [(own, own)]
       elif instruction.opcode == 'conditional':
         counts = [count(branch) for branch in _branches(instruction)]
         low = min((low for low, _ in counts), key=sent)
-        costs = [(low, max((high for _, high in counts), key=sent))]
+        found = [(low, max((high for _, high in counts), key=sent))]
       else:
         roles = 'calls', 'to_apply', 'body', 'condition'
         called = (_called(instruction, role) for role in roles)
-        costs = [count(name) for name in called if name]
+        found = [count(name) for name in called if name]
         if instruction.opcode == 'while':
           times = _trips(computations, siblings, instruction)
-      for low, high in costs:
+      for low, high in found:
         if high and not times:
           raise ValueError(
             'XLA does not know how often this loop runs, whose body sends'

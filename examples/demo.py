@@ -179,6 +179,7 @@ def main(argv):
   else:
     print(
       f'Interrupted. To continue: python examples/demo.py --out_dir={out_dir}'
+      f' --seed={flags.FLAGS.seed}'
     )
 
 

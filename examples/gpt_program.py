@@ -50,9 +50,7 @@ def make_schedule(config):
 
 
 def make_curvature(config):
-  """Returns whose curvature `sophiaw` uses, None for NAdamW."""
-  if config.optimizer == 'nadamw':
-    return None
+  """Returns whose curvature Sophia uses, for `sophiaw`."""
   if config.optimizer == 'sophia_h':
     return 'hessian'
   if config.head_chunks == 1:
@@ -73,6 +71,10 @@ def make_optimizer(config):
   }
   if config.optimizer in gpt_configs.OPTAX:
     optimizer = getattr(optax, config.optimizer)(**adamw)
+  elif config.optimizer == 'nadamw':
+    optimizer = sophia_optax.sophiaw(
+      **adamw, curvature=None, eigenbasis=config.eigenbasis
+    )
   else:
     optimizer = sophia_optax.sophiaw(
       **adamw,

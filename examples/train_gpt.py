@@ -204,8 +204,9 @@ def config_from_flags() -> gpt_configs.Config:
     if flags.FLAGS[field.name].value is not None
   }
   config = gpt_configs.CONFIGS[flags.FLAGS.config]
-  optimizer = given.get('optimizer', config.optimizer)
-  given.setdefault('out_dir', f'runs/{flags.FLAGS.config}_{optimizer}')
+  name = f'{flags.FLAGS.config}_{given.get("optimizer", config.optimizer)}'
+  name += '_eigenbasis' * given.get('eigenbasis', config.eigenbasis)
+  given.setdefault('out_dir', f'runs/{name}')
   try:
     vocab_size = text.vocab_size(
       given.get('data_dir', ''), given.get('vocab_size')

@@ -6,7 +6,6 @@ import math
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 
 import convergence
@@ -99,9 +98,6 @@ def test_figures_of_the_tables():
   assert tables.part_to(curve, 2.5) == pytest.approx(2.5 / 4)
   assert tables.part_to(curve, 9.0) == 0.25
   assert tables.part_to(curve, 1.9) is None
-  loss = lambda steps: 2 - 0.3 * np.log(steps)
-  losses = loss(900), loss(1200), loss(960)
-  assert tables.fraction_of_steps(0.75, *losses) == pytest.approx(0.8)
   # Half of the way, in the logarithm, on both sides.
   assert tables.width({1.0: 0.06, 2.0: 0.0, 4.0: 0.06}) == pytest.approx(2)
 

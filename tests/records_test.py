@@ -87,8 +87,12 @@ def test_losses_are_those_of_the_record():
     assert f'| {" | ".join(row)} |' in results
   for task in 'language_600', 'language_2400':  # Half of the steps.
     for name, row in convergence_tables.summary(runs, task).items():
-      mean = np.mean([run['loss'] for run in row['runs'].values()])
-      assert f'{mean:.3f}' in (readme if name == 'soap' else results)
+      losses = np.array([run['loss'] for run in row['runs'].values()])
+      assert f'{losses.mean():.3f} ± {losses.std(ddof=1):.3f}' in results
+      if name == 'soap':
+        assert f'at {losses.mean():.3f} with' in readme
+  half = times['optimizers']['language']['soap']['time/adamw'] / 2
+  assert f'after {half:.2f} of the time' in readme
   step = read('step_cost')['step']
   for row in 'SOAP', 'sophiaw', 'sophiaw, eigenbasis':
     assert f'{step[row]["compile/adamw"]:.1f}' in readme
@@ -129,15 +133,19 @@ def test_costs_in_scaling_are_those_of_the_files():
   assert shown == [[*temporary, '', ''], *cells]
   h100, page = read('step_cost_h100'), (ROOT / 'docs/scaling.md').read_text()
   update = 'sophia, g², adam_b2'  # That of sophiaw.
-  for table, row in (
-    ('step', 'sophia, G, 1/8'),
-    ('step', 'sophia, G, 1/2'),
-    ('step', 'optax.contrib.sophia'),
-    ('update', 'optax.contrib.sophia, H'),
-    ('update', update),
-    ('update', f'{update}, two programs'),
-  ):
-    assert f'{h100[table][row]["time/adamw"]:.2f}' in page
+  times = [
+    f'{h100[table][row]["time/adamw"]:.2f}'
+    for table, row in (
+      ('step', 'sophia, G, 1/8'),
+      ('step', 'sophia, G, 1/2'),
+      ('step', 'optax.contrib.sophia'),
+      ('update', update),
+      ('update', f'{update}, two programs'),
+      ('update', 'optax.contrib.sophia, H'),
+    )
+  ]
+  (sentences,) = re.findall(r'\* On an H100 (.*?)\n  \[Bench', page, re.S)
+  assert re.findall(r'\d\.\d\d', sentences) == times
 
 
 def test_sent_bytes_in_scaling_are_those_of_the_file():

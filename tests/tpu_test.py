@@ -58,6 +58,6 @@ def test_a_step_compiles(figures, way, optimizer):
     ('sophia, H, refresh first, one', 0),
     ('sophiaw, G, ordinary', 0),
 ])  # fmt: skip
-def test_an_update_copies_no_array(figures, program, copies):
+def test_copies_of_an_update(figures, program, copies):
   # In copies of the parameters. optax's in one program is for comparison.
   assert figures['update'][program] == pytest.approx(copies, abs=0.02)

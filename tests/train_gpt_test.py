@@ -100,6 +100,13 @@ def test_bad_settings_are_a_clear_error(overrides, message):
     tiny_gpt.config(**overrides)
 
 
+def test_nadamw_needs_no_curvature_batch():
+  config = tiny_gpt.config(
+    optimizer='nadamw', mesh='data:8', batch_size=8, micro_batch_size=8
+  )
+  gpt_program.make_optimizer(config)
+
+
 @pytest.mark.slow
 def test_dry_run_counts_as_the_textbook_does():
   config = tiny_gpt.config(width=32)
