@@ -98,7 +98,7 @@ TASKS = {  # in the order in which they are run
     'Autoencoder of photographs', 'photographs', 1800, peers=(*_PEERS, *ROTATED)
   ),
   'language_19200': _small(
-    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'eigen_g')
+    19200, 330, 'language_4800', carried=1, peers=(*_LONG, 'soap', 'eigen_g')
   ),
   'large_model': Task(
     'GPT, 1.0 M parameters, 4,096 tokens a step, 5,400 steps',
