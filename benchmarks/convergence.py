@@ -182,6 +182,7 @@ OPTIMIZERS = {
     functools.partial(sophia_optax.sophiaw, curvature=None, eigenbasis=True),
   ),
   'muon': _muon,
+  'tuned_muon': _muon,
   'signum': lambda s, problem, key: _sophia(
     lambda *_: optax.set_to_zero(), s | {'gamma': 0.0}, problem, key
   ),

@@ -79,7 +79,9 @@ def _small(steps, tokens, parent=None, **options):
 
 LENGTHS = 'language_1200', 'language_4800', 'language_19200'
 TASKS = {  # in the order in which they are run
-  'language_1200': _small(1200, 20.6, margin=0.03, peers=(*_PEERS, *ROTATED)),
+  'language_1200': _small(
+    1200, 20.6, margin=0.03, peers=(*_PEERS, *ROTATED, 'tuned_muon')
+  ),
   'axes': Task('Regression along the axes', 'axes', 300, margin=None),
   'rotated': Task('Regression, rotated', 'rotated', 300, margin=None),
   'language_4800': _small(
@@ -175,6 +177,7 @@ _GAMMA_H = {'gamma': _log_uniform(0.003, 0.3)}
 SPACES = {
   'adamw': _ADAM,
   'nadamw': _ADAM,
+  'tuned_muon': _ADAM,
   'sophia_g': _SOPHIA | _GAMMA_G,
   'sophia_h': _SOPHIA | _GAMMA_H,
   'lion': _SIGN | {'b2': _decay(0.9, 0.995)},

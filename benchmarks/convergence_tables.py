@@ -29,6 +29,7 @@ LABELS = {  # in the order of rows
   'eigen_h': 'Sophia-H in the eigenbasis',
   'soap': 'NAdamW in the eigenbasis (SOAP)',
   'muon': 'Muon',
+  'tuned_muon': 'Muon, 20 trials',
   'lion': 'Lion',
   'signum': 'Signum',
   'contrib': 'optax.contrib.sophia',
