@@ -110,7 +110,8 @@ TASKS = {  # in the order in which they are run
     'language_1200',
     carried=1,
     rate=-1,
-    peers=_LONG,
+    peers=(*_LONG, 'soap'),
+    one_seed=('soap',),
   ),
   # Half of the steps, to compare with AdamW's loss after all steps.
   'language_600': _small(600, 10.3, 'language_1200', margin=None, peers=_HALF),
