@@ -87,13 +87,12 @@ class Row(NamedTuple):
   name: str
   tx: optax.GradientTransformation
   over: str | None = None  # row of optax.contrib.sophia to compare with
-  decision: dict[str, bool] = {}  # noqa: RUF012  # of an ordinary step
+  in_two: bool = False  # programs: of an ordinary step and of a refresh
 
 
 def update_rows() -> list[Row]:
   """Rows of the update alone: few steps that are timed refresh."""
   free = optax.stateless(lambda grads, _: jax.tree.map(jnp.square, grads))
-  two = {'refresh': False}
 
   def sophia(make=sophia_optax.sophia, **options):
     return make(1e-3, update_interval=_NEVER, **options)
@@ -108,10 +107,10 @@ def update_rows() -> list[Row]:
     rows += [
       Row(base, sophia(optax.contrib.sophia, **options)),
       Row(ours, tx, over=base),
-      Row(f'{ours}, two programs', tx, over=base, decision=two),
+      Row(f'{ours}, two programs', tx, over=base, in_two=True),
     ]
   name, tx = 'sophiaw, g²', sophia_optax.sophiaw(1e-3, curvature=free)
-  return [*rows, Row(name, tx), Row(f'{name}, two programs', tx, decision=two)]
+  return [*rows, Row(name, tx), Row(f'{name}, two programs', tx, in_two=True)]
 
 
 def step_rows() -> list[Row]:
@@ -124,7 +123,7 @@ def step_rows() -> list[Row]:
     Row('sophia, H', sophia_optax.sophia(1e-3)),
     Row('sophia, G', sophia_optax.sophia(1e-3, hessian_diagonal_fn=g)),
     Row('sophiaw', w),
-    Row('sophiaw, two programs', w, decision={'refresh': False}),
+    Row('sophiaw, two programs', w, in_two=True),
     Row('sophiaw, eigenbasis', sophia_optax.sophiaw(1e-3, **rotated)),
     Row('SOAP', sophia_optax.sophiaw(1e-3, curvature=None, **rotated)),
   ]
@@ -196,7 +195,9 @@ def measure_update(size: int, rounds: int) -> Table:
   for row in tqdm.tqdm(rows, desc='update'):
     tx = optax.with_extra_args_support(row.tx)
 
-    def update(params, state, grads, tx=tx, decision=row.decision):
+    decision = {'refresh': False} if row.in_two else {}
+
+    def update(params, state, grads, tx=tx, decision=decision):
       def objective(params):
         return sum(jnp.mean((inputs @ w) ** 2) for w in params)
 
@@ -261,12 +262,12 @@ def measure_step(sizes: Sizes, rounds: int) -> Table:
     carry = jax.tree.map(jnp.copy, (params, state))
     carries[row.name] = carry
     flops[row.name] = dry_run.matmul_flops(step, *carry, tokens)
-    programs[row.name] = compile_program(step, *carry, tokens)
-    if row.decision:  # Two programs.
-      ways = (functools.partial(step, refresh=x) for x in (False, True))
-      programs[row.name] = in_turn(
-        *(compile_program(way, *carry, tokens) for way in ways)
-      )
+    decisions = [{'refresh': x} for x in (False, True)] if row.in_two else [{}]
+    compiled = [
+      compile_program(functools.partial(step, **decision), *carry, tokens)
+      for decision in decisions
+    ]
+    programs[row.name] = in_turn(*compiled) if row.in_two else compiled[0]
 
   times = measure_times(programs, carries, tokens, rounds, _K)
   base = programs['optax.adamw']

@@ -181,7 +181,7 @@ MISTAKES = {
     'refresh is ignored': "extra_args.get('refresh«→ »')",
     'may_refresh is ignored': "extra_args.get('may_refresh«→ »', True)",
   },
-  '_matrices eigenbasis': {
+  '_matrices matrices': {
     'embeddings are rotated': "'«embed|→»position",
     'attention is left alone': '«(^|_)head(_\\d+)?$→head»',
     'long sides are rotated whole': 'min(«*sides→10**9», block_size)',
