@@ -31,5 +31,5 @@ def test_the_notebook_ran_and_shows_the_losses(notebook):
   # Neither errors nor warnings.
   assert {output['name'] for output in outputs} == {'stdout'}
   printed = ''.join(itertools.chain.from_iterable(o['text'] for o in outputs))
-  assert printed.count('step 0: loss 1.5\n') == 2
-  assert printed.count('step 150: loss 0.2\n') == 2
+  assert printed.count('step 0: loss 1.5\n') == 3
+  assert printed.count('step 150: loss 0.2\n') == 3
